@@ -1,0 +1,27 @@
+"""Natural-gradient optimizers as ordinary Optax transformations. `import natgrad_jax as ng`."""
+
+from natgrad_jax import losses
+from natgrad_jax.base import Evidence, Layer, Layers, Method
+from natgrad_jax.capture import linen
+from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
+from natgrad_jax.methods.kfac import kfac, scale_by_kfac
+from natgrad_jax.transform import NaturalGradientState, Schedule, lift, warm_start
+
+__all__ = [
+    "Evidence",
+    "Layer",
+    "Layers",
+    "Method",
+    "NaturalGradientState",
+    "Schedule",
+    "ekfac",
+    "kfac",
+    "lift",
+    "linen",
+    "losses",
+    "scale_by_ekfac",
+    "scale_by_kfac",
+    "warm_start",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Leaves of any parameter tree by "/"-joined address, and their replacement.
+
+Dicts, tuples, NamedTuples and dataclasses all read alike: `{"encoder": {"kernel": w}}` has the one leaf
+"encoder/kernel". An `optax.MaskedNode` (a leaf that a mask took away) counts as absent.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+Tree = Any
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves of a tree by address, in the order of the tree.
+
+    >>> flatten({"b": {"kernel": 1}, "a": (2, 3)})
+    {'a/0': 2, 'a/1': 3, 'b/kernel': 1}
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        {address: leaf}, without masked leaves.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_address(path): leaf for path, leaf in leaves}
+
+
+def masked(tree: Tree) -> frozenset[str]:
+    """Addresses at which a mask took the leaf away.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        The addresses of its `optax.MaskedNode`s.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
+    return frozenset(_address(path) for path, leaf in leaves if _is_masked(leaf))
+
+
+def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """The tree with some leaves exchanged.
+
+    >>> replace({"a": 1, "b": 2}, {"b": 3})
+    {'a': 1, 'b': 3}
+
+    Args:
+        tree: any pytree.
+        leaves: {address: new leaf}; addresses that the tree lacks are ignored.
+
+    Returns:
+        A tree of the same structure.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_address(path), leaf), tree)
+
+
+def _address(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

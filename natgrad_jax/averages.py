@@ -1,0 +1,74 @@
+"""Moving averages that carry their weight, and second moments of rows.
+
+An average is a weighted sum and the sum of the weights, so that it is unbiased from the first value on: no zeros and
+no identity leak into it. `decay` is everywhere the weight of the OLD value.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from natgrad_jax.base import Array, Scalar
+from natgrad_jax.linalg import einsum
+
+
+class Average(NamedTuple):
+    """A moving average: total [S, ...] and weight [S]. Empty where the weight is 0."""
+
+    total: Array
+    weight: Array
+
+
+def empty(stack: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Average:
+    """An average of nothing yet.
+
+    Args:
+        stack: S.
+        shape: shape of one value.
+        dtype: of the values and the weight.
+
+    Returns:
+        An average of weight 0.
+    """
+    return Average(jnp.zeros(stack + shape, dtype), jnp.zeros(stack, dtype))
+
+
+def update(average: Average, value: Array, decay: Scalar) -> Average:
+    """The average with one more value.
+
+    With decay = k / (k + 1) for k = 0, 1, ... it is the running mean.
+
+    >>> mean(update(empty((), (), "float32"), jnp.array(3.0), decay=0.95))
+    Array(3., dtype=float32)
+
+    Args:
+        average: so far.
+        value: [S, ...].
+        decay: weight of the old value, in [0, 1).
+
+    Returns:
+        The new average.
+    """
+    total = decay * average.total + (1 - decay) * value
+    weight = decay * average.weight + (1 - decay)
+    return Average(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
+
+
+def mean(average: Average) -> Array:
+    """The value of an average [S, ...]: total over weight; zeros where it is empty."""
+    weight = jnp.where(average.weight > 0, average.weight, 1)
+    return average.total / jnp.reshape(weight, weight.shape + (1,) * (average.total.ndim - weight.ndim))
+
+
+def second_moment(rows: Array, weights: Array | None = None) -> Array:
+    """Sum over rows of the outer product of a row with itself.
+
+    Args:
+        rows: [..., R, n].
+        weights: of the rows, [..., R] or broadcastable to it.
+
+    Returns:
+        [..., n, n].
+    """
+    weighted = rows if weights is None else rows * weights[..., None]
+    return einsum("...ri,...rj->...ij", weighted, rows)

@@ -1,0 +1,1 @@
+"""Watching a model: one forward pass, two pullbacks, and the evidence that they give."""

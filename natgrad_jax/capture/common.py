@@ -1,0 +1,311 @@
+"""One forward pass, two pullbacks: what the watching of a model has in common, whatever the framework.
+
+    1  outputs, pullback <- vjp of the forward pass in (parameters, probes)      once per step
+    2  gradient <- pullback(derivative of the objective)                         once per step
+    3  g, gradient <- pullback(seed)                                             where the curvature is called
+
+A probe is a zero added to the output of a layer: its cotangent is the layer's g. The residuals of the pullback exist
+for line 2 anyway, so a `lax.cond` branch that closes over it gets line 3 for one backward pass, and a step that skips
+the branch pays nothing. A seed stands for one draw of labels: its outer product with itself is, in expectation, the
+Hessian of the likelihood by the outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import addresses
+from natgrad_jax.base import Array, Evidence, Layers
+from natgrad_jax.layers import to_matrix
+from natgrad_jax.losses import LIKELIHOODS, Likelihood, spread, total_weight
+
+LABELS = ("sampled", "exact", "true", "forward")
+Tree = Any
+
+
+class Evaluation(NamedTuple):
+    """What one batch gives.
+
+    Attributes:
+        value: the mean loss, a scalar.
+        grad: its gradient by the parameters, of the structure of `variables["params"]`.
+        curvature: lazy; see `Curvature`.
+        outputs: what the model returned.
+        updated: collections that the model wrote (batch statistics).
+    """
+
+    value: Array
+    grad: Tree
+    curvature: "Curvature"
+    outputs: Any
+    updated: Mapping[str, Any]
+
+
+class Forward(NamedTuple):
+    """A watched model on one batch.
+
+    Attributes:
+        run: parameters, probes -> outputs, ({layer: inputs of each call}, updated collections).
+        probes: {layer: zeros of the shape of the output of each call}.
+        layers: the layers that it reports.
+        examples: N.
+    """
+
+    run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
+    probes: dict[str, tuple[Array, ...]]
+    layers: Layers
+    examples: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked of a model: the source of labels, what is differentiated, and how curvature is measured."""
+
+    likelihood: Likelihood
+    labels: str = "sampled"
+    draws: int = 1
+    objective: Callable[[Any, Any, Array | None], Array] | None = None
+    readout: Callable[[Any], Array] = lambda outputs: outputs
+
+    def __post_init__(self):
+        if not isinstance(self.likelihood, Likelihood):
+            known = ", ".join(f"ng.losses.{likelihood.name.split('(')[0]}" for likelihood in LIKELIHOODS)
+            raise TypeError(
+                f"`likelihood` is {self.likelihood!r}; expected one of {known}, or a `losses.Likelihood`. "
+                "A loss that is no negative log-likelihood goes into `objective`."
+            )
+        if self.labels not in LABELS:
+            raise ValueError(f"`labels` is {self.labels!r}; expected one of {', '.join(map(repr, LABELS))}.")
+        if not (isinstance(self.draws, int) and self.draws >= 1):
+            raise ValueError(f"`draws` is {self.draws!r}; expected a positive int, the number of label samples.")
+        if self.draws > 1 and self.labels != "sampled":
+            raise ValueError(
+                f'`draws` is {self.draws}, but only `labels="sampled"` draws; `labels` is {self.labels!r}.'
+            )
+
+    def value(self, outputs: Any, targets: Any, weights: Array | None) -> Array:
+        """The scalar that is differentiated."""
+        if self.objective is not None:
+            return self.objective(outputs, targets, weights)
+        return self.likelihood(self.readout(outputs), targets, weights)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature:
+    """The curvature of one batch, computed where it is called.
+
+    `curvature()` is the evidence at the parameters of this step, {layer: Evidence}; call it inside a `lax.cond`
+    branch and the other branch pays nothing. `curvature(params)` is the evidence of the same batch, with the same
+    labels drawn, at other parameters.
+    """
+
+    _problem: Problem
+    _forward: Forward
+    _params: Tree
+    _passed: "_Pass"
+    _batch: "_Batch"
+    _ordinary: tuple[Tree, Tree] | None
+
+    def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
+        """The evidence of the batch.
+
+        Args:
+            params: where; the parameters of this step if None.
+
+        Returns:
+            {name: Evidence} for every known layer and every remaining parameter.
+        """
+        passed = self._passed if params is None else _run(self._forward, params)
+        if self._problem.labels == "forward":
+            return self._forward_only(passed)
+        if self._ordinary is not None and params is None:
+            return self._evidence(passed, *jax.tree.map(lambda x: x[None] * self._forward.examples, self._ordinary))
+        return self._evidence(passed, *_pull_each(passed.pullback, self._seeds(passed)))
+
+    def along(self, direction: Tree) -> Array:
+        """J times a direction at the outputs of the batch, with R^T of the likelihood applied.
+
+        The dot product of two such vectors is u^T F v, in the scale of F, with the exact Hessian of the likelihood
+        (weights included), whatever `labels` is.
+
+        Args:
+            direction: a tree like the parameters.
+
+        Returns:
+            An array of the shape of the outputs that the likelihood reads.
+        """
+        problem, weights = self._problem, self._batch.weights
+
+        def outputs_at(params):
+            return problem.readout(self._forward.run(params, self._forward.probes)[0])
+
+        outputs, tangent = jax.jvp(outputs_at, (self._params,), (direction,))
+        wide = _wide(outputs)
+        scale = jnp.sqrt(spread(weights, outputs.ndim) / total_weight(weights, self._forward.examples))
+        return scale * problem.likelihood.root_transpose(wide, tangent.astype(wide.dtype))
+
+    def value(self, params: Tree) -> Array:
+        """The objective on the same batch at other parameters, a scalar."""
+        outputs = self._forward.run(params, self._forward.probes)[0]
+        return self._problem.value(outputs, self._batch.targets, self._batch.weights)
+
+    def _seeds(self, passed: "_Pass") -> Any:
+        """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots."""
+        outputs, back = jax.vjp(self._problem.readout, passed.outputs)
+        wide = _wide(outputs)
+        scale = jnp.sqrt(spread(self._batch.weights, outputs.ndim))
+        if self._problem.labels == "exact":
+            seeds = self._exact_seeds(wide)
+        else:
+            seeds = jax.vmap(lambda targets: _score(self._problem.likelihood, wide, targets))(self._targets())
+        return jax.vmap(lambda seed: back((scale * seed).astype(outputs.dtype))[0])(seeds)
+
+    def _targets(self) -> Array:
+        """The targets of each draw [K, ...]: the true ones, or labels drawn at the parameters of this step."""
+        if self._problem.labels == "true":
+            return self._batch.targets[None]
+        outputs = _wide(self._problem.readout(self._passed.outputs))
+        keys = jax.random.split(self._batch.key, self._problem.draws)
+        return jax.vmap(lambda key: self._problem.likelihood.sample(key, outputs))(keys)
+
+    def _exact_seeds(self, outputs: Array) -> Array:
+        """The columns of R, of every position by itself, each example with a random sign.
+
+        There are as many as one example has outputs, scaled so that their MEAN square is H. The signs leave the
+        curvature of an example as it is; they make the summed gradient unbiased for what is estimated from it.
+        """
+        columns = outputs[0].size
+        units = jnp.eye(columns, dtype=outputs.dtype).reshape((columns, 1) + outputs.shape[1:]) * columns**0.5
+        key = jax.random.key(0) if self._batch.key is None else self._batch.key
+        signs = jax.random.rademacher(key, (columns, outputs.shape[0]), outputs.dtype)
+        vectors = units * spread(signs, units.ndim)
+        return jax.vmap(lambda vector: self._problem.likelihood.root(outputs, vector))(vectors)
+
+    def _evidence(self, passed: "_Pass", gradients: Tree, cotangents: Tree | None) -> dict[str, Evidence]:
+        """The evidence of every block; `gradients` leads with K."""
+        weights, examples = self._batch.weights, self._forward.examples
+        leaves = addresses.flatten(gradients)
+        count = total_weight(weights, examples)
+        evidence = {}
+        for layer in self._forward.layers.blocks:
+            gradient = jax.vmap(lambda parts, layer=layer: to_matrix(layer, parts), out_axes=len(layer.stack))({
+                leaf.role: leaves[leaf.address] for leaf in layer.leaves
+            })
+            if layer.kind == "parameter":
+                evidence[layer.name] = Evidence(gradient=gradient, weights=weights, count=count)
+                continue
+            axes = layer.module_axes
+            calls = tuple(_by_example(x, axes, examples) for x in passed.inputs[layer.name])
+            seen = None
+            if cotangents is not None:
+                seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
+            evidence[layer.name] = Evidence(calls, seen, gradient, weights, count)
+        return evidence
+
+    def _forward_only(self, passed: "_Pass") -> dict[str, Evidence]:
+        """The evidence with g = identity: no pullback; the Fisher block of a remaining parameter is then I."""
+        root = jnp.sqrt(total_weight(self._batch.weights, self._forward.examples))
+        ones = jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), root, leaf.dtype), self._params)
+        return self._evidence(passed, ones, None)
+
+
+class _Pass(NamedTuple):
+    """A forward pass and its pullback: cotangent of the outputs -> (gradient, cotangents of the probes)."""
+
+    outputs: Any
+    pullback: Callable[[Any], tuple[Tree, Tree]]
+    inputs: dict[str, tuple[Array, ...]]
+    updated: Mapping[str, Any]
+
+
+class _Batch(NamedTuple):
+    """What goes with the inputs of a batch."""
+
+    targets: Any
+    weights: Array | None
+    key: Array | None
+
+
+def evaluate(
+    problem: Problem, forward: Forward, params: Tree, targets: Any, weights: Array | None, key: Array | None
+) -> Evaluation:
+    """Loss, gradient and lazy curvature of one batch, from one forward pass.
+
+    Args:
+        problem: what is asked.
+        forward: the watched model on the batch.
+        params: the parameters.
+        targets: the labels of the batch.
+        weights: of examples or positions, or None.
+        key: for drawing labels.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: if targets, weights or key do not fit.
+    """
+    passed = _run(forward, params)  # 1
+    _check(problem, passed.outputs, targets, weights, key)
+    value, seed = jax.value_and_grad(problem.value)(passed.outputs, targets, weights)
+    ordinary = passed.pullback(seed)  # 2
+    grad, _ = ordinary
+    reusable = problem.labels == "true" and problem.objective is None and weights is None
+    batch = _Batch(targets, weights, key)
+    curvature = Curvature(problem, forward, params, passed, batch, ordinary if reusable else None)
+    return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
+
+
+def _run(forward: Forward, params: Tree) -> _Pass:
+    outputs, pullback, (inputs, updated) = jax.vjp(forward.run, params, forward.probes, has_aux=True)
+    return _Pass(outputs, pullback, inputs, updated)
+
+
+def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, key: Array | None) -> None:
+    read = problem.readout(outputs)
+    if not (hasattr(read, "shape") and jnp.issubdtype(read.dtype, jnp.floating)):
+        raise TypeError(
+            f"The model returned {jax.tree.map(jnp.shape, outputs)}, of which the likelihood reads {type(read).__name__}; "
+            "expected one floating-point array. Name it by `readout`, e.g. `readout=lambda outputs: outputs[0]`."
+        )
+    if problem.objective is None or problem.labels == "true":
+        complaint = problem.likelihood.check(read, jnp.asarray(targets))
+        if complaint:
+            raise ValueError(f"{problem.likelihood.name}: {complaint}.")
+    if weights is not None and weights.shape != read.shape[: weights.ndim]:
+        raise ValueError(
+            f"`weights` of shape {weights.shape} do not fit outputs of shape {read.shape}; expected its leading axes, "
+            f"({read.shape[0]},) for examples or {read.shape[:2]} for positions."
+        )
+    if problem.labels == "sampled" and key is None:
+        raise ValueError(
+            '`key` is None, but `labels="sampled"` draws labels: pass `key=jax.random.key(...)`, a new one for each step.'
+        )
+
+
+def _pull_each(pullback: Callable[[Any], tuple[Tree, Tree]], seeds: Any) -> tuple[Tree, Tree]:
+    """The pullback of each seed, stacked: seeds [K, ...] -> results that lead with K."""
+    (draws,) = {leaf.shape[0] for leaf in jax.tree.leaves(seeds)}
+    if draws > 1:
+        return jax.vmap(pullback)(seeds)
+    return jax.tree.map(lambda x: x[None], pullback(jax.tree.map(lambda x: x[0], seeds)))
+
+
+def _score(likelihood: Likelihood, outputs: Array, targets: Array) -> Array:
+    """Derivative of the summed negative log-likelihood by the outputs."""
+    return jax.grad(lambda z: jnp.sum(likelihood.terms(z, targets)))(outputs)
+
+
+def _wide(outputs: Array) -> Array:
+    """Outputs in float32 at least: labels are drawn and roots taken there."""
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+
+def _by_example(values: Array, axes: int, examples: int) -> Array:
+    """Axes merged into the example axis (as [N, P] -> [N P] does) split off again."""
+    if values.shape[axes] == examples:
+        return values
+    return values.reshape(values.shape[:axes] + (examples, -1) + values.shape[axes + 1 :])

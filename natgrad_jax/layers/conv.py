@@ -1,0 +1,146 @@
+"""Convolutions of any spatial rank, as dense layers over patches.
+
+A patch holds what the kernel covers at one output position: kernel offsets in row-major order, channels last, as the
+kernel itself is laid out. Groups are independent layers over their own channels, so they are a stack axis: each has
+its own factors. Patches are strided slices of the padded input, one for each kernel offset, which is cheaper than a
+convolution with an identity kernel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import jax.numpy as jnp
+from jax import lax
+
+from natgrad_jax.base import Array, Kind, Layer
+from natgrad_jax.layers.dense import with_ones
+
+Padding = str | tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The options of a convolution; one entry per spatial axis.
+
+    Attributes:
+        window: kernel sizes.
+        strides: steps between output positions.
+        padding: (low, high) pairs, or "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL".
+        input_dilation: gaps put between inputs.
+        kernel_dilation: gaps put between kernel offsets.
+        groups: number of channel groups.
+    """
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Padding
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int = 1
+
+
+def _padded(geometry: ConvGeometry, images: Array) -> Array:
+    """[M, *spatial, C] with its padding around it and its gaps inside."""
+    reach = [
+        (size - 1) * dilation + 1 for size, dilation in zip(geometry.window, geometry.kernel_dilation, strict=True)
+    ]
+    padding = geometry.padding
+    if padding in ("CIRCULAR", "REFLECT"):
+        around = [((size - 1) // 2, size // 2) for size in reach]
+        mode = "wrap" if padding == "CIRCULAR" else "reflect"
+        images = jnp.pad(images, [(0, 0), *around, (0, 0)], mode=mode)
+        pairs = [(0, 0)] * len(reach)
+    elif padding == "CAUSAL":
+        pairs = [(size - 1, 0) for size in reach]
+    elif isinstance(padding, str):
+        pairs = lax.padtype_to_pads(images.shape[1:-1], reach, geometry.strides, padding)
+    else:
+        pairs = padding
+    gaps = [dilation - 1 for dilation in geometry.input_dilation]
+    if padding == "CAUSAL":  # the zeros in front of a causal convolution are inputs too: gaps come between them
+        images = jnp.pad(images, [(0, 0), *pairs, (0, 0)])
+        pairs = [(0, 0)]
+    config = [(0, 0, 0), *((low, high, gap) for (low, high), gap in zip(pairs, gaps, strict=True)), (0, 0, 0)]
+    return lax.pad(images, jnp.zeros((), images.dtype), config)
+
+
+def patches(geometry: ConvGeometry, images: Array) -> Array:
+    """What the kernel covers at each output position.
+
+    Args:
+        geometry: the options of the convolution.
+        images: [M, *spatial, C].
+
+    Returns:
+        [M, T, offsets, C], T the output positions in row-major order.
+    """
+    padded = _padded(geometry, images)
+    reach = [
+        (size - 1) * dilation + 1 for size, dilation in zip(geometry.window, geometry.kernel_dilation, strict=True)
+    ]
+    spatial = padded.shape[1:-1]
+    counts = [max(0, (n - r) // s + 1) for n, r, s in zip(spatial, reach, geometry.strides, strict=True)]
+    slices = []
+    for offset in product(*(range(size) for size in geometry.window)):
+        start = [o * d for o, d in zip(offset, geometry.kernel_dilation, strict=True)]
+        stop = [o + (n - 1) * s + 1 for o, n, s in zip(start, counts, geometry.strides, strict=True)]
+        part = lax.slice(padded, [0, *start, 0], [padded.shape[0], *stop, padded.shape[-1]], [1, *geometry.strides, 1])
+        slices.append(part.reshape(part.shape[0], -1, part.shape[-1]))
+    return jnp.stack(slices, axis=2)
+
+
+def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+    groups = layer.geometry.groups
+    kernel = leaves["kernel"].astype(layer.dtype)  # [..., *window, C / groups, groups * O]
+    lead = kernel.shape[: kernel.ndim - len(layer.geometry.window) - 2]
+    matrix = _split(kernel.reshape(lead + (-1, kernel.shape[-1])), groups, len(lead))
+    if not layer.has_bias:
+        return matrix
+    bias = leaves["bias"].astype(layer.dtype)[..., None, :]
+    return jnp.concatenate([matrix, _split(bias, groups, len(lead))], axis=-2)
+
+
+def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
+    groups = layer.geometry.groups
+    shapes = {leaf.role: leaf.shape for leaf in layer.leaves}
+    if groups > 1:
+        matrix = jnp.moveaxis(matrix, -3, -2)
+        matrix = matrix.reshape(matrix.shape[:-2] + (-1,))
+    if not layer.has_bias:
+        return {"kernel": matrix.reshape(shapes["kernel"])}
+    return {"kernel": matrix[..., :-1, :].reshape(shapes["kernel"]), "bias": matrix[..., -1, :]}
+
+
+def _split(values: Array, groups: int, axis: int) -> Array:
+    """The last axis split into groups, and the groups moved to `axis`."""
+    if groups == 1:
+        return values
+    values = values.reshape(values.shape[:-1] + (groups, values.shape[-1] // groups))
+    return jnp.moveaxis(values, -2, axis)
+
+
+def _input_rows(layer: Layer, inputs: Array) -> Array:
+    geometry = layer.geometry
+    spatial = len(geometry.window)
+    lead = layer.module_axes
+    front, shape = inputs.shape[: lead + 1], inputs.shape[-spatial - 1 :]
+    found = patches(geometry, inputs.reshape((-1, *shape)).astype(layer.dtype))  # [M, T, offsets, C]
+    found = _split(found, geometry.groups, 0)  # [groups, M, T, offsets, C / groups]
+    offsets, channels = found.shape[-2:]
+    rows = found.reshape(found.shape[: found.ndim - 4] + front + (-1, offsets * channels))
+    if geometry.groups > 1:
+        rows = jnp.moveaxis(rows, 0, lead)
+    return with_ones(layer, rows)
+
+
+def _output_rows(layer: Layer, cotangents: Array) -> Array:
+    groups = layer.geometry.groups
+    lead = layer.module_axes
+    front = cotangents.shape[: 1 + lead + 1]  # K, S without groups, N
+    rows = cotangents.reshape(front + (-1, cotangents.shape[-1])).astype(layer.dtype)
+    rows = _split(rows, groups, 1 + lead)
+    return jnp.moveaxis(rows, 0, -4)
+
+
+CONV = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows)

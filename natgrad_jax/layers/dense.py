@@ -1,0 +1,46 @@
+"""Dense layers: y = x kernel + bias, the weights shared by all axes of x between the first and the last.
+
+The weight matrix [I, O] is the kernel with the bias as its last row; a row of inputs is x with a 1 behind it.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from natgrad_jax.base import Array, Kind, Layer
+
+
+def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+    kernel = leaves["kernel"].astype(layer.dtype)
+    if not layer.has_bias:
+        return kernel
+    return jnp.concatenate([kernel, leaves["bias"].astype(layer.dtype)[..., None, :]], axis=-2)
+
+
+def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
+    if not layer.has_bias:
+        return {"kernel": matrix}
+    return {"kernel": matrix[..., :-1, :], "bias": matrix[..., -1, :]}
+
+
+def _rows(layer: Layer, values: Array, leading: int) -> Array:
+    """[leading axes, N, ..., C] -> [leading axes, N, T, C]."""
+    return values.reshape(values.shape[: leading + 1] + (-1, values.shape[-1])).astype(layer.dtype)
+
+
+def with_ones(layer: Layer, rows: Array) -> Array:
+    """Rows of inputs, with the 1 of the bias behind each if the layer has one."""
+    if not layer.has_bias:
+        return rows
+    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+
+
+def _input_rows(layer: Layer, inputs: Array) -> Array:
+    return with_ones(layer, _rows(layer, inputs, leading=len(layer.stack)))
+
+
+def _output_rows(layer: Layer, cotangents: Array) -> Array:
+    return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
+
+
+DENSE = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows)
