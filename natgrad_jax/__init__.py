@@ -3,9 +3,10 @@
 from natgrad_jax import losses
 from natgrad_jax.base import Evidence, Layer, Layers, Method
 from natgrad_jax.capture import linen
+from natgrad_jax.chain import warm_start
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
-from natgrad_jax.transform import NaturalGradientState, Schedule, lift, warm_start
+from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
 __all__ = [
     "Evidence",

@@ -4,18 +4,19 @@ An average is a weighted sum and the sum of the weights, so that it is unbiased 
 no identity leak into it. `decay` is everywhere the weight of the OLD value.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Scalar
-from natgrad_jax.linalg import einsum
+from natgrad_jax.linalg import Diagonal, Factor, einsum
 
 
 class Average(NamedTuple):
-    """A moving average: total [S, ...] and weight [S]. Empty where the weight is 0."""
+    """A moving average: total [S, ...], an array or a `Diagonal`, and weight [S]. Empty where the weight is 0."""
 
-    total: Array
+    total: Any
     weight: Array
 
 
@@ -33,7 +34,7 @@ def empty(stack: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Average
     return Average(jnp.zeros(stack + shape, dtype), jnp.zeros(stack, dtype))
 
 
-def update(average: Average, value: Array, decay: Scalar) -> Average:
+def update(average: Average, value: Factor, decay: Scalar) -> Average:
     """The average with one more value.
 
     With decay = k / (k + 1) for k = 0, 1, ... it is the running mean.
@@ -49,26 +50,33 @@ def update(average: Average, value: Array, decay: Scalar) -> Average:
     Returns:
         The new average.
     """
-    total = decay * average.total + (1 - decay) * value
-    weight = decay * average.weight + (1 - decay)
-    return Average(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
+
+    def mix(old, new):
+        return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+    return Average(jax.tree.map(mix, average.total, value), mix(average.weight, 1.0))
 
 
-def mean(average: Average) -> Array:
+def mean(average: Average) -> Any:
     """The value of an average [S, ...]: total over weight; zeros where it is empty."""
     weight = jnp.where(average.weight > 0, average.weight, 1)
-    return average.total / jnp.reshape(weight, weight.shape + (1,) * (average.total.ndim - weight.ndim))
+    return jax.tree.map(
+        lambda leaf: leaf / jnp.reshape(weight, weight.shape + (1,) * (leaf.ndim - weight.ndim)), average.total
+    )
 
 
-def second_moment(rows: Array, weights: Array | None = None) -> Array:
+def second_moment(rows: Array, weights: Array | None = None, full: bool = True) -> Factor:
     """Sum over rows of the outer product of a row with itself.
 
     Args:
         rows: [..., R, n].
         weights: of the rows, [..., R] or broadcastable to it.
+        full: whether to form the matrix, or only its diagonal.
 
     Returns:
-        [..., n, n].
+        [..., n, n], or a `Diagonal` [..., n].
     """
     weighted = rows if weights is None else rows * weights[..., None]
+    if not full:
+        return Diagonal(jnp.sum(weighted * rows, axis=-2))
     return einsum("...ri,...rj->...ij", weighted, rows)

@@ -12,15 +12,17 @@ F  = E[vec(D) vec(D)^T], the Fisher block in the scale of ONE example; damping h
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 Array = jax.Array
 Scalar = float | Array
 """A number, or an array without axes."""
-ScalarOrSchedule = float | Array | Callable[[Array], Array]
-"""A number, or a function of the int32 step count; schedules of Optax are such functions."""
+ScalarOrSchedule = optax.ScalarOrSchedule
+"""A number, an array without axes, or a schedule: a function of the int32 step count."""
 
 
 class Leaf(NamedTuple):
@@ -78,7 +80,7 @@ class Evidence(NamedTuple):
     Attributes:
         inputs: inputs of each call, [S, N, ..., channels]. None for a parameter of no known layer.
         cotangents: derivatives of the summed negative log-likelihood by the outputs of each call,
-            [K, S, N, ..., channels], the weight of an example entering by its square root. None where g is the identity.
+            [K, S, N, ..., channels]; the weight of an example enters by its square root. None where g is the identity.
         gradient: the sum over examples of D, [S, K, I, O]; [K, *shape] for a parameter of no known layer.
         weights: weights of the examples [N], or of their positions [N, T]. None if all are 1.
         count: W, the total weight of the examples. None stands for N.
@@ -163,38 +165,30 @@ class Layers(Mapping[str, Layer]):
         return "\n".join(_report(self))
 
 
-def _report(layers: Layers) -> Iterator[str]:
+def _report(layers: Layers) -> list[str]:
     """The lines of the coverage report."""
-    rows = [("parameter", "shape", "kind", "factors", "state")]
-    for layer in layers.known:
-        rows_in, columns = layer.shape
-        copies = "".join(f"{size} x " for size in layer.stack)
-        factors = f"{copies}({rows_in}, {columns})"
-        for index, leaf in enumerate(layer.leaves):
-            first = index == 0
-            state = _bytes(_copies(layer) * 8 * (rows_in**2 + columns**2)) if first else ""
-            rows.append((leaf.address, str(leaf.shape), layer.kind if first else "", factors if first else "", state))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
     if layers.known:
+        rows = [("parameter", "shape", "kind", "factors", "state")]
+        for layer in layers.known:
+            copies = "".join(f"{size} x " for size in layer.stack)
+            state = _bytes(prod(layer.stack) * 8 * (layer.shape[0] ** 2 + layer.shape[1] ** 2))
+            first, *others = layer.leaves
+            rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", state))
+            rows.extend((leaf.address, str(leaf.shape), "", "", "") for leaf in others)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        yield "(state: a pair of float32 factors and their inverses or eigenvectors; other methods keep more or less)"
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append(
+            "(factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)"
+        )
     if layers.rest:
-        yield "" if layers.known else "No known layer."
-        yield "Not covered, hence a diagonal Fisher block each (same damping, same learning rate):"
+        lines.append("Not covered, hence a diagonal Fisher block each, same damping and learning rate:")
         width = max(len(layer.name) for layer in layers.rest)
-        for layer in layers.rest:
-            yield f"  {layer.name.ljust(width)}  {layer.leaves[0].shape}  {layer.note}".rstrip()
+        lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
     elif layers.known:
-        yield "Every parameter is covered."
-
-
-def _copies(layer: Layer) -> int:
-    """Number of copies in the stack of a layer."""
-    copies = 1
-    for size in layer.stack:
-        copies *= size
-    return copies
+        lines.append("Every parameter is covered.")
+    return lines
 
 
 def _bytes(count: float) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Scalar
-from natgrad_jax.linalg import mean_diagonal
+from natgrad_jax.linalg import Factor, mean_diagonal
 
 Split = Literal["pi", "even", "exact"]
 SPLITS = ("pi", "even", "exact")
@@ -28,7 +28,7 @@ def check_split(split: str) -> None:
         raise ValueError(f"`split` is {split!r}; expected one of {', '.join(map(repr, SPLITS))}.")
 
 
-def split_damping(inputs: Array, outputs: Array, damping: Scalar, split: str) -> tuple[Array, Array]:
+def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) -> tuple[Array, Array]:
     """Strengths x, y with x y = damping for the factors A and G.
 
     "pi": x / y = (tr A / I) / (tr G / O), which equalises the traces of the two cross terms in the product
@@ -43,8 +43,8 @@ def split_damping(inputs: Array, outputs: Array, damping: Scalar, split: str) ->
     Returns:
         x [S] in the units of A and y [S] in the units of G.
     """
-    root = jnp.sqrt(jnp.asarray(damping, inputs.dtype))
     mean_inputs, mean_outputs = mean_diagonal(inputs), mean_diagonal(outputs)
+    root = jnp.sqrt(jnp.asarray(damping, mean_inputs.dtype))
     both = (mean_inputs > 0) & (mean_outputs > 0)
     ratio = jnp.where(both, mean_inputs, 1) / jnp.where(both, mean_outputs, 1)
     pi = jnp.sqrt(ratio) if split == "pi" else jnp.ones_like(ratio)

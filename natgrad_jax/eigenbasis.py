@@ -9,42 +9,58 @@ import jax.numpy as jnp
 from jax import lax
 
 from natgrad_jax.base import Array, Scalar
-from natgrad_jax.linalg import einsum, floored, matmul, transpose
+from natgrad_jax.linalg import Diagonal, Factor, eigh, einsum, floored, matmul, transpose
 
 
 class Basis(NamedTuple):
-    """Orthogonal columns: inputs U [S, I, I] and outputs V [S, O, O]."""
+    """Orthogonal columns: inputs U [S, I, I] and outputs V [S, O, O]; None for the identity."""
 
-    inputs: Array
-    outputs: Array
+    inputs: Array | None
+    outputs: Array | None
 
 
-def identity(stack: tuple[int, ...], shape: tuple[int, int], dtype: str) -> Basis:
-    """The basis in which every matrix has its own coordinates.
+def standard(inputs: Factor, outputs: Factor) -> Basis:
+    """The basis that changes nothing, of the shapes that `eigenbasis` would give for these factors.
 
     Args:
-        stack: S.
-        shape: (I, O).
-        dtype: of the basis.
+        inputs: an identity matrix [S, I, I] or its diagonal.
+        outputs: an identity matrix [S, O, O] or its diagonal.
 
     Returns:
-        Identity matrices, in buffers of their own.
+        The matrices themselves, and None for a diagonal.
     """
-    rows, columns = shape
-    return Basis(
-        jnp.zeros(stack + (rows, rows), dtype) + jnp.eye(rows, dtype=dtype),
-        jnp.zeros(stack + (columns, columns), dtype) + jnp.eye(columns, dtype=dtype),
-    )
+    return Basis(*(None if isinstance(side, Diagonal) else side for side in (inputs, outputs)))
+
+
+def eigenbasis(inputs: Factor, outputs: Factor) -> tuple[Basis, Array]:
+    """The eigenvectors of a Kronecker pair, and its eigenvalues.
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+
+    Returns:
+        (U, V), and the products of the eigenvalues of A and G [S, I, O].
+    """
+    (s, u), (r, v) = eigh(inputs), eigh(outputs)
+    return Basis(u, v), s[..., :, None] * r[..., None, :]
+
+
+def rotated(rows: Array, side: Array | None) -> Array:
+    """Rows [S, ..., n] in the coordinates of one side [S, n, n] of a basis."""
+    if side is None:
+        return rows
+    return matmul(rows, side.reshape(side.shape[:-2] + (1,) * (rows.ndim - side.ndim) + side.shape[-2:]))
 
 
 def into(basis: Basis, matrix: Array) -> Array:
-    """Coordinates U^T X V of X [S, I, O]."""
-    return matmul(matmul(transpose(basis.inputs), matrix), basis.outputs)
+    """Coordinates U^T X V of X [S, ..., I, O]."""
+    return transpose(rotated(transpose(rotated(matrix, basis.outputs)), basis.inputs))
 
 
 def out_of(basis: Basis, coordinates: Array) -> Array:
-    """The matrix U C V^T with coordinates C [S, I, O]."""
-    return matmul(matmul(basis.inputs, coordinates), transpose(basis.outputs))
+    """The matrix U C V^T with coordinates C [S, ..., I, O]."""
+    return into(Basis(*(side if side is None else transpose(side) for side in basis)), coordinates)
 
 
 def damped_solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar) -> Array:

@@ -12,7 +12,7 @@ Not differentiable in reverse mode: nothing here is meant to be differentiated t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,16 @@ from natgrad_jax.base import Array, Scalar
 
 HIGHEST = lax.Precision.HIGHEST
 State = TypeVar("State")
+
+
+class Diagonal(NamedTuple):
+    """A symmetric matrix of which only the diagonal is kept: entries [..., n]."""
+
+    entries: Array
+
+
+Factor = Array | Diagonal
+"""A symmetric matrix [..., n, n], or its diagonal."""
 
 matmul = partial(jnp.matmul, precision=HIGHEST)
 einsum = partial(jnp.einsum, precision=HIGHEST)
@@ -69,8 +79,22 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 inverse = _one_at_a_time(_inverse)
 """Inverse of a positive definite stack [..., n, n] by Cholesky; NaN where it is not positive definite."""
 
-eigh = _one_at_a_time(_eigh)
-"""Eigenvalues [..., n], ascending, clipped at zero, and eigenvectors [..., n, n] of a positive semidefinite stack."""
+_eigh_stack = _one_at_a_time(_eigh)
+
+
+def eigh(factor: Factor) -> tuple[Array, Array | None]:
+    """Eigenvalues and eigenvectors of a positive semidefinite stack.
+
+    Args:
+        factor: [..., n, n].
+
+    Returns:
+        Eigenvalues [..., n], clipped at zero, ascending, and eigenvectors [..., n, n] as columns; for a diagonal its
+        entries, and None for the identity.
+    """
+    if isinstance(factor, Diagonal):
+        return factor.entries, None
+    return _eigh_stack(factor)
 
 
 def floored(damping: Scalar, size: Array) -> Array:
@@ -89,23 +113,34 @@ def floored(damping: Scalar, size: Array) -> Array:
     return jnp.maximum(damping, 8 * jnp.finfo(size.dtype).eps * size)
 
 
-def damped_inverse(factor: Array, damping: Scalar) -> Array:
-    """(factor + damping I)^-1 for stacks of matrices or of diagonals.
+def damped_inverse(factor: Factor, damping: Array) -> Factor:
+    """(factor + damping I)^-1.
 
     Args:
         factor: positive semidefinite [..., n, n].
         damping: strengths [...], in the units of `factor`; floored relative to its Frobenius norm.
 
     Returns:
-        [..., n, n]; NaN where the factorisation fails.
+        Of the kind of `factor`; NaN where the factorisation fails.
     """
+    if isinstance(factor, Diagonal):
+        strength = floored(damping, jnp.max(factor.entries, axis=-1))
+        return Diagonal(1 / (factor.entries + strength[..., None]))
     strength = floored(damping, jnp.linalg.norm(factor, axis=(-2, -1)))
     identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
     return inverse(factor + strength[..., None, None] * identity)
 
 
-def mean_diagonal(factor: Array) -> Array:
-    """Trace over dimension of a stack of matrices: [..., n, n] -> [...]."""
+def sandwich(left: Factor, matrix: Array, right: Factor) -> Array:
+    """Left X right for X [..., I, O]."""
+    found = left.entries[..., :, None] * matrix if isinstance(left, Diagonal) else matmul(left, matrix)
+    return found * right.entries[..., None, :] if isinstance(right, Diagonal) else matmul(found, right)
+
+
+def mean_diagonal(factor: Factor) -> Array:
+    """Trace over dimension: [..., n, n] -> [...]."""
+    if isinstance(factor, Diagonal):
+        return jnp.mean(factor.entries, axis=-1)
     return jnp.trace(factor, axis1=-2, axis2=-1) / factor.shape[-1]
 
 

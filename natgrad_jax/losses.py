@@ -197,7 +197,7 @@ poisson = Likelihood(
     root_transpose=_scaled_root(_rate_root),
     check=_same_shape,
 )
-"""Counts: outputs are logarithms of the rate, targets counts of the same shape. exp(z) - y z; the term log y! is left out.
+"""Counts: outputs are logarithms of the rate, targets counts of the same shape: exp(z) - y z, without the term log y!.
 
 H = diag(exp z).
 """

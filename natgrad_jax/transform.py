@@ -10,19 +10,18 @@ not finite is dropped layer by layer, the previous value kept, and the event cou
 ever read back by the host.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from natgrad_jax import addresses
+from natgrad_jax import addresses, checks
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.diagonal import diagonal
 from natgrad_jax.grouping import map_states
-from natgrad_jax.layers import from_matrix, input_rows, to_matrix
+from natgrad_jax.layers import from_matrix, to_matrix
 from natgrad_jax.linalg import keep_finite
 
 Tree = Any
@@ -106,10 +105,10 @@ def lift(
     """
     if not isinstance(layers, Layers):
         raise TypeError(f"`layers` is {layers!r}; expected what `capture.layers(variables, x)` returns.")
-    _check_number("damping", damping, 0.0, np.inf)
-    _check_number("decay", decay, 0.0, 1.0)
+    checks.number("damping", damping, least=0)
+    checks.number("decay", decay, least=0, below=1)
     for name in ("statistics_every", "refresh_every", "rescale_every"):
-        _check_number(name, getattr(schedule, name), 1, np.inf)
+        checks.number(name, getattr(schedule, name), least=1)
 
     def methods(decay: Scalar) -> Callable[[Layer], Method]:
         known, rest = method(decay), diagonal(decay)
@@ -117,14 +116,14 @@ def lift(
 
     def init(params):
         at = methods(0.0)
-        states = {layer.name: at(layer).init(layer) for layer in _present(layers, params)}
+        states = {layer.name: at(layer).init(layer) for layer in checks.present(layers, params)}
         zero = (jnp.zeros((), jnp.int32) for _ in range(5))
         return NaturalGradientState(next(zero), states, Metrics(*zero, damping=jnp.zeros((), jnp.float32)))
 
     def update(updates, state, params=None, *, curvature=None, warm_start=None, **extra):
         del params, extra
-        blocks = _present(layers, updates, state.layers)
-        evidence_of = _checked(curvature, blocks)
+        blocks = checks.present(layers, updates)
+        evidence_of = checks.lazy_evidence(curvature, blocks)
         if warm_start is not None:
             at = methods(warm_start / (warm_start + 1))
             return updates, _observe_all(at, blocks, evidence_of(), state)
@@ -140,7 +139,7 @@ def lift(
                 leaves[leaf.address] = found[leaf.role].astype(parts[leaf.role].dtype)
         metrics = state.metrics._replace(damping=strength.astype(jnp.float32))
         return addresses.replace(updates, leaves), state._replace(
-            count=optax.safe_increment(state.count), metrics=metrics
+            count=jnp.asarray(optax.safe_increment(state.count)), metrics=metrics
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -236,7 +235,7 @@ def _keep_finite_refreshes(
 
 def _at(value: ScalarOrSchedule, count: Array) -> Scalar:
     """A setting at a step."""
-    return value(count) if callable(value) else value
+    return jnp.asarray(value(count)) if callable(value) else value
 
 
 def _due(count: Array, every: Period) -> bool | Array:
@@ -259,177 +258,3 @@ def _when(due: bool | Array, function: Callable[[Any], Any], state: Any) -> Any:
 
 def _is_wide(blocks: tuple[Layer, ...]) -> bool:
     return any(layer.dtype == "float64" for layer in blocks)
-
-
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Refuse a setting that is known now and out of its range; traced values and schedules pass."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
-        return
-    if not least <= np.asarray(value).item() <= most:
-        bounds = (
-            f"a number from {least:g} to {most:g}" if np.isfinite(most) else f"a finite number of at least {least:g}"
-        )
-        raise ValueError(f"`{name}` is {value}; expected {bounds}.")
-    if not np.isfinite(np.asarray(value).item()):
-        raise ValueError(f"`{name}` is {value}; expected a finite number.")
-
-
-def _present(layers: Layers, tree: Tree, states: States | None = None) -> tuple[Layer, ...]:
-    """The blocks whose parameters the tree has; those that a mask took away are left out.
-
-    Raises:
-        ValueError: if the tree is not the one of the model that the layers were found in.
-    """
-    leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
-    if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
-        return tuple(layer for layer in layers.blocks if states is None or layer.name in states)
-    blocks = []
-    for layer in layers.blocks:
-        visible = [leaf for leaf in layer.leaves if leaf.address not in hidden]
-        if not visible:
-            continue
-        for leaf in layer.leaves:
-            if leaf.address not in leaves:
-                raise ValueError(
-                    f"Layer {layer.name!r} has the parameter {leaf.address!r}, which the tree of parameters or gradients "
-                    f"lacks; it has {sorted(leaves)}. Was the transformation built with the `layers` of another model? "
-                    "A mask must hide all parameters of a layer or none."
-                )
-            if tuple(leaves[leaf.address].shape) != leaf.shape:
-                raise ValueError(
-                    f"Parameter {leaf.address!r} has shape {tuple(leaves[leaf.address].shape)}, but {leaf.shape} in the "
-                    "`layers` that the transformation was built with: they are of another model."
-                )
-        blocks.append(layer)
-    unknown = set(leaves) - {leaf.address for layer in layers.blocks for leaf in layer.leaves}
-    if unknown:
-        raise ValueError(
-            f"The parameters {sorted(unknown)} are not in the `layers` that the transformation was built with; it "
-            "knows "
-            f"{sorted(leaf.address for layer in layers.blocks for leaf in layer.leaves)}. Build it with this model's layers."
-        )
-    return tuple(blocks)
-
-
-def _checked(curvature: Any, blocks: tuple[Layer, ...]) -> Callable[[], Mapping[str, Evidence]]:
-    """The evidence, lazily, with names and shapes compared to the layers.
-
-    Raises:
-        ValueError: at once if there is no curvature; when called, if it is of other layers or shapes.
-    """
-    if curvature is None:
-        raise ValueError(
-            "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, where `out` is what "
-            "`capture.value_and_grad` returned."
-        )
-
-    def evidence_of():
-        evidence = curvature() if callable(curvature) else curvature
-        missing = [layer.name for layer in blocks if layer.name not in evidence]
-        if missing:
-            raise ValueError(
-                f"`curvature` has no evidence for layers {missing}; it has {sorted(evidence)}. "
-                "Capture with the `layers` that the transformation was built with."
-            )
-        return {layer.name: _fitting(layer, evidence[layer.name]) for layer in blocks}
-
-    return evidence_of
-
-
-def _fitting(layer: Layer, evidence: Evidence) -> Evidence:
-    """The evidence of a layer, if its shapes are those of the layer."""
-    if layer.kind == "parameter" and (evidence.gradient is None or evidence.count is None):
-        raise ValueError(f"The evidence for parameter {layer.name!r} needs `gradient` and `count`; it has {evidence}.")
-    if evidence.gradient is not None:
-        shape = evidence.gradient.shape
-        axes = len(layer.stack)
-        if shape[:axes] + shape[axes + 1 :] != layer.stack + layer.shape:
-            raise ValueError(
-                f"The evidence for layer {layer.name!r} has a gradient of shape {shape}; expected the draws and "
-                f"{layer.stack + layer.shape}. Is it of another model?"
-            )
-    if evidence.inputs is not None and layer.kind != "parameter":
-        rows = jax.eval_shape(lambda evidence: input_rows(layer, evidence), evidence)
-        if rows.shape[-1] != layer.shape[0]:
-            raise ValueError(
-                f"The evidence for layer {layer.name!r} has inputs of {rows.shape[-1]} entries (bias included); expected "
-                f"{layer.shape[0]}. Is it of another model?"
-            )
-    return evidence
-
-
-def complete(
-    direction: optax.GradientTransformationExtraArgs,
-    learning_rate: ScalarOrSchedule,
-    momentum: ScalarOrSchedule | None,
-    weight_decay: ScalarOrSchedule | None,
-    weight_decay_mask: Any | Callable[[Any], Any] | None,
-) -> optax.GradientTransformationExtraArgs:
-    """A direction, then weight decay, then heavy-ball momentum, then the learning rate.
-
-    Args:
-        direction: a `scale_by_*` transformation.
-        learning_rate: step size, or its schedule.
-        momentum: weight of the old direction in the buffer; None for no buffer.
-        weight_decay: strength; None for none.
-        weight_decay_mask: which parameters decay.
-
-    Returns:
-        The chain.
-    """
-    parts = [direction]
-    if weight_decay is not None:
-        parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
-    if momentum is not None:
-        parts.append(optax.trace(momentum))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
-
-
-def warm_start(
-    tx: optax.GradientTransformationExtraArgs,
-    state: Any,
-    evidence_stream: Iterable[Any],
-    params: Tree | None = None,
-) -> Any:
-    """Fill the statistics with the running mean over a pass of data, before training.
-
-    Nothing but statistics changes: no step is counted, and no other part of a chain moves. The average so made counts
-    as one full old value afterwards. As in the experiments of Goldfarb, Ren and Bahamou.
-
-    Args:
-        tx: a lifted method, or a chain with one in it.
-        state: its state.
-        evidence_stream: for each batch what `capture.value_and_grad` returned; or, with `params`, the evidence alone:
-            `out.curvature`, or {name: Evidence}, which a jitted function can return.
-        params: the parameters; needed if the stream gives evidence alone.
-
-    Returns:
-        The state of `tx` with warm statistics.
-
-    Raises:
-        ValueError: if the stream gives evidence alone and `params` is None, or the state has no lifted method.
-    """
-
-    def is_ours(node):
-        return isinstance(node, NaturalGradientState)
-
-    if not any(is_ours(node) for node in jax.tree.leaves(state, is_leaf=is_ours)):
-        raise ValueError(
-            f"`state` of type {type(state).__name__} holds no natural-gradient method; expected `tx.init(params)`."
-        )
-
-    @jax.jit
-    def observe(state, updates, evidence, done):
-        _, new = tx.update(updates, state, params, curvature=evidence, warm_start=done)
-        return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
-
-    for done, item in enumerate(evidence_stream):
-        like = getattr(item, "grad", params)
-        if like is None:
-            raise ValueError(
-                "`params` is None, but the stream gives evidence without gradients; pass `params=variables['params']`."
-            )
-        evidence = getattr(item, "curvature", item)
-        evidence = evidence() if callable(evidence) else evidence
-        state = observe(state, jax.tree.map(jnp.zeros_like, like), evidence, jnp.asarray(done, jnp.float32))
-    return state

@@ -168,6 +168,7 @@ class Curvature:
         if self._problem.labels == "true":
             return self._batch.targets[None]
         outputs = _wide(self._problem.readout(self._passed.outputs))
+        assert self._batch.key is not None, "checked in `evaluate`"
         keys = jax.random.split(self._batch.key, self._problem.draws)
         return jax.vmap(lambda key: self._problem.likelihood.sample(key, outputs))(keys)
 
@@ -268,8 +269,8 @@ def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, 
     read = problem.readout(outputs)
     if not (hasattr(read, "shape") and jnp.issubdtype(read.dtype, jnp.floating)):
         raise TypeError(
-            f"The model returned {jax.tree.map(jnp.shape, outputs)}, of which the likelihood reads {type(read).__name__}; "
-            "expected one floating-point array. Name it by `readout`, e.g. `readout=lambda outputs: outputs[0]`."
+            f"The likelihood reads {type(read).__name__} {jax.tree.map(jnp.shape, read)} from the model; expected "
+            "one floating-point array. Choose it by `readout`, for instance `readout=lambda outputs: outputs[0]`."
         )
     if problem.objective is None or problem.labels == "true":
         complaint = problem.likelihood.check(read, jnp.asarray(targets))
@@ -278,11 +279,11 @@ def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, 
     if weights is not None and weights.shape != read.shape[: weights.ndim]:
         raise ValueError(
             f"`weights` of shape {weights.shape} do not fit outputs of shape {read.shape}; expected its leading axes, "
-            f"({read.shape[0]},) for examples or {read.shape[:2]} for positions."
+            f"{read.shape[:1]} for examples or {read.shape[:2]} for positions."
         )
     if problem.labels == "sampled" and key is None:
         raise ValueError(
-            '`key` is None, but `labels="sampled"` draws labels: pass `key=jax.random.key(...)`, a new one for each step.'
+            '`key` is None, but `labels="sampled"` draws labels; pass a new `key=jax.random.key(...)` at each step.'
         )
 
 

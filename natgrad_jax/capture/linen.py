@@ -83,6 +83,7 @@ class Capture:
     def layers(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Layers:
         """The layers that the model calls on such inputs; nothing is computed.
 
+        >>> import natgrad_jax as ng
         >>> model = nn.Dense(3)
         >>> x = jnp.ones((8, 4))
         >>> watched = capture(model, ng.losses.softmax_cross_entropy)
@@ -90,7 +91,7 @@ class Capture:
         parameter     shape   kind   factors  state
         Dense/kernel  (4, 3)  dense  (5, 3)   272 B
         Dense/bias    (3,)
-        (state: a pair of float32 factors and their inverses or eigenvectors; other methods keep more or less)
+        (factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)
         Every parameter is covered.
 
         Args:
@@ -165,17 +166,13 @@ class Capture:
         watch_all = _watch(lambda path, module, x: _sight(sightings, self.exclude, path, module, x))
         outputs, mutated = jax.eval_shape(lambda params: apply(params, {}, watch_all, [_PROBES]), params)
         examples = _examples(jax.eval_shape(self.problem.readout, outputs))
-        inputs = flatten_dict(mutated.get(_INPUTS, {}))
+        inputs: dict[Path, Any] = dict(flatten_dict(mutated.get(_INPUTS, {})))
         layers = _classify(params, sightings, inputs, examples, self.exclude)
         paths = {_name(path, sighting): path for path, sighting in sightings.items()}
-        shapes = flatten_dict(mutated.get(_PROBES, {}))
-        probes = {
-            name: tuple(
-                jnp.zeros(shapes[(*paths[name], f"call{i}")].shape, shapes[(*paths[name], f"call{i}")].dtype)
-                for i in range(len(inputs[(*paths[name], _CALLS)]))
-            )
-            for name in layers
-        }
+        shapes: dict[Path, Any] = dict(flatten_dict(mutated.get(_PROBES, {})))
+        calls = {name: range(len(inputs[(*paths[name], _CALLS)])) for name in layers}
+        outlines = {name: tuple(shapes[(*paths[name], f"call{i}")] for i in calls[name]) for name in layers}
+        probes = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), outlines)
         watched = {paths[name] for name in layers}
         watch_known = _watch(lambda path, module, x: path in watched)
 
@@ -261,8 +258,8 @@ def _geometry(name: str, module: nn.Conv) -> ConvGeometry:
     for option in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
         if getattr(module, option) is not None:
             raise ValueError(
-                f"Layer {name!r} (Conv) has the option `{option}`, with which its gradient is no product of patches and "
-                f"cotangents. Leave it to a diagonal block: `capture(..., exclude=[{name!r}])`."
+                f"Layer {name!r} (Conv) has the option `{option}`, with which its gradient is no product of patches "
+                f"and cotangents; expected None. Leave it to a diagonal block: `capture(..., exclude=[{name!r}])`."
             )
     window = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
     rank = len(window)

@@ -6,12 +6,14 @@ The registry, and the questions that methods ask of a layer whatever its kind. A
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
 from natgrad_jax.averages import second_moment
 from natgrad_jax.base import Array, Evidence, Kind, Layer, Scalar
 from natgrad_jax.layers.conv import CONV, ConvGeometry
 from natgrad_jax.layers.dense import DENSE
+from natgrad_jax.linalg import Diagonal, Factor
 from natgrad_jax.losses import example_weights
 
 __all__ = [
@@ -58,31 +60,51 @@ def output_rows(layer: Layer, evidence: Evidence) -> Array:
     return _joined([KINDS[layer.kind].output_rows(layer, call) for call in calls])
 
 
-def input_moment(layer: Layer, evidence: Evidence) -> Array:
-    """A = sum_{n,t} a a^T / W, weighted: the sum over positions and the mean over examples, [S, I, I]."""
+def input_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor:
+    """A = sum_{n,t} a a^T / W, weighted: the sum over positions and the mean over examples.
+
+    Args:
+        layer: the layer.
+        evidence: what a batch says about it.
+        full: whether to form the matrix, or only its diagonal.
+
+    Returns:
+        [S, I, I], or a `Diagonal` [S, I].
+    """
     rows = input_rows(layer, evidence)
     weights = _row_weights(evidence, rows.shape[-2])
     examples, positions = rows.shape[-3:-1]
     flat = rows.reshape(rows.shape[:-3] + (examples * positions, rows.shape[-1]))
     if weights is not None:
         weights = jnp.broadcast_to(weights, (examples, positions)).reshape(-1).astype(flat.dtype)
-    return second_moment(flat, weights) / _nonzero(total(evidence, examples)).astype(flat.dtype)
+    return _divided(second_moment(flat, weights, full), total(evidence, examples))
 
 
-def output_moment(layer: Layer, evidence: Evidence) -> Array:
-    """G = the mean of g g^T over draws, examples and positions, weighted, [S, O, O]; I if g is the identity."""
+def output_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor:
+    """G = the mean of g g^T over draws, examples and positions, weighted; I if g is the identity.
+
+    Args:
+        layer: the layer.
+        evidence: what a batch says about it.
+        full: whether to form the matrix, or only its diagonal.
+
+    Returns:
+        [S, O, O], or a `Diagonal` [S, O].
+    """
     columns = layer.shape[-1]
     if evidence.cotangents is None:
+        if not full:
+            return Diagonal(jnp.ones((*layer.stack, columns), layer.dtype))
         return jnp.broadcast_to(jnp.eye(columns, dtype=layer.dtype), (*layer.stack, columns, columns))
     rows = output_rows(layer, evidence)
     draws, examples, positions = rows.shape[-4:-1]
     weights = _row_weights(evidence, positions)
     if weights is None:
-        count = jnp.asarray(examples * positions, rows.dtype)
+        count = examples * positions
     else:
         count = jnp.sum(jnp.broadcast_to(weights, (examples, positions)))
     flat = rows.reshape(rows.shape[:-4] + (draws * examples * positions, columns))
-    return second_moment(flat) / (draws * _nonzero(count)).astype(rows.dtype)
+    return _divided(second_moment(flat, full=full), draws * count)
 
 
 def total(evidence: Evidence, examples: int) -> Scalar:
@@ -111,6 +133,6 @@ def _row_weights(evidence: Evidence, positions: int) -> Array | None:
     return weights if weights.shape[1] == positions else example_weights(weights)[:, None]
 
 
-def _nonzero(count: Scalar) -> Array:
-    count = jnp.asarray(count)
-    return jnp.where(count > 0, count, 1)
+def _divided(moment: Factor, count: Scalar) -> Factor:
+    """A moment over its count; of an empty batch, zero."""
+    return jax.tree.map(lambda leaf: leaf / jnp.where(count > 0, count, 1).astype(leaf.dtype), moment)

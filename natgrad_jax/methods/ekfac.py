@@ -22,57 +22,54 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages
+from natgrad_jax import averages, factors
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
-from natgrad_jax.eigenbasis import Basis, damped_solve, example_moments, identity, into
-from natgrad_jax.layers import input_moment, input_rows, output_moment, output_rows, total
-from natgrad_jax.linalg import eigh, matmul
-from natgrad_jax.transform import Schedule, complete, lift
+from natgrad_jax.chain import complete
+from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, example_moments, into, rotated, standard
+from natgrad_jax.factors import Pair
+from natgrad_jax.layers import input_rows, output_rows, total
+from natgrad_jax.transform import Schedule, lift
 
 Estimator = Literal["per_example", "minibatch"]
 ESTIMATORS = ("per_example", "minibatch")
 
 
 class EKFACState(NamedTuple):
-    """Averages A [S, I, I] and G [S, O, O], the basis (U, V), and the average of the scale [S, I, O] in it."""
+    """The averages of A and G, the basis (U, V), and the average of the scale [S, I, O] in it."""
 
-    inputs: Average
-    outputs: Average
+    pair: Pair
     basis: Basis
     scale: Average
 
 
-def ekfac_block(decay: Scalar, estimator: Estimator = "per_example") -> Method:
+def ekfac_block(decay: Scalar, estimator: Estimator = "per_example", max_factor_dim: int = 8192) -> Method:
     """EKFAC of one layer.
 
     Args:
         decay: weight of the old value in the averages.
         estimator: "per_example" or "minibatch".
+        max_factor_dim: a side wider than this keeps its own coordinates.
 
     Returns:
         The five functions.
     """
 
     def init(layer):
-        sides = [averages.empty(layer.stack, (size, size), layer.dtype) for size in layer.shape]
-        basis = identity(layer.stack, layer.shape, layer.dtype)
-        return EKFACState(*sides, basis, averages.empty(layer.stack, layer.shape, layer.dtype))
+        pair, basis = factors.empty(layer, max_factor_dim), standard(*factors.identities(layer, max_factor_dim))
+        return EKFACState(pair, basis, averages.empty(layer.stack, layer.shape, layer.dtype))
 
     def observe(layer, state, evidence):
-        return state._replace(
-            inputs=averages.update(state.inputs, input_moment(layer, evidence), decay),  # 1
-            outputs=averages.update(state.outputs, output_moment(layer, evidence), decay),
-        )
+        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay))  # 1
 
     def refresh(layer, state, damping):
         del damping
-        (s, u), (r, v) = eigh(averages.mean(state.inputs)), eigh(averages.mean(state.outputs))  # 2
+        basis, eigenvalues = eigenbasis(*factors.means(state.pair))  # 2
         if estimator == "minibatch":
-            scale = Average(s[..., :, None] * r[..., None, :], jnp.ones_like(state.scale.weight))  # 3'
+            scale = Average(eigenvalues, jnp.ones_like(state.scale.weight))  # 3'
         else:
             scale = averages.empty(layer.stack, layer.shape, layer.dtype)  # 3
-        return state._replace(basis=Basis(u, v), scale=scale)
+        return state._replace(basis=basis, scale=scale)
 
     def rescale(layer, state, evidence):
         square = _minibatch if estimator == "minibatch" else _per_example
@@ -95,6 +92,7 @@ def scale_by_ekfac(
     refresh_every: int | Array = 100,
     rescale_every: int | Array = 10,
     early_refresh: bool = True,
+    max_factor_dim: int = 8192,
 ) -> optax.GradientTransformationExtraArgs:
     """The EKFAC direction, U [(U^T dW V) / (scale + damping)] V^T for every layer.
 
@@ -108,6 +106,7 @@ def scale_by_ekfac(
         refresh_every: steps between eigendecompositions.
         rescale_every: steps between measurements of the scale; there is one after every refresh in any case.
         early_refresh: whether to refresh at every statistics step until the first period is over.
+        max_factor_dim: a side wider than this (a vocabulary, say) keeps its own coordinates.
 
     Returns:
         A transformation; `update` needs `curvature`.
@@ -119,7 +118,7 @@ def scale_by_ekfac(
     if estimator not in ESTIMATORS:
         raise ValueError(f"`estimator` is {estimator!r}; expected one of {', '.join(map(repr, ESTIMATORS))}.")
     return lift(
-        lambda decay: ekfac_block(decay, estimator),
+        lambda decay: ekfac_block(decay, estimator, max_factor_dim),
         layers,
         damping=damping,
         decay=decay,
@@ -138,7 +137,8 @@ def ekfac(
     refresh_every: int | Array = 100,
     rescale_every: int | Array = 10,
     early_refresh: bool = True,
-    momentum: ScalarOrSchedule | None = 0.9,
+    max_factor_dim: int = 8192,
+    momentum: Scalar | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -156,6 +156,7 @@ def ekfac(
         refresh_every: see `scale_by_ekfac`.
         rescale_every: see `scale_by_ekfac`.
         early_refresh: see `scale_by_ekfac`.
+        max_factor_dim: see `scale_by_ekfac`.
         momentum: weight of the old direction; None for none.
         weight_decay: strength; None for none, else `update` needs `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
@@ -172,23 +173,27 @@ def ekfac(
         refresh_every=refresh_every,
         rescale_every=rescale_every,
         early_refresh=early_refresh,
+        max_factor_dim=max_factor_dim,
     )
     return complete(direction, learning_rate, momentum, weight_decay, weight_decay_mask)
 
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     """E[(U^T D V)^2], [S, I, O]."""
-    rows = matmul(input_rows(layer, evidence), basis.inputs[..., None, :, :])
+    rows = rotated(input_rows(layer, evidence), basis.inputs)
     examples = rows.shape[-3]
     if evidence.cotangents is None:  # g = identity: the columns of D are independent and alike
         moment = jnp.sum(jnp.sum(rows, axis=-2) ** 2, axis=-2)
         return jnp.broadcast_to(moment[..., None], (*layer.stack, *layer.shape)) / total(evidence, examples)
-    columns = matmul(output_rows(layer, evidence), basis.outputs[..., None, None, :, :])
+    columns = rotated(output_rows(layer, evidence), basis.outputs)
     return example_moments(rows, columns) / total(evidence, examples)
 
 
 def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     """(U^T (sum_n D_n) V)^2 / W, averaged over draws, [S, I, O]."""
-    del layer
-    apart = Basis(*(side[..., None, :, :] for side in basis))
-    return jnp.mean(into(apart, evidence.gradient) ** 2, axis=-3) / evidence.count
+    if evidence.gradient is None or evidence.count is None:
+        raise ValueError(
+            f"The evidence for layer {layer.name!r} has no `gradient` or no `count`, which the estimator 'minibatch' "
+            "needs; take the evidence from `capture.value_and_grad`."
+        )
+    return jnp.mean(into(basis, evidence.gradient) ** 2, axis=-3) / evidence.count

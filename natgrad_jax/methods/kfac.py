@@ -18,31 +18,31 @@ and g are independent. Not here: the block-tridiagonal variant; the quadratic-mo
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages
-from natgrad_jax.averages import Average
+from natgrad_jax import factors
 from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
+from natgrad_jax.chain import complete
 from natgrad_jax.damping import Split, check_split, split_damping
-from natgrad_jax.eigenbasis import Basis, damped_solve, identity
-from natgrad_jax.layers import input_moment, output_moment
-from natgrad_jax.linalg import damped_inverse, eigh, matmul
-from natgrad_jax.transform import Schedule, complete, lift
+from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, standard
+from natgrad_jax.factors import Pair
+from natgrad_jax.linalg import Factor, damped_inverse, sandwich
+from natgrad_jax.transform import Schedule, lift
 
 
 class KFACState(NamedTuple):
-    """Averages A [S, I, I] and G [S, O, O], and what `apply` reads of them."""
+    """The averages of A [S, I, I] and G [S, O, O], and what `apply` reads of them."""
 
-    inputs: Average
-    outputs: Average
-    inverse: "Inverses | Eigen"
+    pair: Pair
+    inverse: "Inverses | Eigen"  # Eigen if split="exact"
 
 
 class Inverses(NamedTuple):
     """A^ [S, I, I] and G^ [S, O, O]."""
 
-    inputs: Array
-    outputs: Array
+    inputs: Factor
+    outputs: Factor
 
 
 class Eigen(NamedTuple):
@@ -52,44 +52,40 @@ class Eigen(NamedTuple):
     scale: Array
 
 
-def kfac_block(decay: Scalar, split: Split = "pi") -> Method:
+def kfac_block(decay: Scalar, split: Split = "pi", max_factor_dim: int = 8192) -> Method:
     """K-FAC of one layer.
 
     Args:
         decay: weight of the old value in the averages.
         split: how the damping enters: "pi", "even" or "exact".
+        max_factor_dim: a side wider than this keeps only the diagonal of its factor.
 
     Returns:
         The four functions.
     """
 
     def init(layer):
-        sides = [averages.empty(layer.stack, (size, size), layer.dtype) for size in layer.shape]
-        basis = identity(layer.stack, layer.shape, layer.dtype)
+        pair, ones = factors.empty(layer, max_factor_dim), factors.identities(layer, max_factor_dim)
         if split == "exact":
-            return KFACState(*sides, Eigen(basis, averages.empty(layer.stack, layer.shape, layer.dtype).total + 1))
-        return KFACState(*sides, Inverses(*basis))
+            return KFACState(pair, Eigen(standard(*ones), jnp.ones(layer.stack + layer.shape, layer.dtype)))
+        return KFACState(pair, Inverses(*ones))
 
     def observe(layer, state, evidence):
-        return state._replace(
-            inputs=averages.update(state.inputs, input_moment(layer, evidence), decay),  # 1
-            outputs=averages.update(state.outputs, output_moment(layer, evidence), decay),
-        )
+        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay))  # 1
 
     def refresh(layer, state, damping):
         del layer
-        inputs, outputs = averages.mean(state.inputs), averages.mean(state.outputs)
+        inputs, outputs = factors.means(state.pair)
         if split == "exact":
-            (s, u), (r, v) = eigh(inputs), eigh(outputs)  # 3'
-            return state._replace(inverse=Eigen(Basis(u, v), s[..., :, None] * r[..., None, :]))
+            return state._replace(inverse=Eigen(*eigenbasis(inputs, outputs)))  # 3'
         x, y = split_damping(inputs, outputs, damping, split)  # 2
         return state._replace(inverse=Inverses(damped_inverse(inputs, x), damped_inverse(outputs, y)))  # 3
 
     def apply(layer, state, gradient, damping):
         del layer
         if split == "exact":
-            return damped_solve(*state.inverse, gradient, damping)  # 4'
-        return matmul(matmul(state.inverse.inputs, gradient), state.inverse.outputs)  # 4
+            return damped_solve(state.inverse.basis, state.inverse.scale, gradient, damping)  # 4'
+        return sandwich(state.inverse.inputs, gradient, state.inverse.outputs)  # 4
 
     return Method(init, observe, refresh, apply)
 
@@ -103,6 +99,7 @@ def scale_by_kfac(
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
     early_refresh: bool = True,
+    max_factor_dim: int = 8192,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC direction, A^-1 dW G^-1 for every layer.
 
@@ -115,6 +112,7 @@ def scale_by_kfac(
         statistics_every: steps between statistics.
         refresh_every: steps between inversions.
         early_refresh: whether to invert at every statistics step until the first period is over.
+        max_factor_dim: a side wider than this (a vocabulary, say) keeps only the diagonal of its factor.
 
     Returns:
         A transformation; `update` needs `curvature`.
@@ -125,7 +123,7 @@ def scale_by_kfac(
     """
     check_split(split)
     return lift(
-        lambda decay: kfac_block(decay, split),
+        lambda decay: kfac_block(decay, split, max_factor_dim),
         layers,
         damping=damping,
         decay=decay,
@@ -143,7 +141,8 @@ def kfac(
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
     early_refresh: bool = True,
-    momentum: ScalarOrSchedule | None = 0.9,
+    max_factor_dim: int = 8192,
+    momentum: Scalar | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -162,6 +161,7 @@ def kfac(
         statistics_every: see `scale_by_kfac`.
         refresh_every: see `scale_by_kfac`.
         early_refresh: see `scale_by_kfac`.
+        max_factor_dim: see `scale_by_kfac`.
         momentum: weight of the old direction; None for none.
         weight_decay: strength; None for none, else `update` needs `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
@@ -177,5 +177,6 @@ def kfac(
         statistics_every=statistics_every,
         refresh_every=refresh_every,
         early_refresh=early_refresh,
+        max_factor_dim=max_factor_dim,
     )
     return complete(direction, learning_rate, momentum, weight_decay, weight_decay_mask)

@@ -1,0 +1,88 @@
+"""What stands around a direction: the complete optimizer, and statistics before training."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.base import Scalar, ScalarOrSchedule
+from natgrad_jax.transform import NaturalGradientState, Tree
+
+
+def complete(
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: ScalarOrSchedule,
+    momentum: Scalar | None,
+    weight_decay: ScalarOrSchedule | None,
+    weight_decay_mask: Any | Callable[[Any], Any] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction, then weight decay, then heavy-ball momentum, then the learning rate.
+
+    Args:
+        direction: a `scale_by_*` transformation.
+        learning_rate: step size, or its schedule.
+        momentum: weight of the old direction in the buffer; None for no buffer.
+        weight_decay: strength; None for none.
+        weight_decay_mask: which parameters decay.
+
+    Returns:
+        The chain.
+    """
+    parts: list[optax.GradientTransformation] = [direction]
+    if weight_decay is not None:
+        parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
+    if momentum is not None:
+        parts.append(optax.trace(momentum))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def warm_start(
+    tx: optax.GradientTransformationExtraArgs,
+    state: Any,
+    evidence_stream: Iterable[Any],
+    params: Tree | None = None,
+) -> Any:
+    """Fill the statistics with the running mean over a pass of data, before training.
+
+    Nothing but statistics changes: no step is counted, and no other part of a chain moves. The average so made counts
+    as one full old value afterwards. As in the experiments of Goldfarb, Ren and Bahamou.
+
+    Args:
+        tx: a lifted method, or a chain with one in it.
+        state: its state.
+        evidence_stream: for each batch what `capture.value_and_grad` returned; or, with `params`, the evidence alone:
+            `out.curvature`, or {name: Evidence}, which a jitted function can return.
+        params: the parameters; needed if the stream gives evidence alone.
+
+    Returns:
+        The state of `tx` with warm statistics.
+
+    Raises:
+        ValueError: if the stream gives evidence alone and `params` is None, or the state has no lifted method.
+    """
+
+    def is_ours(node):
+        return isinstance(node, NaturalGradientState)
+
+    if not any(is_ours(node) for node in jax.tree.leaves(state, is_leaf=is_ours)):
+        raise ValueError(
+            f"`state` of type {type(state).__name__} holds no natural-gradient method; expected `tx.init(params)`."
+        )
+
+    @jax.jit
+    def observe(state, updates, evidence, done):
+        _, new = tx.update(updates, state, params, curvature=evidence, warm_start=done)
+        return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
+
+    for done, item in enumerate(evidence_stream):
+        like = getattr(item, "grad", params)
+        if like is None:
+            raise ValueError(
+                "`params` is None, but the stream gives evidence without gradients; pass `params=variables['params']`."
+            )
+        evidence = getattr(item, "curvature", item)
+        evidence = evidence() if callable(evidence) else evidence
+        state = observe(state, jax.tree.map(jnp.zeros_like, like), evidence, jnp.asarray(done, jnp.float32))
+    return state
