@@ -65,10 +65,38 @@ def _one_at_a_time(routine: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 def _inverse(matrix: Array) -> Array:
-    factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-    half = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return matmul(half.T, half)
+    """M^-1 = (L^-1)^T L^-1. By halves it takes 1.7 n^3 flops, mostly in products, not 3.3 n^3."""
+    return _gram(_triangular_inverse(lax.linalg.cholesky(matrix, symmetrize_input=False)))
+
+
+_SMALL = 512  # below this size one library call beats products of halves
+
+
+def _halves(size: int) -> int:
+    """Where to cut a matrix: near the middle, at a multiple of 64."""
+    return (size // 2 + 63) // 64 * 64
+
+
+def _triangular_inverse(lower: Array) -> Array:
+    """L^-1 of a lower triangular L [n, n]."""
+    size = lower.shape[-1]
+    if size <= _SMALL:
+        return lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
+    cut = _halves(size)
+    first, last = _triangular_inverse(lower[:cut, :cut]), _triangular_inverse(lower[cut:, cut:])
+    below = -matmul(last, matmul(lower[cut:, :cut], first))
+    return jnp.block([[first, jnp.zeros((cut, size - cut), lower.dtype)], [below, last]])
+
+
+def _gram(lower: Array) -> Array:
+    """X^T X of a lower triangular X [n, n]."""
+    size = lower.shape[-1]
+    if size <= _SMALL:
+        return matmul(lower.T, lower)
+    cut = _halves(size)
+    first, below, last = lower[:cut, :cut], lower[cut:, :cut], lower[cut:, cut:]
+    corner = matmul(below.T, last)
+    return jnp.block([[_gram(first) + matmul(below.T, below), corner], [corner.T, _gram(last)]])
 
 
 def _eigh(matrix: Array) -> tuple[Array, Array]:
@@ -144,7 +172,7 @@ def mean_diagonal(factor: Factor) -> Array:
     return jnp.trace(factor, axis1=-2, axis2=-1) / factor.shape[-1]
 
 
-def keep_finite(new: State, old: State, axes: int = 0) -> tuple[State, Array]:
+def keep_finite(new: State, old: State, axes: int = 0, *, by_diagonal: bool = False) -> tuple[State, Array]:
     """New values where they are finite, old ones elsewhere, one copy of the stack at a time.
 
     Leaves that are one and the same object in `new` and `old` are passed on untouched, so that a `lax.cond` around
@@ -154,6 +182,9 @@ def keep_finite(new: State, old: State, axes: int = 0) -> tuple[State, Array]:
         new: state whose arrays lead with `axes` stack axes.
         old: the state that it replaces, of the same structure.
         axes: number of stack axes.
+        by_diagonal: whether the diagonal of a square matrix tells for the whole. It does for factors: an entry of a
+            second moment that is not finite comes from a row whose own square is not, and a factorisation that fails
+            is NaN throughout. That saves a pass over the largest arrays.
 
     Returns:
         The state, and the int32 number of copies in which the old one was kept.
@@ -164,7 +195,7 @@ def keep_finite(new: State, old: State, axes: int = 0) -> tuple[State, Array]:
         return old, jnp.zeros((), jnp.int32)
     good = jnp.array(True)
     for leaf in changed:
-        good = good & jnp.all(jnp.isfinite(leaf), axis=tuple(range(axes, leaf.ndim)))
+        good = good & _is_finite(leaf, axes, by_diagonal)
     kept = [
         former
         if fresh is former
@@ -172,3 +203,10 @@ def keep_finite(new: State, old: State, axes: int = 0) -> tuple[State, Array]:
         for fresh, former in pairs
     ]
     return jax.tree.unflatten(jax.tree.structure(old), kept), jnp.sum(~good, dtype=jnp.int32)
+
+
+def _is_finite(leaf: Array, axes: int, by_diagonal: bool) -> Array:
+    """Whether a copy is finite, [S]."""
+    if by_diagonal and leaf.ndim == axes + 2 and leaf.shape[-1] == leaf.shape[-2]:
+        leaf = jnp.diagonal(leaf, axis1=-2, axis2=-1)
+    return jnp.all(jnp.isfinite(leaf), axis=tuple(range(axes, leaf.ndim)))

@@ -190,7 +190,7 @@ def _observe_all(
     for layer in blocks:
         old = state.layers[layer.name]
         new = at(layer).observe(layer, old, evidence[layer.name])
-        states[layer.name], bad = keep_finite(new, old, len(layer.stack))
+        states[layer.name], bad = _guarded(layer, new, old)
         rejected += bad
     metrics = state.metrics
     metrics = metrics._replace(
@@ -228,9 +228,14 @@ def _keep_finite_refreshes(
 ) -> NaturalGradientState:
     states, rejected = {}, state.metrics.rejected_refreshes
     for layer in blocks:
-        states[layer.name], bad = keep_finite(fresh[layer.name], state.layers[layer.name], len(layer.stack))
+        states[layer.name], bad = _guarded(layer, fresh[layer.name], state.layers[layer.name])
         rejected += bad
     return state._replace(layers=states, metrics=state.metrics._replace(rejected_refreshes=rejected))
+
+
+def _guarded(layer: Layer, new: Any, old: Any) -> tuple[Any, Array]:
+    """The new state of a layer where it is finite, and in how many copies it is not."""
+    return keep_finite(new, old, len(layer.stack), by_diagonal=layer.kind != "parameter")
 
 
 def _at(value: ScalarOrSchedule, count: Array) -> Scalar:

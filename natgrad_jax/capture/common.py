@@ -144,7 +144,8 @@ class Curvature:
 
         outputs, tangent = jax.jvp(outputs_at, (self._params,), (direction,))
         wide = _wide(outputs)
-        scale = jnp.sqrt(spread(weights, outputs.ndim) / total_weight(weights, self._forward.examples))
+        count = total_weight(weights, self._forward.examples).astype(wide.dtype)
+        scale = jnp.sqrt(spread(weights, outputs.ndim) / count)
         return scale * problem.likelihood.root_transpose(wide, tangent.astype(wide.dtype))
 
     def value(self, params: Tree) -> Array:
@@ -208,8 +209,8 @@ class Curvature:
 
     def _forward_only(self, passed: "_Pass") -> dict[str, Evidence]:
         """The evidence with g = identity: no pullback; the Fisher block of a remaining parameter is then I."""
-        root = jnp.sqrt(total_weight(self._batch.weights, self._forward.examples))
-        ones = jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), root, leaf.dtype), self._params)
+        count = total_weight(self._batch.weights, self._forward.examples)
+        ones = jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), count, leaf.dtype) ** 0.5, self._params)
         return self._evidence(passed, ones, None)
 
 
