@@ -9,6 +9,7 @@ import reference
 from flax import linen as nn
 
 import natgrad_jax as ng
+from natgrad_jax.layers import input_rows, output_rows
 
 LIKELIHOODS = {
     "squared_error": ng.losses.squared_error,
@@ -63,3 +64,16 @@ def mlp(activation="tanh", loss="squared_error", *, examples=7, copies=1, use_bi
 def kron(inputs, outputs):
     """A (x) G, in float64."""
     return np.kron(np.asarray(inputs, np.float64), np.asarray(outputs, np.float64))
+
+
+def gradients(layer: ng.Layer, evidence: ng.Evidence):
+    """D of every draw and example, the sum over positions of a g^T: [S, K, N, I, O]."""
+    rows, columns = jax.jit(lambda evidence: (input_rows(layer, evidence), output_rows(layer, evidence)))(evidence)
+    return np.einsum("...nti,...knto->...knio", np.asarray(rows, np.float64), np.asarray(columns, np.float64))
+
+
+def captured_fisher(layer: ng.Layer, evidence: ng.Evidence):
+    """E[vec(D) vec(D)^T] of what was captured, [S, I O, I O]."""
+    vectors = gradients(layer, evidence)
+    vectors = vectors.reshape(vectors.shape[:-2] + (-1,))
+    return np.einsum("...knp,...knq->...pq", vectors, vectors) / (vectors.shape[-3] * float(evidence.count))
