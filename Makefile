@@ -1,0 +1,41 @@
+# Needs Python 3.11 or newer and make, nothing else: every target sets up .venv itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# jaxlib's eigendecompositions and OpenBLAS each bring their own threads; together they fight over the cores.
+export OPENBLAS_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+format: $(VENV)/dev.stamp ## rewrite the files in the house's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache
+
+$(VENV)/test.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
