@@ -236,14 +236,19 @@ def along(net, loss, directions, weights=None):
 @every_loss
 def test_the_dot_product_of_two_vectors_along_is_the_quadratic_form_of_the_fisher(loss, weighted):
     net = mlp("tanh", loss)
-    u, v = (reference.random_params(net.model, net.x, seed=seed) for seed in (5, 6))
-    weights = jnp.asarray([0.0, 0.2, 0.0, 0.0, 0.0, 3.0, 0.0]) if weighted else None
-    dense = reference.fisher(net.model, net.params, loss, net.x, net.y, weights)
-    ju, jv = along(net, loss, (u, v), weights)
-    assert_equal(jnp.stack([ju @ jv, ju @ ju]), jnp.stack([flat(u) @ dense @ flat(v), flat(u) @ dense @ flat(u)]))
+    everywhere, elsewhere = (reference.random_params(net.model, net.x, seed=seed) for seed in (5, 6))
+    hidden = reference.put(elsewhere, "layer_a", jax.tree.map(jnp.zeros_like, net.params["layer_a"]))
+    weights = jnp.asarray([0.0, 3.0, 0.0, 0.0, 0.2, 0.0, 0.0]) if weighted else None
+
+    def forms(dense):
+        u, v = flat(everywhere), flat(hidden)
+        return jnp.stack([u @ dense @ u, u @ dense @ v, v @ dense @ v])
+
+    u, v = along(net, loss, (everywhere, hidden), weights)
+    found = jnp.stack([u @ u, u @ v, v @ v])
+    assert_equal(found, forms(reference.fisher(net.model, net.params, loss, net.x, net.y, weights)))
     if weighted:
-        unweighted = reference.fisher(net.model, net.params, loss, net.x, net.y)
-        assert_differs(ju @ ju, flat(u) @ unweighted @ flat(u))
+        assert_differs(found[2], forms(reference.fisher(net.model, net.params, loss, net.x, net.y))[2])
 
 
 def test_c12_the_quadratic_form_is_twice_the_kullback_leibler_divergence_of_a_small_step():
