@@ -1,0 +1,202 @@
+"""The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import natgrad_jax as ng
+
+Transformation = optax.GradientTransformationExtraArgs
+
+
+class Row(NamedTuple):
+    """One method.
+
+    Attributes:
+        name: of the method and its variant.
+        scale_by: layers, **settings -> the direction alone.
+        optimizer: learning rate, layers, **settings -> the complete optimizer.
+        rate: the power of 1 / damping at which damping * direction approaches the gradient.
+        rescales: whether something is measured in the basis of the last refresh.
+        averages: whether its statistics are plain averages of what batches say.
+    """
+
+    name: str
+    scale_by: Callable[..., Transformation]
+    optimizer: Callable[..., Transformation]
+    rate: float
+    rescales: bool = False
+    averages: bool = True
+
+
+def _row(
+    name: str, scale_by: Callable, optimizer: Callable, rate: float, rescales: bool = False, **variant: Any
+) -> Row:
+    return Row(name, partial(scale_by, **variant), partial(optimizer, **variant), rate, rescales)
+
+
+METHODS = (
+    _row("kfac pi", ng.scale_by_kfac, ng.kfac, rate=0.5, split="pi"),
+    _row("kfac even", ng.scale_by_kfac, ng.kfac, rate=0.5, split="even"),
+    _row("kfac exact", ng.scale_by_kfac, ng.kfac, rate=1.0, split="exact"),
+    _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="per_example"),
+    _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="minibatch"),
+)
+NAMES = tuple(row.name for row in METHODS)
+SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
+
+
+class MLP(nn.Module):
+    """Three dense layers, two of them of one shape."""
+
+    dtype: Any = jnp.float32
+    width: int = 5
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.tanh(nn.Dense(self.width, dtype=self.dtype, param_dtype=self.dtype)(x))
+        return nn.Dense(3, dtype=self.dtype, param_dtype=self.dtype)(x)
+
+
+class ConvNet(nn.Module):
+    """A convolution and a grouped one, a normalisation (parameters of no known layer), a dense layer."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        both = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.Conv(4, (3, 3), strides=2, **both)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, **both)(x))
+        x = nn.relu(nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, **both)(x))
+        return nn.Dense(3, use_bias=False, **both)(x.reshape(len(x), -1))
+
+
+class Task(NamedTuple):
+    """A watched model and four batches: x [4, N, ...], integer labels y [4, N]."""
+
+    capture: Any
+    variables: Any
+    layers: ng.Layers
+    x: jax.Array
+    y: jax.Array
+
+
+TASKS = ("mlp", "convnet")
+_OTHERS = {
+    "mlp": {},
+    "convnet": {},
+    "mlp true labels": {"labels": "true"},
+    "mlp bfloat16": {"dtype": "bfloat16"},
+    "convnet bfloat16": {"dtype": "bfloat16"},
+    "mlp wide": {"examples": 1024, "width": 16},
+}
+
+
+@cache
+def task(name: str) -> Task:
+    """The problem of that name."""
+    return _task(name.split()[0], **_OTHERS[name])
+
+
+def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples: int = 8, width: int = 5) -> Task:
+    dtype = jnp.dtype(dtype)
+    net = MLP(dtype, width) if model == "mlp" else ConvNet(dtype)
+    shape = (width,) if model == "mlp" else (6, 6, 2)
+    keys = jax.random.split(jax.random.key(7), 3)
+    x = jax.random.normal(keys[0], (4, examples, *shape), dtype)
+    y = jax.random.randint(keys[1], (4, examples), 0, 3)
+    variables = net.init(keys[2], x[0])
+    capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels)
+    return Task(capture, variables, capture.layers(variables, x[0]), x, y)
+
+
+def build(method: str, where: str = "mlp", **settings: Any) -> Transformation:
+    """The direction of a row for a problem, with the test settings."""
+    return row(method).scale_by(task(where).layers, **{**SETTINGS, **settings})
+
+
+direction = cache(build)
+"""The same, but one object for one question, so that what was compiled for it is found again."""
+
+
+def row(method: str) -> Row:
+    """The row of that name."""
+    return METHODS[NAMES.index(method)]
+
+
+class Record(NamedTuple):
+    """What one step leaves behind."""
+
+    value: jax.Array
+    grad: Any
+    updates: Any
+    metrics: Any
+
+
+def batch_of(problem: Task, t: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inputs, labels and key of step t."""
+    return problem.x[t % 4], problem.y[t % 4], jax.random.fold_in(jax.random.key(3), t)
+
+
+def evaluate(problem: Task, params: Any, t: Any) -> Any:
+    """Loss, gradient and curvature of step t."""
+    x, y, key = batch_of(problem, t)
+    return problem.capture.value_and_grad({**problem.variables, "params": params}, x, y, key=key)
+
+
+def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> tuple[tuple[Any, Any], Record]:
+    """One step of training with a small learning rate: (params, state), t -> (params, state), record."""
+    params, state = carry
+    out = evaluate(problem, params, t)
+    updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+    moved = jax.tree.map(lambda p, u: p - jnp.asarray(0.02, p.dtype) * u, params, updates)
+    return (moved, state), Record(out.value, out.grad, updates, optax.tree.get(state, "metrics"))
+
+
+def start(problem: Task, tx: Transformation) -> tuple[Any, Any]:
+    """Parameters and state in buffers of their own."""
+    params = jax.tree.map(jnp.copy, problem.variables["params"])
+    return params, tx.init(params)
+
+
+@cache
+def _scanned(where: str, tx: Transformation, steps: int) -> Any:
+    problem = task(where)
+    run = jax.jit(lambda carry: jax.lax.scan(partial(step, problem, tx), carry, jnp.arange(steps)))
+    return run(start(problem, tx))
+
+
+def scanned(where: str, tx: Transformation, steps: int = 10) -> tuple[tuple[Any, Any], Record]:
+    """Some steps in one `lax.scan`: the last (params, state), and the records stacked."""
+    return _scanned(where, tx, steps)
+
+
+def wrapped(tx: Transformation, update: Callable[..., Any] | None = None, init: Callable[..., Any] | None = None):
+    """A transformation with another `update(inner, updates, state, params, **extra)` or `init(inner, params)`."""
+
+    def new_update(updates, state, params=None, **extra):
+        return (update or _call)(tx.update, updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(partial(init, tx.init) if init else tx.init, new_update)
+
+
+def _call(inner: Callable[..., Any], updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+    return inner(updates, state, params, **extra)
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs inside an equation: branches, bodies, called functions."""
+    found = []
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                found.append(item)
+    return found

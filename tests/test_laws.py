@@ -1,0 +1,346 @@
+"""Laws that hold for every method of the table. Each has a negative control: a broken transformation that fails it."""
+
+import itertools
+from functools import cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import methods_table as table
+import numpy as np
+import optax
+import pytest
+from methods_table import NAMES, TASKS, direction, evaluate, scanned, start, step, task, wrapped
+
+from natgrad_jax import addresses
+
+every_method = pytest.mark.parametrize("method", NAMES)
+everywhere = pytest.mark.parametrize("where", TASKS)
+ANY = NAMES[0]
+
+
+def fails(law, *args):
+    """The control: a broken transformation does not pass the law."""
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        law(*args)
+
+
+def scaled(tx, factor):
+    """The direction times `factor(count)`."""
+
+    def update(inner, updates, state, params, **extra):
+        found, new = inner(updates, state, params, **extra)
+        return optax.tree.scale(factor(state.count), found), new
+
+    return wrapped(tx, update)
+
+
+def blockwise(problem, one, other):
+    """Inner products of two trees, one for each block of the curvature; leading axes of the leaves stay."""
+    one, other = addresses.flatten(one), addresses.flatten(other)
+    dots = []
+    for block in problem.layers.blocks:
+        axes = [tuple(range(-len(leaf.shape), 0)) for leaf in block.leaves]
+        pairs = [(one[leaf.address], other[leaf.address], ax) for leaf, ax in zip(block.leaves, axes, strict=True)]
+        dots.append(sum(jnp.sum(jnp.float32(a) * b, axis=ax) for a, b, ax in pairs))
+    return jnp.stack(dots, axis=-1)
+
+
+# --- descent ----------------------------------------------------------------------------------------------------------
+
+
+def descends(where, tx):
+    """<gradient, direction> > 0 in every block, at ten steps of which five have no statistics and seven no refresh."""
+    _, record = scanned(where, tx)
+    assert jnp.all(blockwise(task(where), record.grad, record.updates) > 0)
+    assert record.metrics.refreshes[-1] == 3
+
+
+@pytest.mark.slow
+@everywhere
+@every_method
+def test_every_direction_descends_also_between_refreshes(method, where):
+    descends(where, direction(method, where))
+
+
+@pytest.mark.slow
+def test_a_direction_that_turns_round_between_refreshes_fails_the_law_of_descent():
+    fails(descends, "mlp", scaled(direction(ANY), lambda count: jnp.where(count % 4 == 3, -1.0, 1.0)))
+
+
+def is_positive_definite(where, tx):
+    """Any gradient, not only that of the batch that was measured, is met by a direction of descent."""
+    problem, ((params, state), _) = task(where), scanned(where, tx)
+    leaves, structure = jax.tree.flatten(params)
+    shapes = [leaf.shape for leaf in leaves]
+
+    def products(key, params, state):
+        keys = jax.random.split(key, len(leaves))
+        gradient = jax.tree.unflatten(structure, [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)])
+        frozen = state._replace(count=jnp.int32(11))  # nothing is due
+        found, _ = tx.update(gradient, frozen, params, curvature=lambda: evaluate(problem, params, 0).curvature())
+        return blockwise(problem, gradient, found)
+
+    keys = jax.random.split(jax.random.key(0), 50)
+    assert jnp.all(jax.jit(jax.vmap(products, in_axes=(0, None, None)))(keys, params, state) > 0)
+
+
+@pytest.mark.slow
+@every_method
+def test_every_method_is_positive_definite_to_gradients_that_it_has_not_seen(method):
+    is_positive_definite("mlp", direction(method))
+
+
+@pytest.mark.slow
+def test_a_method_that_mixes_entries_is_not_positive_definite():
+    def update(inner, updates, state, params, **extra):
+        found, state = inner(updates, state, params, **extra)
+        return jax.tree.map(lambda u: u[..., ::-1], found), state
+
+    fails(is_positive_definite, "mlp", wrapped(direction(ANY), update))
+
+
+# --- tracing, jit, scan, donation -------------------------------------------------------------------------------------
+
+
+@cache
+def looped(tx):
+    """Ten jitted, donated steps on the MLP: the last (params, state), the records, and how often a step was traced."""
+    problem, traces, records = task("mlp"), [], []
+
+    @partial(jax.jit, donate_argnums=0)
+    def jitted(carry, t):
+        traces.append(t)
+        return step(problem, tx, carry, t)
+
+    carry = start(problem, tx)
+    for t in range(10):
+        carry, record = jitted(carry, jnp.int32(t))
+        records.append(record)
+    return carry, records, len(traces)
+
+
+def traces_once(tx):
+    """The first step is traced, the nine that follow are not: nothing about the state changes but its values."""
+    _, _, traces = looped(tx)
+    assert traces == 1
+
+
+@pytest.mark.slow
+@every_method
+def test_ten_steps_trace_once(method):
+    traces_once(direction(method))
+
+
+@pytest.mark.slow
+def test_a_state_that_changes_its_dtype_is_traced_twice():
+    def update(inner, updates, state, params, **extra):
+        found, state = inner(updates, state, params, **extra)
+        return found, state._replace(metrics=state.metrics._replace(damping=state.metrics.damping.astype(jnp.bfloat16)))
+
+    fails(traces_once, wrapped(direction(ANY), update))
+
+
+def agrees_however_it_runs(tx):
+    """Jitted and donated, scanned, and eager steps make the same updates and the same counters."""
+    (params, state), records, _ = looped(tx)
+    (scan_params, scan_state), _ = scanned("mlp", tx)
+    chex.assert_trees_all_close(scan_params, params, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal(scan_state.metrics, state.metrics)
+    carry = start(task("mlp"), tx)
+    with jax.disable_jit():
+        for t, expected in enumerate(records[:2]):
+            carry, record = step(task("mlp"), tx, carry, jnp.int32(t))
+            chex.assert_trees_all_close(record, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@every_method
+def test_jit_scan_donation_and_eager_agree(method):
+    agrees_however_it_runs(direction(method))
+
+
+@pytest.mark.slow
+def test_a_transformation_with_a_memory_in_python_disagrees_with_itself():
+    calls = itertools.count()
+    fails(agrees_however_it_runs, scaled(direction(ANY), lambda count: 1.0 + 0.1 * next(calls)))
+
+
+def owns_its_buffers(where, tx):
+    """No two arrays of the first state share memory, or donation would fail."""
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tx.init(task(where).variables["params"]))]
+    assert len(set(pointers)) == len(pointers)
+
+
+@everywhere
+@every_method
+def test_no_two_arrays_of_the_first_state_share_a_buffer(method, where):
+    owns_its_buffers(where, direction(method, where))
+
+
+def test_a_state_with_a_shared_zero_fails_the_law_of_buffers():
+    def init(inner, params):
+        state = inner(params)
+        return state._replace(metrics=state.metrics._replace(refreshes=state.count))
+
+    fails(owns_its_buffers, "mlp", wrapped(direction(ANY), init=init))
+
+
+# --- cost of skipped statistics ---------------------------------------------------------------------------------------
+
+
+def product_flops(jaxpr, choose):
+    """Flops of the matrix products of a jaxpr; `choose` (min or max) says which branch of a cond counts."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inside = [product_flops(inner, choose) for inner in table.inner_jaxprs(equation)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * int(np.prod(lengths))
+        elif equation.primitive.name == "cond":
+            total += choose(inside)
+        else:
+            total += sum(inside) * equation.params.get("length", 1)
+    return total
+
+
+def plain(params, t):
+    out = evaluate(task("mlp wide"), params, t)
+    return out.value, out.grad
+
+
+def skips_the_second_backward(tx):
+    """Outside of its branches, a step has the products of a plain gradient and of the application, and no more."""
+    params, state = start(task("mlp wide"), tx)
+    jaxpr = jax.make_jaxpr(partial(step, task("mlp wide"), tx))((params, state), 1).jaxpr
+    skipped, measured = product_flops(jaxpr, min), product_flops(jaxpr, max)
+    gradient = product_flops(jax.make_jaxpr(plain)(params, 1).jaxpr, min)
+    assert skipped <= gradient + application()
+    assert measured >= 1.5 * gradient
+
+
+def application():
+    """Flops of a change of basis on both sides and back, for all layers."""
+    return sum(
+        4 * (rows + columns) * rows * columns
+        for rows, columns in (layer.shape for layer in task("mlp wide").layers.known)
+    )
+
+
+@every_method
+def test_a_step_without_statistics_has_no_second_backward(method):
+    skips_the_second_backward(direction(method, "mlp wide"))
+
+
+def test_evidence_taken_outside_of_the_branch_fails_the_law_of_skipped_statistics():
+    def update(inner, updates, state, params, curvature=None, **extra):
+        return inner(updates, state, params, curvature=curvature(), **extra)
+
+    fails(skips_the_second_backward, wrapped(direction(ANY, "mlp wide"), update))
+
+
+def compiled_flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def compiles_without_a_second_backward(tx):
+    """XLA's own count: at a step that is due for nothing, what is compiled is a gradient and little else."""
+    params, state = start(task("mlp wide"), tx)
+
+    def at(count, params, state):
+        return step(task("mlp wide"), tx, (params, state._replace(count=jnp.int32(count))), count)
+
+    gradient = compiled_flops(partial(plain, t=1), params)
+    assert compiled_flops(partial(at, 1), params, state) < 1.1 * gradient
+    assert compiled_flops(partial(at, 2), params, state) > 1.5 * gradient
+
+
+@pytest.mark.slow
+@every_method
+def test_the_compiled_step_without_statistics_costs_a_gradient(method):
+    compiles_without_a_second_backward(direction(method, "mlp wide"))
+
+
+@pytest.mark.slow
+def test_statistics_at_every_step_fail_the_law_of_the_compiled_cost():
+    fails(compiles_without_a_second_backward, direction(ANY, "mlp wide", statistics_every=1))
+
+
+# --- scale and symmetry -----------------------------------------------------------------------------------------------
+
+
+def tends_to_the_gradient(build, rate):
+    """damping * direction -> gradient, with 1 / damping (exact) or its root (factored damping); C54."""
+    problem = task("convnet")
+    params = problem.variables["params"]
+
+    @jax.jit
+    def distance(damping):
+        tx = build(damping)
+        out = evaluate(problem, params, 0)
+        found, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+        error = jax.tree.map(lambda u, g: damping * u - g, found, out.grad)
+        return jnp.max(jnp.sqrt(blockwise(problem, error, error) / blockwise(problem, out.grad, out.grad)))
+
+    near, far = distance(1e4), distance(1e6)
+    assert far < {0.5: 6e-2, 1.0: 2e-4}[rate]
+    assert far < 2 * 100**-rate * near + 1e-6
+
+
+@pytest.mark.slow
+@every_method
+def test_large_damping_gives_the_gradient_over_the_damping(method):
+    tends_to_the_gradient(lambda damping: table.build(method, "convnet", damping=damping), table.row(method).rate)
+
+
+@pytest.mark.slow
+def test_a_layer_left_on_the_raw_gradient_fails_the_law_of_large_damping():
+    def update(inner, updates, state, params, **extra):
+        found, state = inner(updates, state, params, **extra)
+        return {**found, "Dense_0": updates["Dense_0"]}, state
+
+    fails(
+        tends_to_the_gradient,
+        lambda damping: wrapped(table.build(ANY, "convnet", damping=damping), update),
+        0.5,
+    )
+
+
+@pytest.mark.slow
+def test_factored_damping_does_not_have_the_rate_of_exact_damping():
+    fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", "convnet", damping=damping), 1.0)
+
+
+def ignores_the_order_of_examples(tx):
+    """The same examples in another order give the same update; C5."""
+    problem = task("mlp true labels")
+    params = problem.variables["params"]
+
+    @jax.jit
+    def direction_for(order):
+        out = problem.capture.value_and_grad(problem.variables, problem.x[0][order], problem.y[0][order])
+        return tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0]
+
+    forwards, backwards = jnp.arange(8), jnp.array([3, 7, 1, 0, 6, 2, 5, 4])
+    chex.assert_trees_all_close(direction_for(forwards), direction_for(backwards), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@every_method
+def test_the_order_of_the_examples_does_not_matter(method):
+    ignores_the_order_of_examples(direction(method))
+
+
+@pytest.mark.slow
+def test_examples_weighted_by_their_place_fail_the_law_of_permutation():
+    def update(inner, updates, state, params, curvature=None, **extra):
+        def weighted():
+            return {
+                name: evidence._replace(inputs=tuple(x * jnp.arange(8.0)[:, None] for x in evidence.inputs))
+                for name, evidence in curvature().items()
+            }
+
+        return inner(updates, state, params, curvature=weighted, **extra)
+
+    fails(ignores_the_order_of_examples, wrapped(direction(ANY), update))
