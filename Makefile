@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,9 +27,6 @@ lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 format: $(VENV)/dev.stamp ## rewrite the files in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-
-clean: ## remove the environment and what was built
-	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache
 
 $(VENV)/test.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
