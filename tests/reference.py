@@ -239,12 +239,19 @@ def second_moment(gradients):
 # Linear algebra -------------------------------------------------------------------------------------------------------
 
 
-def operator(function: Callable[[Any], Any], shape: tuple[int, int], dtype: str = "float64"):
-    """The matrix [I O, I O] of a linear function of matrices [I, O]."""
-    units = jnp.eye(shape[0] * shape[1], dtype=dtype).reshape(-1, *shape)
-    return jax.vmap(function)(units).reshape(len(units), -1).T
+def operator(function: Callable[[Any], Any], shape: tuple[int, int], stack: tuple[int, ...] = (), dtype="float64"):
+    """The matrices [S, I O, I O] of a linear function of matrices [S, I, O]."""
+    size = shape[0] * shape[1]
+    units = jnp.eye(size, dtype=dtype).reshape(size, *(1,) * len(stack), *shape)
+    images = jax.vmap(function)(jnp.broadcast_to(units, (size, *stack, *shape)))
+    return jnp.moveaxis(images.reshape(size, *stack, size), 0, -1)
 
 
-def damped_inverse(block, damping: float):
-    """(F + damping I)^-1."""
-    return np.linalg.inv(np.asarray(block, np.float64) + damping * np.eye(len(block)))
+def damped(block, damping: float):
+    """F + damping I."""
+    return np.asarray(block, np.float64) + damping * np.eye(len(block))
+
+
+def kron(inputs, outputs):
+    """A (x) G."""
+    return np.kron(np.asarray(inputs, np.float64), np.asarray(outputs, np.float64))

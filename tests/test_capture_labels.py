@@ -7,11 +7,10 @@ import pytest
 import reference
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
-from reference import assert_differs, assert_equal, normal
-from watching import LIKELIHOODS, captured_fisher, evidence_of, gradients, kron, mlp, watched
+from reference import assert_differs, assert_equal, kron, normal
+from watching import LIKELIHOODS, captured_fisher, evidence_of, factors, gradients, mlp, watched
 
 import natgrad_jax as ng
-from natgrad_jax.layers import input_moment, output_moment
 
 pytestmark = pytest.mark.usefixtures("x64")
 every_loss = pytest.mark.parametrize("loss", reference.LOSSES)
@@ -147,13 +146,12 @@ def test_the_signs_of_exact_columns_leave_the_curvature_and_decorrelate_the_exam
 
 def test_c11_the_sampled_output_factor_tends_to_the_exact_one():
     net = mlp("tanh", "softmax_cross_entropy")
-    name, layer = "layer_b", net.layers["layer_b"]
-    exact = output_moment(layer, net.evidence[name])
+    exact = factors(net.layers, net.evidence)["layer_b"][1]
 
     def error(draws):
         args = net.model, ng.losses.softmax_cross_entropy, net.params, net.x, net.y
         _, evidence = evidence_of(*args, labels="sampled", draws=draws)
-        return np.max(np.abs(output_moment(layer, evidence[name]) - exact)) / np.max(np.abs(exact))
+        return np.max(np.abs(factors(net.layers, evidence)["layer_b"][1] - exact)) / np.max(np.abs(exact))
 
     assert error(3000) < 1.5e-2
     assert error(1) > 0.1
@@ -204,12 +202,11 @@ def test_true_evidence_is_of_the_likelihood_also_where_an_objective_is_different
 def test_c28_forward_evidence_is_the_block_of_one_linear_layer_with_squared_error(shape):
     model, x = Affine(), normal(*shape)
     net = watched(model, reference.random_params(model, x), x, "squared_error", labels="forward")
-    layer, evidence = net.layers["only"], net.evidence["only"]
-    inputs = jax.jit(lambda evidence: input_moment(layer, evidence))(evidence)
-    assert_equal(kron(inputs, np.eye(3)), net.blocks["only"])
-    assert_equal(kron(inputs, output_moment(layer, evidence)), net.blocks["only"])
+    inputs, outputs = factors(net.layers, net.evidence)["only"]
+    np.testing.assert_array_equal(outputs, np.eye(3))
+    assert_equal(kron(inputs, outputs), net.blocks["only"])
     other = watched(model, net.params, x, "poisson", labels="forward")
-    assert_differs(kron(inputs, np.eye(3)), other.blocks["only"])
+    assert_differs(kron(inputs, outputs), other.blocks["only"])
 
 
 # The quadratic form, the value and the evidence elsewhere -------------------------------------------------------------

@@ -1,15 +1,17 @@
 """What the capture of the package says about small models, beside what the definitions say."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import reference
 from flax import linen as nn
 
 import natgrad_jax as ng
-from natgrad_jax.layers import input_rows, output_rows
+from natgrad_jax.layers import input_moment, input_rows, output_moment, output_rows
 
 LIKELIHOODS = {
     "squared_error": ng.losses.squared_error,
@@ -32,16 +34,22 @@ class Watched(NamedTuple):
     blocks: dict[str, Any]
 
 
-def evidence_of(model, likelihood, params, x, y, *, labels="exact", draws=1, weights=None, seed=0):
-    """The layers of a model, and its evidence on one batch."""
+@cache
+def _capture(model, likelihood, labels, draws):
+    """A capture and its jitted evidence, compiled once for all tests that ask for the same."""
     capture = ng.linen.capture(model, likelihood, labels=labels, draws=draws)
 
     @jax.jit
-    def evidence(params, x, y, weights):
-        out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(seed), weights=weights)
-        return out.curvature()
+    def evidence(params, x, y, key, weights):
+        return capture.value_and_grad({"params": params}, x, y, key=key, weights=weights).curvature()
 
-    return capture.layers({"params": params}, x), evidence(params, x, y, weights)
+    return capture, evidence
+
+
+def evidence_of(model, likelihood, params, x, y, *, labels="exact", draws=1, weights=None, seed=0):
+    """The layers of a model, and its evidence on one batch."""
+    capture, evidence = _capture(model, likelihood, labels, draws)
+    return capture.layers({"params": params}, x), evidence(params, x, y, jax.random.key(seed), weights)
 
 
 def watched(model, params, x, loss, *, labels="exact", weights=None) -> Watched:
@@ -61,15 +69,30 @@ def mlp(activation="tanh", loss="squared_error", *, examples=7, copies=1, use_bi
     return watched(model, reference.random_params(model, x, dtype=dtype), x, loss)
 
 
-def kron(inputs, outputs):
-    """A (x) G, in float64."""
-    return np.kron(np.asarray(inputs, np.float64), np.asarray(outputs, np.float64))
+@partial(jax.jit, static_argnums=0)
+def factors(layers: ng.Layers, evidence):
+    """A and G of every layer, {name: (A, G)}."""
+    return {
+        name: (input_moment(layer, evidence[name]), output_moment(layer, evidence[name]))
+        for name, layer in layers.items()
+    }
+
+
+def factors_of(layer: ng.Layer, evidence: ng.Evidence):
+    """A and G of one layer."""
+    return factors(ng.Layers((layer,)), {layer.name: evidence})[layer.name]
+
+
+@partial(jax.jit, static_argnums=0)
+def rows_of(layer, evidence):
+    """Rows a [S, N, T, I] and g [S, K, N, T, O]."""
+    return input_rows(layer, evidence), output_rows(layer, evidence)
 
 
 def gradients(layer: ng.Layer, evidence: ng.Evidence):
     """D of every draw and example, the sum over positions of a g^T: [S, K, N, I, O]."""
-    rows, columns = jax.jit(lambda evidence: (input_rows(layer, evidence), output_rows(layer, evidence)))(evidence)
-    return np.einsum("...nti,...knto->...knio", np.asarray(rows, np.float64), np.asarray(columns, np.float64))
+    rows, columns = (np.asarray(x, np.float64) for x in rows_of(layer, evidence))
+    return np.einsum("...nti,...knto->...knio", rows, columns)
 
 
 def captured_fisher(layer: ng.Layer, evidence: ng.Evidence):
@@ -77,3 +100,67 @@ def captured_fisher(layer: ng.Layer, evidence: ng.Evidence):
     vectors = gradients(layer, evidence)
     vectors = vectors.reshape(vectors.shape[:-2] + (-1,))
     return np.einsum("...knp,...knq->...pq", vectors, vectors) / (vectors.shape[-3] * float(evidence.count))
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+def prepared(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping):
+    """The state of a method after its first batch."""
+    state = method.observe(layer, method.init(layer), evidence)
+    state = method.refresh(layer, state, damping)
+    return method.rescale(layer, state, evidence) if method.rescale else state
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def operators(method: ng.Method, layers: ng.Layers, evidence, damping):
+    """What a method multiplies the gradient of each layer with after its first batch: {name: [S, I O, I O]}."""
+
+    def of_layer(name, layer):
+        state = prepared(method, layer, evidence[name], damping[name])
+        apply = partial(method.apply, layer, state, damping=damping[name])
+        return reference.operator(apply, layer.shape, layer.stack, layer.dtype)
+
+    return {name: of_layer(name, layer) for name, layer in layers.items()}
+
+
+def operator(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping):
+    """The same of one layer."""
+    return operators(method, ng.Layers((layer,)), {layer.name: evidence}, {layer.name: damping})[layer.name]
+
+
+def implied_blocks(method: ng.Method, net: Watched):
+    """The Fisher block that a method stands for, {name: [I O, I O]}: the inverse of its operator, less the damping."""
+    damping = {name: float(np.trace(block)) / len(block) for name, block in net.blocks.items()}
+    found = operators(method, net.layers, net.evidence, damping)
+    return {
+        name: reference.damped(np.linalg.inv(np.asarray(operator, np.float64)), -damping[name]).astype(operator.dtype)
+        for name, operator in found.items()
+    }
+
+
+AT_ONCE = {"statistics_every": 1, "refresh_every": 1, "momentum": None}
+"""Settings of a complete optimizer whose steps depend on nothing but the batch."""
+
+
+def first_step(optimizer, model, likelihood, params, x, *, labels="exact"):
+    """The first step of an optimizer, given as a function of the layers: parameters, inputs, targets -> parameters."""
+    capture = ng.linen.capture(model, likelihood, labels=labels)
+    tx = optimizer(capture.layers({"params": params}, x))
+
+    @jax.jit
+    def step(params, x, y):
+        out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(0))
+        updates, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+        return optax.apply_updates(params, updates)
+
+    return step
+
+
+def pairs(inputs, cotangents):
+    """A layer without bias and its evidence from rows a [S, N, I] and g [S, N, O]."""
+    shape = inputs.shape[-1], cotangents.shape[-1]
+    layer = ng.Layer("pairs", "dense", shape, (), inputs.shape[:-2], str(inputs.dtype))
+    gradient = jnp.einsum("...ni,...no->...io", inputs, cotangents)[..., None, :, :]
+    count = jnp.asarray(inputs.shape[-2], inputs.dtype)
+    return layer, ng.Evidence((inputs,), (cotangents[None],), gradient, None, count)
