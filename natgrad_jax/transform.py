@@ -35,8 +35,9 @@ class Metrics(NamedTuple):
     Attributes:
         statistics: steps with statistics.
         refreshes: steps with a refresh.
-        rejected_statistics: layers whose statistics were not finite and were dropped, summed over steps.
-        rejected_refreshes: layers whose refresh or rescaling was not finite and was dropped, summed over steps.
+        rejected_statistics: layers (each copy of a stack) whose statistics were not finite and were dropped, summed
+            over steps.
+        rejected_refreshes: the same for refreshes and rescalings.
         damping: the damping used, float32.
     """
 
@@ -174,8 +175,9 @@ def _advance(
     def with_evidence(state):
         evidence = evidence_of()
         state = _when(statistics_due, lambda state: observe(state, evidence), state)
+        former = state.layers
         state = _when(refresh_due, refresh, state)
-        return _when(rescale_due, lambda state: _rescale_all(at, blocks, evidence, state), state)  # 3
+        return _when(rescale_due, lambda state: _rescale_all(at, blocks, evidence, state, former), state)  # 3
 
     return _when(_either(statistics_due, rescale_due), with_evidence, state)
 
@@ -205,7 +207,7 @@ def _refresh_all(
     fresh = map_states(
         lambda layer, old, damping: at(layer).refresh(layer, old, damping), blocks, state.layers, damping
     )
-    state = _keep_finite_refreshes(blocks, fresh, state)
+    state = _keep_finite_refreshes(blocks, fresh, state.layers, state)
     return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + 1))
 
 
@@ -214,21 +216,24 @@ def _rescale_all(
     blocks: tuple[Layer, ...],
     evidence: Mapping[str, Evidence],
     state: NaturalGradientState,
+    former: States,
 ) -> NaturalGradientState:
-    fresh = {}
+    """Line 3; a layer without a finite scale goes back to before the refresh: a new basis is of no use without one."""
+    fresh, former = dict(state.layers), dict(former)
     for layer in blocks:
-        rescale = at(layer).rescale
-        old = state.layers[layer.name]
-        fresh[layer.name] = rescale(layer, old, evidence[layer.name]) if rescale else old
-    return _keep_finite_refreshes(blocks, fresh, state)
+        if rescale := at(layer).rescale:
+            fresh[layer.name] = rescale(layer, state.layers[layer.name], evidence[layer.name])
+        else:
+            former[layer.name] = fresh[layer.name]
+    return _keep_finite_refreshes(blocks, fresh, former, state)
 
 
 def _keep_finite_refreshes(
-    blocks: tuple[Layer, ...], fresh: States, state: NaturalGradientState
+    blocks: tuple[Layer, ...], fresh: States, former: States, state: NaturalGradientState
 ) -> NaturalGradientState:
     states, rejected = {}, state.metrics.rejected_refreshes
     for layer in blocks:
-        states[layer.name], bad = _guarded(layer, fresh[layer.name], state.layers[layer.name])
+        states[layer.name], bad = _guarded(layer, fresh[layer.name], former[layer.name])
         rejected += bad
     return state._replace(layers=states, metrics=state.metrics._replace(rejected_refreshes=rejected))
 

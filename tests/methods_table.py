@@ -96,6 +96,7 @@ _OTHERS = {
     "mlp bfloat16": {"dtype": "bfloat16"},
     "convnet bfloat16": {"dtype": "bfloat16"},
     "mlp wide": {"examples": 1024, "width": 16},
+    "dense": {"labels": "true"},
 }
 
 
@@ -107,13 +108,13 @@ def task(name: str) -> Task:
 
 def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples: int = 8, width: int = 5) -> Task:
     dtype = jnp.dtype(dtype)
-    net = MLP(dtype, width) if model == "mlp" else ConvNet(dtype)
-    shape = (width,) if model == "mlp" else (6, 6, 2)
+    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(3)}
+    shape = (6, 6, 2) if model == "convnet" else (width,)
     keys = jax.random.split(jax.random.key(7), 3)
     x = jax.random.normal(keys[0], (4, examples, *shape), dtype)
     y = jax.random.randint(keys[1], (4, examples), 0, 3)
-    variables = net.init(keys[2], x[0])
-    capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels)
+    variables = nets[model].init(keys[2], x[0])
+    capture = ng.linen.capture(nets[model], ng.losses.softmax_cross_entropy, labels=labels)
     return Task(capture, variables, capture.layers(variables, x[0]), x, y)
 
 
@@ -151,6 +152,18 @@ def evaluate(problem: Task, params: Any, t: Any) -> Any:
     return problem.capture.value_and_grad({**problem.variables, "params": params}, x, y, key=key)
 
 
+@cache
+def measured(where: str, t: int = 0) -> tuple[Any, Any]:
+    """Gradient and evidence {name: Evidence} of step t at the first parameters."""
+    problem = task(where)
+
+    def measure(params):
+        out = evaluate(problem, params, t)
+        return out.grad, out.curvature()
+
+    return jax.jit(measure)(problem.variables["params"])
+
+
 def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> tuple[tuple[Any, Any], Record]:
     """One step of training with a small learning rate: (params, state), t -> (params, state), record."""
     params, state = carry
@@ -176,6 +189,11 @@ def _scanned(where: str, tx: Transformation, steps: int) -> Any:
 def scanned(where: str, tx: Transformation, steps: int = 10) -> tuple[tuple[Any, Any], Record]:
     """Some steps in one `lax.scan`: the last (params, state), and the records stacked."""
     return _scanned(where, tx, steps)
+
+
+def shapes(tree: Any) -> Any:
+    """Shape, dtype and weakness of every leaf."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), jax.eval_shape(lambda: tree))
 
 
 def wrapped(tx: Transformation, update: Callable[..., Any] | None = None, init: Callable[..., Any] | None = None):
