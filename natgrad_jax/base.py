@@ -81,7 +81,8 @@ class Evidence(NamedTuple):
         inputs: inputs of each call, [S, N, ..., channels]. None for a parameter of no known layer.
         cotangents: derivatives of the summed negative log-likelihood by the outputs of each call,
             [K, S, N, ..., channels]; the weight of an example enters by its square root. None where g is the identity.
-        gradient: the sum over examples of D, [S, K, I, O]; [K, *shape] for a parameter of no known layer.
+        gradient: the sum over examples of D, [S, K, I, O]; [K, *shape] for a parameter of no known layer. None where g
+            is the identity.
         weights: weights of the examples [N], or of their positions [N, T]. None if all are 1.
         count: W, the total weight of the examples. None stands for N.
     """

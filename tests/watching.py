@@ -26,6 +26,7 @@ class Watched(NamedTuple):
     """A model on one batch: what the package captured, and the dense Fisher block of every layer."""
 
     model: nn.Module
+    likelihood: ng.losses.Likelihood
     params: Any
     x: Any
     y: Any
@@ -58,7 +59,7 @@ def watched(model, params, x, loss, *, labels="exact", weights=None) -> Watched:
     y = reference.targets(loss, shape, dtype=str(x.dtype))
     layers, evidence = evidence_of(model, LIKELIHOODS[loss], params, x, y, labels=labels, weights=weights)
     blocks = reference.fisher_blocks(model, params, tuple(layers), loss, x, y, weights)
-    return Watched(model, params, x, y, layers, evidence, blocks)
+    return Watched(model, LIKELIHOODS[loss], params, x, y, layers, evidence, blocks)
 
 
 @cache

@@ -201,9 +201,10 @@ class Curvature:
                 continue
             axes = layer.module_axes
             calls = tuple(_by_example(x, axes, examples) for x in passed.inputs[layer.name])
-            seen = None
-            if cotangents is not None:
-                seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
+            if cotangents is None:
+                evidence[layer.name] = Evidence(calls, weights=weights, count=count)
+                continue
+            seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
             evidence[layer.name] = Evidence(calls, seen, gradient, weights, count)
         return evidence
 

@@ -28,7 +28,8 @@ from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, Sca
 from natgrad_jax.chain import complete
 from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, example_moments, into, rotated, standard
 from natgrad_jax.factors import Pair
-from natgrad_jax.layers import input_rows, output_rows, total
+from natgrad_jax.layers import input_moment, input_rows, output_rows, total
+from natgrad_jax.linalg import Diagonal, matmul
 from natgrad_jax.transform import Schedule, lift
 
 Estimator = Literal["per_example", "minibatch"]
@@ -180,13 +181,14 @@ def ekfac(
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     """E[(U^T D V)^2], [S, I, O]."""
+    if evidence.cotangents is None:  # g = identity: F = A (x) I
+        moment = input_moment(layer, evidence, full=basis.inputs is not None)
+        if not isinstance(moment, Diagonal):
+            moment = Diagonal(jnp.sum(basis.inputs * matmul(moment, basis.inputs), axis=-2))
+        return jnp.broadcast_to(moment.entries[..., None], (*layer.stack, *layer.shape))
     rows = rotated(input_rows(layer, evidence), basis.inputs)
-    examples = rows.shape[-3]
-    if evidence.cotangents is None:  # g = identity: the columns of D are independent and alike
-        moment = jnp.sum(jnp.sum(rows, axis=-2) ** 2, axis=-2)
-        return jnp.broadcast_to(moment[..., None], (*layer.stack, *layer.shape)) / total(evidence, examples)
     columns = rotated(output_rows(layer, evidence), basis.outputs)
-    return example_moments(rows, columns) / total(evidence, examples)
+    return example_moments(rows, columns) / total(evidence, rows.shape[-3])
 
 
 def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
@@ -194,6 +196,6 @@ def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     if evidence.gradient is None or evidence.count is None:
         raise ValueError(
             f"The evidence for layer {layer.name!r} has no `gradient` or no `count`, which the estimator 'minibatch' "
-            "needs; take the evidence from `capture.value_and_grad`."
+            'needs; take the evidence from `capture.value_and_grad`, with other `labels` than "forward".'
         )
     return jnp.mean(into(basis, evidence.gradient) ** 2, axis=-3) / evidence.count
