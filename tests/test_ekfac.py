@@ -133,23 +133,23 @@ def test_forward_evidence_has_no_gradient_of_a_batch_and_the_minibatch_estimator
 
 @pytest.mark.usefixtures("x64")
 def test_ekfac_is_kfac_where_the_block_is_a_kronecker_product():
-    def steps(activation, loss):
-        net = mlp(activation, loss)
-        for optimizer in (partial(ng.ekfac, rescale_every=1), partial(ng.kfac, split="exact")):
-            optimizer = partial(optimizer, 1.0, damping=0.1, **AT_ONCE)
-            step = first_step(optimizer, net.model, net.likelihood, net.params, net.x)
-            yield step(net.params, net.x, net.y)["layer_b"]["kernel"] - net.params["layer_b"]["kernel"]
+    net = mlp("linear", "squared_error")
 
-    assert_equal(*steps("linear", "squared_error"))
-    assert_differs(*steps("tanh", "squared_error"))
+    def moved(optimizer):
+        optimizer = partial(optimizer, 1.0, damping=0.1, **AT_ONCE)
+        step = first_step(optimizer, net.model, net.likelihood, net.params, net.x)
+        return step(net.params, net.x, net.y)["layer_b"]["kernel"] - net.params["layer_b"]["kernel"]
+
+    assert_equal(moved(ng.ekfac), moved(partial(ng.kfac, split="exact")))
+    bent = mlp("tanh", "squared_error")
+    assert_differs(implied_blocks(EKFAC, bent)["layer_b"], implied_blocks(KFAC, bent)["layer_b"])
 
 
 # The scale ------------------------------------------------------------------------------------------------------------
 
 
-@with_losses
-def test_c32_the_scale_is_the_diagonal_of_the_block_in_the_basis_and_keeps_its_trace(dtype, loss):
-    net = mlp("tanh", loss, dtype=dtype)
+def test_c32_the_scale_is_the_diagonal_of_the_block_in_the_basis_and_keeps_its_trace(dtype):
+    net = mlp("tanh", "softmax_cross_entropy", dtype=dtype)
     for name in reversed(tuple(net.layers)):
         q, scale = basis_and_scale(state_of(EKFAC, net.layers[name], net.evidence[name], 1.0))
         assert_equal(scale, diagonal_in(q, net.blocks[name]))
@@ -187,14 +187,29 @@ def test_the_moments_do_not_depend_on_how_many_examples_are_taken_at_a_time(most
     assert_differs(np.einsum("snti,sknto->sio", a**2, g**2) / 5, expected)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("labels", ["exact", "forward"])
+def test_a_side_that_is_too_wide_keeps_its_own_coordinates(labels):
+    net = mlp("tanh", "squared_error")
+    _, evidence = evidence_of(net.model, net.likelihood, net.params, net.x, net.y, labels=labels)
+    layer, evidence = net.layers["layer_b"], evidence["layer_b"]
+    a, g = factors_of(layer, evidence)
+    block = kron(a, g) if labels == "forward" else net.blocks["layer_b"]
+    q = kron(np.eye(6), np.linalg.eigh(g)[1])
+    expected = recomposed(q, diagonal_in(q, block))
+    found = operator(ekfac_block(0.0, max_factor_dim=5), layer, evidence, 1.0)
+    assert_equal(found, np.linalg.inv(damped(expected, 1.0)))
+    assert_differs(np.linalg.inv(found), damped(block, 1.0))
+
+
 # How good it is -------------------------------------------------------------------------------------------------------
 
 
-def random_layers(inputs, outputs, examples, copies=100):
+def random_layers(inputs, outputs, examples, copies=100, dtype="float64"):
     """Layers whose inputs and cotangents depend on each other, and the empirical Fisher block of each."""
     a = normal(copies, examples, inputs) @ normal(copies, inputs, inputs, seed=1)
     g = a @ normal(copies, inputs, outputs, seed=2) + normal(copies, examples, outputs, seed=3)
-    layer, evidence = pairs(a, g)
+    layer, evidence = pairs(a.astype(dtype), g.astype(dtype))
     return layer, evidence, captured_fisher(layer, evidence)
 
 
@@ -204,7 +219,7 @@ def errors(approximations, blocks):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("sizes", [(3, 2, 4), (7, 3, 79), (4, 5, 20)])
+@pytest.mark.parametrize("sizes", [(3, 5, 4), (7, 3, 79)])
 def test_c33_ekfac_is_never_further_from_the_block_than_kfac(sizes):
     layer, evidence, blocks = random_layers(*sizes)
     q, scale = basis_and_scale(state_of(EKFAC, layer, evidence, 1.0))
@@ -349,15 +364,13 @@ def test_c54_large_damping_gives_the_gradient_over_the_damping(dtype, method):
 
 @pytest.mark.parametrize("method", [EKFAC, MINIBATCH], ids=["per_example", "minibatch"])
 @pytest.mark.parametrize("examples", [1, 40])
-def test_c55_every_update_descends(dtype, method, examples):
-    layer, evidence, _ = random_layers(6, 5, examples, copies=30)
-    evidence = jax.tree.map(lambda leaf: leaf.astype(dtype), evidence)
-    layer = ng.Layer("pairs", "dense", layer.shape, (), layer.stack, dtype)
+def test_c55_every_update_descends(method, examples):
+    layer, evidence, _ = random_layers(6, 5, examples, copies=30, dtype="float32")
 
     @jax.jit
     def products(damping):
         state = prepared(method, layer, evidence, damping)
-        gradients = normal(30, 6, 5, seed=7, dtype=dtype), evidence.gradient[:, 0]
+        gradients = normal(30, 6, 5, seed=7, dtype="float32"), evidence.gradient[:, 0]
         return [jnp.sum(g * method.apply(layer, state, g, damping), axis=(1, 2)) for g in gradients]
 
     for damping in (1e-8, 1e-3, 1.0, 1e4):

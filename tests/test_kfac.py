@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,13 +10,26 @@ import pytest
 import reference
 from flax import linen as nn
 from reference import assert_differs, assert_equal, damped, kron, normal, random_params
-from watching import AT_ONCE, factors, factors_of, first_step, implied_blocks, mlp, operator, pairs, rows_of, watched
+from watching import (
+    AT_ONCE,
+    evidence_of,
+    factors,
+    factors_of,
+    first_step,
+    implied_blocks,
+    mlp,
+    operator,
+    pairs,
+    rows_of,
+    watched,
+)
 
 import natgrad_jax as ng
 from natgrad_jax.methods.kfac import kfac_block
 
 EXACT = kfac_block(0.0, "exact")
 """The damping added to the eigenvalues of A (x) G, so that its operator shows the block."""
+PI = kfac_block(0.0)
 
 with_losses = pytest.mark.parametrize(
     "loss", ["squared_error", "softmax_cross_entropy", "sigmoid_binary_cross_entropy"]
@@ -32,6 +46,27 @@ def test_c18_kfac_is_the_ggn_block_of_a_deep_linear_net(dtype, use_bias):
     for name, (inputs, outputs) in factors(net.layers, net.evidence).items():
         assert_equal(kron(inputs, outputs).astype(dtype), net.blocks[name])
         assert_equal(found[name], net.blocks[name])
+
+
+@pytest.mark.usefixtures("x64")
+def test_c18_holds_over_two_unequal_batches_that_are_averaged_by_their_size():
+    net = mlp("linear")
+    name, layer = "layer_b", net.layers["layer_b"]
+    batches = [
+        evidence_of(net.model, net.likelihood, net.params, net.x[part], net.y[part])[1][name]
+        for part in (slice(3), slice(3, 7))
+    ]
+
+    @partial(jax.jit, static_argnums=0)
+    def inverse(decay):
+        state = kfac_block(0.0, "exact").init(layer)
+        for weight, evidence in zip((0.0, decay), batches, strict=True):
+            state = kfac_block(weight, "exact").observe(layer, state, evidence)
+        state = EXACT.refresh(layer, state, 1.0)
+        return reference.operator(partial(EXACT.apply, layer, state, damping=1.0), layer.shape)
+
+    assert_equal(inverse(3 / 7), np.linalg.inv(damped(net.blocks[name], 1.0)))
+    assert reference.error(inverse(0.9), np.linalg.inv(damped(net.blocks[name], 1.0))) > 0.05
 
 
 @pytest.mark.usefixtures("x64")
@@ -260,12 +295,12 @@ def test_c30_an_undamped_step_moves_the_function_alike_in_all_affine_coordinates
 def test_c10_an_undamped_step_does_not_depend_on_the_scale_of_the_loss_unless_labels_are_the_true_ones():
     model, x, y = Affine(), normal(30, 5), normal(30, 3, seed=1)
     params = random_params(model, x)
-    kfac = partial(ng.kfac, 1.0, damping=0.0, **AT_ONCE)
+    gradient = normal(6 * 3, seed=2)
 
-    def movement(labels, scale):
-        step = first_step(kfac, model, ng.losses.gaussian(1 / scale), params, x, labels=labels)
-        return step(params, x, y)["only"]["kernel"] - params["only"]["kernel"]
+    def direction(labels, scale):
+        layers, evidence = evidence_of(model, ng.losses.gaussian(1 / scale), params, x, y, labels=labels)
+        return operator(PI, layers["only"], evidence["only"], 0.0) @ (scale * gradient)
 
-    assert_equal(movement("exact", 17.0), movement("exact", 1.0))
-    assert_equal(movement("true", 17.0), movement("true", 1.0) / 17)
-    assert_differs(movement("true", 17.0), movement("true", 1.0))
+    assert_equal(direction("exact", 17.0), direction("exact", 1.0))
+    assert_equal(direction("true", 17.0), direction("true", 1.0) / 17)
+    assert_differs(direction("true", 17.0), direction("true", 1.0))

@@ -106,14 +106,14 @@ def alignments(apply, gradient):
 
 
 @pytest.mark.parametrize("split", KFAC)
-@pytest.mark.parametrize("examples", [1, 2, 40])
-def test_c55_every_update_descends(dtype, split, examples):
-    layer, evidence = correlated(6, 5, examples, stack=(50,), dtype=dtype)
+@pytest.mark.parametrize("examples", [1, 40])
+def test_c55_every_update_descends(split, examples):
+    layer, evidence = correlated(6, 5, examples, stack=(50,), dtype="float32")
 
     @jax.jit
     def cosines(damping):
         state = prepared(KFAC[split], layer, evidence, damping)
-        gradients = normal(50, 6, 5, seed=7, dtype=dtype), evidence.gradient[:, 0]
+        gradients = normal(50, 6, 5, seed=7, dtype="float32"), evidence.gradient[:, 0]
         return [alignments(partial(KFAC[split].apply, layer, state, damping=damping), g) for g in gradients]
 
     for damping in (1e-8, 1e-3, 1.0, 1e4):
@@ -124,3 +124,22 @@ def test_c55_every_update_descends(dtype, split, examples):
 def test_c55_fails_where_the_factors_are_not_positive_definite():
     a, g = normal(50, 6, 6), normal(50, 5, 5, seed=1)
     assert jnp.min(alignments(lambda gradient: a @ gradient @ g, normal(50, 6, 5, seed=7))) < -0.1
+
+
+# Wide sides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("split", ["pi", "exact"])
+def test_a_side_that_is_too_wide_keeps_the_diagonal_of_its_factor(split):
+    layer, evidence = correlated(4, 3)
+    a, g = factors_of(layer, evidence)
+    diagonal = np.diag(np.diag(a))
+    found = operator(kfac_block(0.0, split, max_factor_dim=3), layer, evidence, 0.3)
+    if split == "exact":
+        expected, full = inverse(damped(kron(diagonal, g), 0.3)), inverse(damped(kron(a, g), 0.3))
+    else:
+        x, y = split_damping(a, g, 0.3, split)
+        expected, full = (kron(inverse(damped(side, x)), inverse(damped(g, y))) for side in (diagonal, a))
+    assert_equal(found, expected)
+    assert_differs(found, full)
