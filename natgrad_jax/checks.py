@@ -52,10 +52,19 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
     leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
     if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
         return layers.blocks
-    blocks = tuple(layer for layer in layers.blocks if not all(leaf.address in hidden for leaf in layer.leaves))
+    if set(leaves) == {""}:
+        raise ValueError(
+            f"The parameters are one array of shape {tuple(leaves[''].shape)} without a name; expected the tree "
+            "`variables['params']`. Curvature needs to know the layers: take `optax.flatten` away."
+        )
+
+    def is_hidden(leaf):  # a mask may hide a whole module by one node
+        return any(not entry or f"{leaf.address}/".startswith(f"{entry}/") for entry in hidden)
+
+    blocks = tuple(layer for layer in layers.blocks if not all(map(is_hidden, layer.leaves)))
     for layer in blocks:
         for leaf in layer.leaves:
-            if leaf.address in hidden:
+            if is_hidden(leaf):
                 raise ValueError(
                     f"A mask hides {leaf.address!r} but not the other parameters of layer {layer.name!r}, which are "
                     "preconditioned together; mask all of them or none."
