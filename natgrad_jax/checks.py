@@ -99,12 +99,18 @@ def lazy_evidence(curvature: Any, blocks: tuple[Layer, ...]) -> Callable[[], Map
         The function; it raises ValueError if the evidence is of other layers or shapes.
 
     Raises:
+        TypeError: if the curvature is neither.
         ValueError: if there is no curvature.
     """
     if curvature is None:
         raise ValueError(
             "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, "
             "where `out` is what `capture.value_and_grad` returned."
+        )
+    if not (callable(curvature) or isinstance(curvature, Mapping)):
+        raise TypeError(
+            f"`curvature` is of type {type(curvature).__name__}; expected `out.curvature`, where `out` is what "
+            "`capture.value_and_grad` returned, or a mapping {name: Evidence}."
         )
 
     def evidence_of():
