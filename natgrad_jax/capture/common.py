@@ -251,6 +251,7 @@ def evaluate(
     Raises:
         ValueError: if targets, weights or key do not fit.
     """
+    weights = None if weights is None else _wide(jnp.asarray(weights))
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(problem.value)(passed.outputs, targets, weights)
@@ -302,9 +303,9 @@ def _score(likelihood: Likelihood, outputs: Array, targets: Array) -> Array:
     return jax.grad(lambda z: jnp.sum(likelihood.terms(z, targets)))(outputs)
 
 
-def _wide(outputs: Array) -> Array:
-    """Outputs in float32 at least: labels are drawn and roots taken there."""
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+def _wide(values: Array) -> Array:
+    """Values in float32 at least: labels are drawn and roots taken there; masks become numbers."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _by_example(values: Array, axes: int, examples: int) -> Array:
