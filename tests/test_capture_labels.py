@@ -120,6 +120,7 @@ def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
+@pytest.mark.slow
 def test_exact_evidence_is_the_dense_block_of_convolutions_and_their_groups():
     x = normal(3, 4, 4, 2)
     net = watched(Images(), reference.random_params(Images(), x), x, "softmax_cross_entropy")
@@ -144,6 +145,7 @@ def test_the_signs_of_exact_columns_leave_the_curvature_and_decorrelate_the_exam
 # Sampled --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c11_the_sampled_output_factor_tends_to_the_exact_one():
     net = mlp("tanh", "softmax_cross_entropy")
     exact = factors(net.layers, net.evidence)["layer_b"][1]

@@ -72,6 +72,7 @@ def same(ours, theirs):
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "jitted"), [(Everything(), True), (Something(), True), (Something(), False)])
 def test_c3_loss_gradient_and_batch_statistics_are_those_of_jax_bit_for_bit(model, jitted):
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), X)
@@ -191,6 +192,7 @@ def in_a_stack(params):
     return {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"block_{i}"] for i in range(3)))}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("body", [Block, nn.remat(Block)], ids=["scan", "scan of remat"])
 def test_c3_evidence_of_a_scan_is_that_of_the_unrolled_layers(body):
@@ -236,6 +238,7 @@ class Mapped(nn.Module):
         return nn.vmap(Block, split_rngs={"params": True}, **axes)(name="block")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_c3_evidence_of_a_vmap_is_that_of_its_members():
     x = normal(4, 5)

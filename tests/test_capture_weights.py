@@ -33,6 +33,7 @@ def sequences():
         yield model, random_params(model, x), x, reference.targets("softmax_cross_entropy", (6, 4, 3))
 
 
+@pytest.mark.slow
 def test_c7_factors_of_a_masked_batch_are_those_of_the_ragged_data(sequences):
     model, params, x, y = sequences
     args = model, ng.losses.softmax_cross_entropy, params

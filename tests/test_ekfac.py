@@ -131,6 +131,7 @@ def test_forward_evidence_has_no_gradient_of_a_batch_and_the_minibatch_estimator
         state_of(MINIBATCH, net.layers["only"], net.evidence["only"], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ekfac_is_kfac_where_the_block_is_a_kronecker_product():
     net = mlp("linear", "squared_error")
@@ -148,6 +149,7 @@ def test_ekfac_is_kfac_where_the_block_is_a_kronecker_product():
 # The scale ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c32_the_scale_is_the_diagonal_of_the_block_in_the_basis_and_keeps_its_trace(dtype):
     net = mlp("tanh", "softmax_cross_entropy", dtype=dtype)
     for name in reversed(tuple(net.layers)):
@@ -218,6 +220,7 @@ def errors(approximations, blocks):
     return np.linalg.norm(approximations - blocks, axis=(1, 2)) / np.linalg.norm(blocks, axis=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sizes", [(3, 5, 4), (7, 3, 79)])
 def test_c33_ekfac_is_never_further_from_the_block_than_kfac(sizes):
@@ -270,6 +273,7 @@ def history():
         yield [state.layers for state in states[1:]], blocks
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("step", [0, 3])
 def test_c41_after_a_refresh_the_scale_is_the_diagonal_in_the_new_basis_of_the_batch_at_hand(history, step):

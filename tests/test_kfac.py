@@ -39,6 +39,7 @@ with_losses = pytest.mark.parametrize(
 # Unshared layers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_c18_kfac_is_the_ggn_block_of_a_deep_linear_net(dtype, use_bias):
     net = mlp("linear", use_bias=use_bias, dtype=dtype)
@@ -273,6 +274,7 @@ def test_c29_one_undamped_step_of_linear_regression_is_least_squares(dtype, spli
     assert_differs(reference.matrix(start["only"]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_c30_an_undamped_step_moves_the_function_alike_in_all_affine_coordinates_of_the_inputs():
     model, x, y = reference.MLP(), normal(40, 5), normal(40, 3, seed=1)
