@@ -259,6 +259,7 @@ def test_layers_of_another_model(method, monkeypatch):
         tx.init(other_params(extra={"scale": jnp.ones(3)}))
 
 
+@pytest.mark.slow
 @every_method
 def test_gradients_of_another_model(method, monkeypatch):
     gradient, evidence = measured("mlp")
@@ -316,6 +317,7 @@ def test_evidence_without_cotangents_for_a_method_that_squares_gradients():
         tx.update(gradient, tx.init(gradient), curvature=bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", ["the evaluation itself", 3.0, "evidence", [1, 2]], ids=str)
 def test_a_curvature_that_is_none(found):
     gradient, _ = measured("mlp")

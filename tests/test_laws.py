@@ -226,11 +226,13 @@ def application():
     )
 
 
+@pytest.mark.slow
 @every_method
 def test_a_step_without_statistics_has_no_second_backward(method):
     skips_the_second_backward(direction(method, "mlp wide"))
 
 
+@pytest.mark.slow
 def test_evidence_taken_outside_of_the_branch_fails_the_law_of_skipped_statistics():
     def update(inner, updates, state, params, curvature=None, **extra):
         return inner(updates, state, params, curvature=curvature(), **extra)

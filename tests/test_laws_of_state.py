@@ -34,6 +34,7 @@ def keeps_types(where, tx):
     assert table.shapes(updates) == table.shapes(task(where).variables["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [*TASKS, *(f"{name} bfloat16" for name in TASKS)])
 @every_method
 def test_an_update_changes_no_shape_and_no_dtype(method, where):
@@ -165,8 +166,8 @@ def test_a_learning_rate_of_nearly_zero_does_not_learn():
 
 def equals_its_constants(tx, method):
     """Settings given as schedules of a constant value give the steps that the constants give."""
-    (params, state), _ = scanned("mlp", tx)
-    (expected, expected_state), _ = scanned("mlp", direction(method))
+    (params, state), _ = scanned("dense", tx)
+    (expected, expected_state), _ = scanned("dense", direction(method, "dense"))
     chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(state.metrics, expected_state.metrics)
 
@@ -176,12 +177,12 @@ def equals_its_constants(tx, method):
 def test_constant_schedules_and_traced_periods_equal_numbers(method):
     periods = {name: jnp.int32(table.SETTINGS[name]) for name in ("statistics_every", "refresh_every")}
     constants = {name: lambda count, name=name: table.SETTINGS[name] for name in ("damping", "decay")}
-    equals_its_constants(build(method, **constants, **periods), method)
+    equals_its_constants(build(method, "dense", **constants, **periods), method)
 
 
 @pytest.mark.slow
 def test_a_schedule_of_another_value_fails_the_law_of_constants():
-    fails(equals_its_constants, build(ANY, decay=optax.linear_schedule(0.9, 0.5, 10)), ANY)
+    fails(equals_its_constants, build(ANY, "dense", decay=optax.linear_schedule(0.9, 0.5, 10)), ANY)
 
 
 def follows_its_schedule(tx, schedule):
