@@ -366,6 +366,7 @@ def test_c54_large_damping_gives_the_gradient_over_the_damping(dtype, method):
     assert_differs(1e-2 * operator(method, layer, evidence, 1e-2), np.eye(size))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", [EKFAC, MINIBATCH], ids=["per_example", "minibatch"])
 @pytest.mark.parametrize("examples", [1, 40])
 def test_c55_every_update_descends(method, examples):

@@ -105,6 +105,7 @@ def alignments(apply, gradient):
     return product / jnp.linalg.norm(gradient, axis=(-2, -1)) / jnp.linalg.norm(update, axis=(-2, -1))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("split", KFAC)
 @pytest.mark.parametrize("examples", [1, 40])
 def test_c55_every_update_descends(split, examples):
