@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ARGS ?= -n 2
 BIN := $(VENV)/bin
 
 # jaxlib's eigendecompositions and OpenBLAS each bring their own threads; together they fight over the cores.
