@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format
+.PHONY: help demo test bench lint format
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,10 @@ demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; on
 
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/test.stamp ## what a step costs beside Adam's
+	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
+	$(BIN)/python -m experiments.speed $(if $(filter command line,$(origin ARGS)),$(ARGS))
 
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 	$(BIN)/ruff check

@@ -8,9 +8,18 @@ block holds whole refresh periods. The first step holds tracing and compilation.
 
 Expected: by flop count 2.2 x Adam for K-FAC on the autoencoder with statistics every 10 and inverses every 100 steps.
 
-    OPENBLAS_NUM_THREADS=1 python experiments/speed.py
+If kfac-jax can be imported (its release wants jax <= 0.9.1), it runs in turn with ours: fixed settings, one sampled
+label, statistics every step, inverses every 10.
+
+glibc returns blocks above 32 MB to the system at once, so a step whose scratch memory is larger than that faults it in
+again page by page, 4 to 20 ms on these models, whatever the optimizer. `make bench` sets the variables that keep it.
+
+    make bench                                        (some 5 minutes)
+    make bench ARGS="--models cnn --methods kfac"
 """
 
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +43,7 @@ class Config:
     """Every number of the experiment."""
 
     models: tuple[str, ...] = ("autoencoder", "cnn")
+    methods: tuple[str, ...] = ("kfac", "ekfac")  # beginnings of the names to measure beside Adam
     rounds: int = 5
     damping: float = 1.0
     learning_rate: float = 1e-6
@@ -74,6 +84,10 @@ class Problem:
     inputs: jax.Array
     targets: jax.Array
 
+    def outputs(self, params: Any, inputs: jax.Array) -> Any:
+        """The model's outputs, without any capture."""
+        return self.model.apply({"params": params}, inputs)
+
 
 def problem(name: str, key: jax.Array) -> Problem:
     """The model of that name with a batch of noise."""
@@ -87,9 +101,9 @@ def problem(name: str, key: jax.Array) -> Problem:
 class Runner:
     """One optimizer on one problem: a jitted step with donated state, and its times."""
 
-    def __init__(self, name: str, period: int, given: Problem, step: Callable[..., Any], params: Any, state: Any):
+    def __init__(self, period: int, given: Problem, step: Callable[..., Any], params: Any, state: Any):
         """Compile the step and take the first one."""
-        self.name, self.period, self.given = name, period, given
+        self.period, self.given = period, given
         self._step = jax.jit(step, donate_argnums=(0, 1))
         self._key = jax.random.key(1)
         self._params, self._state = jax.tree.map(jnp.array, (params, state))
@@ -112,14 +126,14 @@ def adam(given: Problem, params: Any, config: Config) -> Runner:
 
     def step(params, state, x, y, key):
         del key
-        grad = jax.grad(lambda params: given.likelihood(given.model.apply({"params": params}, x), y))(params)
+        grad = jax.grad(lambda params: given.likelihood(given.outputs(params, x), y))(params)
         updates, state = tx.update(grad, state, params)
         return optax.apply_updates(params, updates), state
 
-    return Runner("adam", 1, given, step, params, tx.init(params))
+    return Runner(1, given, step, params, tx.init(params))
 
 
-def natural(name: str, method: Callable[..., Any], every: tuple[int, int]) -> Callable[[Problem, Any, Config], Runner]:
+def natural(method: Callable[..., Any], every: tuple[int, int]) -> Callable[[Problem, Any, Config], Runner]:
     """A method of ours with statistics and refreshes at such steps."""
 
     def build(given, params, config):
@@ -135,16 +149,70 @@ def natural(name: str, method: Callable[..., Any], every: tuple[int, int]) -> Ca
             updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
             return optax.apply_updates(params, updates), state
 
-        return Runner(f"{name} {every}", every[1], given, step, params, tx.init(params))
+        return Runner(every[1], given, step, params, tx.init(params))
 
     return build
 
 
-METHODS = (
-    adam,
-    *(natural("kfac", ng.kfac, every) for every in ((1, 10), (10, 10), (10, 100))),
-    *(natural("ekfac", ng.ekfac, every) for every in ((1, 10), (10, 100))),
-)
+class Peer:
+    """kfac-jax, which owns its loop: the same times as a `Runner`."""
+
+    def __init__(self, given: Problem, params: Any, config: Config):
+        """Compile the step and take the first one."""
+        kfac_jax = importlib.import_module("kfac_jax")
+
+        def loss(params, batch):
+            outputs = given.outputs(params, batch[0])
+            if given.likelihood is ng.losses.softmax_cross_entropy:
+                kfac_jax.register_softmax_cross_entropy_loss(outputs, batch[1])
+            else:
+                kfac_jax.register_multi_bernoulli_predictive_distribution(outputs, batch[1])
+            return given.likelihood(outputs, batch[1])
+
+        self.period, self._config = 10, config
+        self._batch = (given.inputs, given.targets)
+        self._optimizer = kfac_jax.Optimizer(
+            value_and_grad_func=jax.value_and_grad(loss),
+            l2_reg=0.0,
+            use_adaptive_learning_rate=False,
+            use_adaptive_momentum=False,
+            use_adaptive_damping=False,
+            inverse_update_period=10,
+            num_burnin_steps=0,
+            estimation_mode="fisher_gradients",
+            multi_device=False,
+        )
+        self._key, self._count = jax.random.key(1), 0
+        self._params = jax.tree.map(jnp.array, params)
+        self._state = self._optimizer.init(self._params, self._key, self._batch)
+        self.first = self.block(1)
+
+    def block(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._key, key = jax.random.split(self._key)
+            self._params, self._state, _ = self._optimizer.step(
+                self._params,
+                self._state,
+                key,
+                batch=self._batch,
+                global_step_int=self._count,
+                learning_rate=jnp.asarray(self._config.learning_rate),
+                momentum=jnp.asarray(0.9),
+                damping=jnp.asarray(self._config.damping),
+            )
+            self._count += 1
+        jax.block_until_ready((self._params, self._state))
+        return time.perf_counter() - start
+
+
+METHODS: dict[str, Callable[[Problem, Any, Config], Runner | Peer]] = {
+    "adam": adam,
+    **{f"kfac {every}": natural(ng.kfac, every) for every in ((1, 10), (10, 10), (10, 100))},
+    **{f"ekfac {every}": natural(ng.ekfac, every) for every in ((1, 10), (10, 100))},
+    **({"kfac-jax (1, 10)": Peer} if importlib.util.find_spec("kfac_jax") else {}),
+}
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -160,22 +228,23 @@ def run(config: Config) -> list[dict[str, Any]]:
     for name in config.models:
         given = problem(name, jax.random.key(config.seed))
         params = given.model.init(jax.random.key(config.seed), given.inputs)["params"]
-        runners = [build(given, params, config) for build in METHODS]
-        times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+        wanted = {method: build for method, build in METHODS.items() if method.startswith(("adam", *config.methods))}
+        runners = {method: build(given, params, config) for method, build in wanted.items()}
+        times: dict[str, list[float]] = {method: [] for method in runners}
         for _ in track(range(config.rounds), description=name):
-            for runner in runners:
+            for method, runner in runners.items():
                 steps = max(20, runner.period)
-                times[runner.name].append(runner.block(steps) / steps)
-        for runner in runners:
-            ratios = [mine / base for mine, base in zip(times[runner.name], times["adam"], strict=True)]
+                times[method].append(runner.block(steps) / steps)
+        for method, runner in runners.items():
+            ratios = [mine / base for mine, base in zip(times[method], times["adam"], strict=True)]
             records.append({
                 "model": name,
-                "method": runner.name,
-                "milliseconds": 1000 * statistics.median(times[runner.name]),
+                "method": method,
+                "milliseconds": 1000 * statistics.median(times[method]),
                 "ratio": statistics.median(ratios),
                 "least": min(ratios),
                 "most": max(ratios),
-                "first": runner.first / runners[0].first,
+                "first": runner.first / runners["adam"].first,
             })
     return records
 

@@ -169,7 +169,7 @@ def mean_diagonal(factor: Factor) -> Array:
     """Trace over dimension: [..., n, n] -> [...]."""
     if isinstance(factor, Diagonal):
         return jnp.mean(factor.entries, axis=-1)
-    return jnp.trace(factor, axis1=-2, axis2=-1) / factor.shape[-1]
+    return jnp.mean(jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
 
 
 def keep_finite(new: State, old: State, axes: int = 0, *, by_diagonal: bool = False) -> tuple[State, Array]:
@@ -184,7 +184,8 @@ def keep_finite(new: State, old: State, axes: int = 0, *, by_diagonal: bool = Fa
         axes: number of stack axes.
         by_diagonal: whether the diagonal of a square matrix tells for the whole. It does for factors: an entry of a
             second moment that is not finite comes from a row whose own square is not, and a factorisation that fails
-            is NaN throughout. That saves a pass over the largest arrays.
+            is NaN throughout. That saves a pass over the largest arrays. (Of a scale that happens to be square, an
+            entry that overflows by itself off the diagonal is not seen.)
 
     Returns:
         The state, and the int32 number of copies in which the old one was kept.

@@ -58,9 +58,6 @@ def _padded(geometry: ConvGeometry, images: Array) -> Array:
     else:
         pairs = padding
     gaps = [dilation - 1 for dilation in geometry.input_dilation]
-    if padding == "CAUSAL":  # the zeros in front of a causal convolution are inputs too: gaps come between them
-        images = jnp.pad(images, [(0, 0), *pairs, (0, 0)])
-        pairs = [(0, 0)]
     config = [(0, 0, 0), *((low, high, gap) for (low, high), gap in zip(pairs, gaps, strict=True)), (0, 0, 0)]
     return lax.pad(images, jnp.zeros((), images.dtype), config)
 

@@ -26,10 +26,19 @@ from natgrad_jax import averages, factors
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
-from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, example_moments, into, rotated, standard
+from natgrad_jax.eigenbasis import (
+    Basis,
+    damped_solve,
+    eigenbasis,
+    example_moments,
+    into,
+    mean_squares,
+    rotated,
+    standard,
+)
 from natgrad_jax.factors import Pair
 from natgrad_jax.layers import input_moment, input_rows, output_rows, total
-from natgrad_jax.linalg import Diagonal, matmul
+from natgrad_jax.linalg import Diagonal
 from natgrad_jax.transform import Schedule, lift
 
 Estimator = Literal["per_example", "minibatch"]
@@ -183,9 +192,8 @@ def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     """E[(U^T D V)^2], [S, I, O]."""
     if evidence.cotangents is None:  # g = identity: F = A (x) I
         moment = input_moment(layer, evidence, full=basis.inputs is not None)
-        if not isinstance(moment, Diagonal):
-            moment = Diagonal(jnp.sum(basis.inputs * matmul(moment, basis.inputs), axis=-2))
-        return jnp.broadcast_to(moment.entries[..., None], (*layer.stack, *layer.shape))
+        squares = moment.entries if isinstance(moment, Diagonal) else mean_squares(basis.inputs, moment)
+        return jnp.broadcast_to(squares[..., None], (*layer.stack, *layer.shape))
     rows = rotated(input_rows(layer, evidence), basis.inputs)
     columns = rotated(output_rows(layer, evidence), basis.outputs)
     return example_moments(rows, columns) / total(evidence, rows.shape[-3])
