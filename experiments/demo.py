@@ -3,7 +3,7 @@
 Two problems on the 1,797 digits of 8x8 pixels that scikit-learn ships, a fifth of them kept for testing: a
 convolutional classifier, and an autoencoder with a code of 12 numbers, a narrow deep net as in the first K-FAC paper.
 
-Expected: on the autoencoder both reach Adam's final loss in less than half of its steps, K-FAC in about half of its
+Expected: on the autoencoder both reach Adam's final loss in less than half of its steps, K-FAC in less than half of its
 seconds, EKFAC, whose steps are dearer, in more. On the classifier they gain nothing: Adam ends lowest, and its step is
 the cheapest. Only the training loss is compared: everything here overfits, as the test column says.
 
