@@ -84,5 +84,5 @@ def warm_start(
             )
         evidence = getattr(item, "curvature", item)
         evidence = evidence() if callable(evidence) else evidence
-        state = observe(state, jax.tree.map(jnp.zeros_like, like), evidence, jnp.asarray(done, jnp.float32))
+        state = observe(state, jax.tree.map(jnp.zeros_like, like), evidence, jnp.asarray(float(done)))
     return state

@@ -133,7 +133,8 @@ class Capture:
             targets: labels of the batch, as the likelihood wants them.
             key: for drawing labels; a new one for each step.
             weights: of the examples [N] or of their positions [N, T]; zeros mask.
-            **apply_kwargs: further arguments of `model.apply`: `rngs`, `method`, `mutable`, `train`, ...
+            **apply_kwargs: further arguments of `model.apply`: `rngs`, `method`, `train`, ...; `mutable` names
+                collections to write beside those in `variables`.
 
         Returns:
             An `Evaluation`.
@@ -233,4 +234,6 @@ def _examples(read: Any) -> int:
 
 def _names(mutable: Any) -> list[str]:
     """The collections that the caller wants written."""
+    if mutable is True:
+        raise TypeError("`mutable` is True; expected the names of the collections to write, such as ['intermediates'].")
     return [mutable] if isinstance(mutable, str) else list(mutable or ())

@@ -145,7 +145,7 @@ def classify(
             continue
         known.append(_layer(name, sighting, {role: address for address, role in found.items()}, leaves))
         taken |= set(found)
-    _check_exclude(exclude, leaves)
+    _check_exclude(exclude, [name_of(*item) for item in sightings.items()], leaves)
     rest = tuple(
         _parameter(address, leaf, notes.get(address, "")) for address, leaf in leaves.items() if address not in taken
     )
@@ -213,8 +213,8 @@ def _leaf(leaves: Mapping[str, Any], address: str) -> str | None:
     return next((found for found in leaves if found == address or found.startswith(address + "/")), None)
 
 
-def _check_exclude(exclude: tuple[str, ...], leaves: Mapping[str, Any]) -> None:
-    names = sorted({address.rpartition("/")[0] for address in leaves})
+def _check_exclude(exclude: tuple[str, ...], layers: list[str], leaves: Mapping[str, Any]) -> None:
+    """Refuse a name that excludes nothing."""
     for entry in exclude:
-        if not any(_excluded(address, (entry,)) for address in leaves) and entry not in ("Dense", "Conv"):
-            raise ValueError(f"`exclude` names {entry!r}, which the model does not have; it has {names}.")
+        if not any(_excluded(name, (entry,)) for name in [*layers, *leaves]):
+            raise ValueError(f"`exclude` names {entry!r}, which the model does not have; it has {layers}.")
