@@ -58,30 +58,6 @@ def recomposed(q, scale):
 # Where it is exact ----------------------------------------------------------------------------------------------------
 
 
-def test_c18_ekfac_is_the_ggn_block_of_a_deep_linear_net(dtype):
-    net = mlp("linear", dtype=dtype)
-    found = implied_blocks(EKFAC, net)
-    for name in net.layers:
-        assert_equal(found[name], net.blocks[name])
-
-
-@pytest.mark.usefixtures("x64")
-@with_losses
-@pytest.mark.parametrize("copies", [1, 7])
-def test_c19_and_c20_ekfac_is_the_block_of_one_example_also_if_repeated(loss, copies):
-    net = mlp("tanh", loss, examples=1, copies=copies)
-    found = implied_blocks(EKFAC, net)
-    for name in net.layers:
-        assert_equal(found[name], net.blocks[name])
-
-
-@pytest.mark.usefixtures("x64")
-@with_losses
-def test_c18_to_c20_fail_with_seven_examples_and_an_activation(loss):
-    net = mlp("tanh", loss)
-    assert_differs(implied_blocks(EKFAC, net)["layer_b"], net.blocks["layer_b"])
-
-
 def test_c21_ekfac_is_the_block_where_inputs_and_cotangents_are_independent(dtype):
     some, others = normal(7, 4, dtype=dtype), normal(9, 3, seed=1, dtype=dtype)
     independent = jnp.repeat(some, 9, axis=0), jnp.tile(others, (7, 1))

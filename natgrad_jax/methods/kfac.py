@@ -148,9 +148,10 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with heavy-ball momentum and decoupled weight decay.
 
-    The defaults are those of the K-FAC baseline in the experiments of the TENGraD authors
-    (https://github.com/saeedsoori/k-fac): damping 0.03, decay 0.95, momentum 0.9, weight decay added to the
-    preconditioned gradient. Theirs clips the step besides; here the learning rate is plain.
+    Damping 0.03, decay 0.95, momentum 0.9, inverses every 100 steps and weight decay added to the preconditioned
+    gradient are the K-FAC baseline in the experiments of the TENGraD authors
+    (https://github.com/saeedsoori/k-fac). Theirs takes statistics every 20 steps and clips the step; here statistics
+    are twice as frequent, and the learning rate is plain.
 
     Args:
         learning_rate: step size, or its schedule.
