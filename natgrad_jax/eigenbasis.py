@@ -79,10 +79,13 @@ def damped_solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar) -
     return out_of(basis, into(basis, gradient) / (scale + strength))
 
 
-def mean_squares(side: Array | None, moment: Array) -> Array:
-    """diag(U^T M U) [S, n]: the second moment M [S, n, n] of rows along the columns of a side."""
-    vectors = jnp.eye(moment.shape[-1], dtype=moment.dtype) if side is None else side
-    return jnp.sum(vectors * matmul(moment, vectors), axis=-2)
+def mean_squares(side: Array | None, moment: Factor) -> Array:
+    """diag(U^T M U) [S, n]: the mean squares of rows with the second moment M, along the columns of a side."""
+    if isinstance(moment, Diagonal):
+        return moment.entries
+    if side is None:
+        return jnp.diagonal(moment, axis1=-2, axis2=-1)
+    return jnp.sum(side * matmul(moment, side), axis=-2)
 
 
 def example_moments(inputs: Array, cotangents: Array, most: int = 1 << 22) -> Array:

@@ -38,7 +38,6 @@ from natgrad_jax.eigenbasis import (
 )
 from natgrad_jax.factors import Pair
 from natgrad_jax.layers import input_moment, input_rows, output_rows, total
-from natgrad_jax.linalg import Diagonal
 from natgrad_jax.transform import Schedule, lift
 
 Estimator = Literal["per_example", "minibatch"]
@@ -192,8 +191,7 @@ def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     """E[(U^T D V)^2], [S, I, O]."""
     if evidence.cotangents is None:  # g = identity: F = A (x) I
         moment = input_moment(layer, evidence, full=basis.inputs is not None)
-        squares = moment.entries if isinstance(moment, Diagonal) else mean_squares(basis.inputs, moment)
-        return jnp.broadcast_to(squares[..., None], (*layer.stack, *layer.shape))
+        return jnp.broadcast_to(mean_squares(basis.inputs, moment)[..., None], (*layer.stack, *layer.shape))
     rows = rotated(input_rows(layer, evidence), basis.inputs)
     columns = rotated(output_rows(layer, evidence), basis.outputs)
     return example_moments(rows, columns) / total(evidence, rows.shape[-3])
