@@ -6,6 +6,7 @@ from natgrad_jax.capture import linen
 from natgrad_jax.chain import warm_start
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
+from natgrad_jax.steps import clip_by_kl
 from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Method",
     "NaturalGradientState",
     "Schedule",
+    "clip_by_kl",
     "ekfac",
     "kfac",
     "lift",

@@ -8,21 +8,24 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.base import Scalar, ScalarOrSchedule
+from natgrad_jax.steps import clip_by_kl
 from natgrad_jax.transform import NaturalGradientState, Tree
 
 
 def complete(
     direction: optax.GradientTransformationExtraArgs,
     learning_rate: ScalarOrSchedule,
+    kl_clip: Scalar | None,
     momentum: Scalar | None,
     weight_decay: ScalarOrSchedule | None,
     weight_decay_mask: Any | Callable[[Any], Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A direction, then weight decay, then heavy-ball momentum, then the learning rate.
+    """A direction, shortened or not, then weight decay, then heavy-ball momentum, then the learning rate.
 
     Args:
         direction: a `scale_by_*` transformation.
         learning_rate: step size, or its schedule.
+        kl_clip: bound of `steps.clip_by_kl`; None for none.
         momentum: weight of the old direction in the buffer; None for no buffer.
         weight_decay: strength; None for none.
         weight_decay_mask: which parameters decay.
@@ -30,6 +33,8 @@ def complete(
     Returns:
         The chain.
     """
+    if kl_clip is not None:
+        direction = clip_by_kl(direction, learning_rate, kl_clip)
     parts: list[optax.GradientTransformation] = [direction]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))

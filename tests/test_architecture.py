@@ -24,6 +24,7 @@ ROOMS = (
     "capture",
     "checks",
     "transform",
+    "steps",
     "chain",
     "methods",
 )

@@ -147,6 +147,7 @@ def ekfac(
     rescale_every: int | Array = 10,
     early_refresh: bool = True,
     max_factor_dim: int = 8192,
+    kl_clip: Scalar | None = None,
     momentum: Scalar | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
@@ -166,6 +167,7 @@ def ekfac(
         rescale_every: see `scale_by_ekfac`.
         early_refresh: see `scale_by_ekfac`.
         max_factor_dim: see `scale_by_ekfac`.
+        kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
         momentum: weight of the old direction; None for none.
         weight_decay: strength; None for none, else `update` needs `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
@@ -184,7 +186,7 @@ def ekfac(
         early_refresh=early_refresh,
         max_factor_dim=max_factor_dim,
     )
-    return complete(direction, learning_rate, momentum, weight_decay, weight_decay_mask)
+    return complete(direction, learning_rate, kl_clip, momentum, weight_decay, weight_decay_mask)
 
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:

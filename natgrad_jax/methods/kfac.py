@@ -142,6 +142,7 @@ def kfac(
     refresh_every: int | Array = 100,
     early_refresh: bool = True,
     max_factor_dim: int = 8192,
+    kl_clip: Scalar | None = None,
     momentum: Scalar | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
@@ -150,8 +151,8 @@ def kfac(
 
     Damping 0.03, decay 0.95, momentum 0.9, inverses every 100 steps and weight decay added to the preconditioned
     gradient are the K-FAC baseline in the experiments of the TENGraD authors
-    (https://github.com/saeedsoori/k-fac). Theirs takes statistics every 20 steps and clips the step; here statistics
-    are twice as frequent, and the learning rate is plain.
+    (https://github.com/saeedsoori/k-fac). Theirs takes statistics every 20 steps, here twice as often, and clips
+    the step: `kl_clip=1e-2` on its command line.
 
     Args:
         learning_rate: step size, or its schedule.
@@ -163,6 +164,7 @@ def kfac(
         refresh_every: see `scale_by_kfac`.
         early_refresh: see `scale_by_kfac`.
         max_factor_dim: see `scale_by_kfac`.
+        kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
         momentum: weight of the old direction; None for none.
         weight_decay: strength; None for none, else `update` needs `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
@@ -180,4 +182,4 @@ def kfac(
         early_refresh=early_refresh,
         max_factor_dim=max_factor_dim,
     )
-    return complete(direction, learning_rate, momentum, weight_decay, weight_decay_mask)
+    return complete(direction, learning_rate, kl_clip, momentum, weight_decay, weight_decay_mask)

@@ -1,0 +1,126 @@
+"""The KL clip bounds how far a step moves the model, and touches nothing else."""
+
+import jax
+import jax.numpy as jnp
+import methods_table as table
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import linen as nn
+from methods_table import NAMES, direction, measured, task
+from reference import normal
+
+import natgrad_jax as ng
+
+every_method = pytest.mark.parametrize("method", NAMES)
+
+
+def length(rate, gradient, updates):
+    """rate^2 <g, u>."""
+    return rate**2 * float(optax.tree.vdot(gradient, updates))
+
+
+def updated(tx, rate_of_gradient=1.0):
+    gradient, evidence = measured("mlp")
+    gradient = jax.tree.map(lambda g: rate_of_gradient * g, gradient)
+    updates, state = jax.jit(tx.update)(gradient, tx.init(gradient), curvature=evidence)
+    return gradient, updates, state
+
+
+@every_method
+def test_a_long_step_is_cut_to_the_bound_and_keeps_its_direction(method):
+    plain = direction(method)
+    gradient, free, _ = updated(plain)
+    bound = 0.25 * length(0.5, gradient, free)
+    _, clipped, state = updated(ng.clip_by_kl(plain, 0.5, bound))
+    np.testing.assert_allclose(state.clip_factor**2 * length(0.5, gradient, free), bound, rtol=1e-5)
+    jax.tree.map(lambda c, f: np.testing.assert_allclose(c, 0.5 * f, rtol=1e-5), clipped, free)
+    np.testing.assert_allclose(state.clip_factor, 0.5, rtol=1e-5)
+    assert length(0.5, gradient, free) > 2 * bound  # the control: without the clip
+
+
+@every_method
+def test_a_short_step_is_left_as_it_is_bit_for_bit(method):
+    plain = direction(method)
+    gradient, free, _ = updated(plain)
+    _, kept, state = updated(ng.clip_by_kl(plain, 0.5, 2 * length(0.5, gradient, free)))
+    jax.tree.map(np.testing.assert_array_equal, kept, free)
+    assert state.clip_factor == 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_divergence_of_a_clipped_step_is_the_one_of_the_dense_fisher_and_within_half_the_bound():
+    model, x = nn.Dense(3), normal(40, 4)
+    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    y = jnp.arange(40) % 3
+    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy, labels="exact")
+    out = capture.value_and_grad({"params": params}, x, y)
+    layers = capture.layers({"params": params}, x)
+    tx = ng.clip_by_kl(ng.scale_by_kfac(layers, damping=1e-3, split="exact", statistics_every=1), 0.5, 1e-6)
+    updates, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+
+    def log_probabilities(step):
+        moved = jax.tree.map(lambda p, u: p - step * u, params, updates)
+        return jax.nn.log_softmax(model.apply({"params": moved}, x))
+
+    def divergence(step):
+        before, after = log_probabilities(0.0), log_probabilities(step)
+        return jnp.mean(jnp.sum(jnp.exp(before) * (before - after), axis=-1))
+
+    along = out.curvature.along(updates)
+    half_square = 0.5 * 0.5**2 * jnp.sum(along**2)  # 1/2 (lr u)^T F (lr u)
+    assert reference.error(divergence(0.5), half_square) < 1e-2
+    assert half_square <= 0.5e-6
+    assert divergence(0.5) <= 0.505e-6  # what is left out is of third order
+    assert divergence(50.0) > 0.5e-6  # the control: a step that was not meant
+
+
+def test_the_clip_follows_a_schedule_of_the_learning_rate():
+    plain = direction("kfac pi")
+    gradient, free, _ = updated(plain)
+    bound = 0.25 * length(0.5, gradient, free)
+    tx = ng.clip_by_kl(plain, lambda count: 0.5 / (1 + count), bound)
+    state = tx.init(gradient)
+    scales = []
+    for _ in range(3):
+        _, state = tx.update(gradient, state, curvature=measured("mlp")[1])
+        scales.append(float(state.clip_factor))
+    np.testing.assert_allclose(scales[0], 0.5, rtol=1e-5)
+    assert scales[0] < scales[1]
+    assert scales[2] == 1
+
+
+def test_a_direction_uphill_and_a_zero_gradient_are_not_clipped_and_give_no_nan():
+    for factor in (-1.0, 0.0):
+        scaled = optax.with_extra_args_support(optax.scale(factor))
+        tx = ng.clip_by_kl(scaled, 1.0, 1e-3)
+        updates, state = tx.update({"a": jnp.ones(3)}, tx.init({"a": jnp.ones(3)}))
+        np.testing.assert_array_equal(updates["a"], factor)
+        assert state.clip_factor == 1
+
+
+def test_the_complete_optimizers_clip_before_the_momentum():
+    layers = task("mlp").layers
+    gradient, evidence = measured("mlp")
+    for make in (ng.kfac, ng.ekfac):
+        clipped, plain = (make(0.5, layers, damping=0.03, kl_clip=clip) for clip in (1e-4, None))
+        short, state = clipped.update(gradient, clipped.init(gradient), curvature=evidence)
+        long, _ = plain.update(gradient, plain.init(gradient), curvature=evidence)
+        scale = optax.tree.get(state, "clip_factor")
+        assert 0 < scale < 1
+        jax.tree.map(lambda s, f, scale=scale: np.testing.assert_allclose(s, scale * f, rtol=1e-4), short, long)
+
+
+def test_warm_start_reaches_through_the_clip():
+    gradient, evidence = measured("mlp")
+    tx = ng.clip_by_kl(direction("kfac pi"), 0.5, 1e-3)
+    state = ng.warm_start(tx, tx.init(gradient), [evidence, evidence], gradient)
+    assert state.direction.metrics.statistics == 2
+    assert state.count == 0
+
+
+def test_a_negative_bound_is_refused():
+    with pytest.raises(ValueError, match=r"`bound` is -1; expected a finite number of at least 0"):
+        ng.clip_by_kl(table.direction("kfac pi"), 0.1, -1)
