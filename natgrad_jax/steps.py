@@ -5,8 +5,8 @@
     3  u <- nu u
 
 With u = (F + damping I)^-1 g the product <g, u> is u^T (F + damping I) u, so the step learning_rate * nu * u changes
-the distribution of the model by a KL divergence of at most bound / 2, to second order. Not here: the step size that
-minimises the quadratic model.
+the distribution of the model by a KL divergence of at most bound / 2: to second order, and as far as the method's F is
+the Fisher matrix. Not here: the step size that minimises the quadratic model.
 """
 
 from typing import Any, NamedTuple
