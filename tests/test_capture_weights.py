@@ -49,6 +49,20 @@ def test_c7_factors_of_a_masked_batch_are_those_of_the_ragged_data(sequences):
         assert_differs(outputs * sum(LENGTHS) / 24, expected_outputs)
 
 
+@pytest.mark.slow
+def test_a_boolean_mask_is_one_of_zeros_and_ones(sequences):
+    model, params, x, y = sequences
+    args = model, ng.losses.softmax_cross_entropy, params, x, y
+    layers, boolean = evidence_of(*args, weights=jnp.asarray(THERE))
+    _, numbers = evidence_of(*args, weights=jnp.asarray(MASK))
+    _, nothing = evidence_of(*args, weights=jnp.ones_like(THERE))
+    boolean, numbers, nothing = (factors(layers, evidence) for evidence in (boolean, numbers, nothing))
+    for name in layers:
+        for found, expected in zip(boolean[name], numbers[name], strict=True):
+            assert_equal(found, expected)
+        assert_differs(nothing[name][0], numbers[name][0])
+
+
 def test_c7_loss_and_gradient_of_a_masked_batch_are_those_of_the_ragged_data(sequences):
     model, params, x, y = sequences
     loss = "softmax_cross_entropy"

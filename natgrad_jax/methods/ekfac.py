@@ -107,7 +107,8 @@ def scale_by_ekfac(
 
     Args:
         layers: from `capture.layers`.
-        damping: strength in the units of F, the Fisher block of one example; its schedule, if a function.
+        damping: strength in the units of F, the Fisher block of one example; its schedule, if a function. Directions
+            that the last batches did not show are divided by it alone: with small batches it must not be too small.
         estimator: of the scale. "per_example": the mean square of each example's gradient; "minibatch": the square of
             the batch's gradient, cheaper and noisier (EKFAC-ra), unbiased for sampled labels only.
         decay: weight of the old value in the averages.
