@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Scalar, ScalarOrSchedule
 from natgrad_jax.steps import clip_by_kl
-from natgrad_jax.transform import NaturalGradientState, Tree
+from natgrad_jax.transform import NaturalGradientState
 
 
 def complete(

@@ -3,7 +3,7 @@
 Everything here happens while a function is traced; what only the device can know is counted in `state.metrics`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,21 @@ def number(name: str, value: Any, least: float, below: float = np.inf) -> None:
         raise TypeError(f"`{name}` is {value!r}; expected {bounds}, or a function of the step count.")
     if not least <= float(value) < below:
         raise ValueError(f"`{name}` is {value}; expected {bounds}.")
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a word that is none of those that are known.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+        choices: the words.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
 def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:

@@ -15,19 +15,6 @@ Split = Literal["pi", "even", "exact"]
 SPLITS = ("pi", "even", "exact")
 
 
-def check_split(split: str) -> None:
-    """Refuse an unknown rule.
-
-    Args:
-        split: what the user gave.
-
-    Raises:
-        ValueError: if it is none of `SPLITS`.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"`split` is {split!r}; expected one of {', '.join(map(repr, SPLITS))}.")
-
-
 def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) -> tuple[Array, Array]:
     """Strengths x, y with x y = damping for the factors A and G.
 

@@ -18,6 +18,7 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.linalg import HIGHEST
+from natgrad_jax.transform import at_step
 
 
 class ClipState(NamedTuple):
@@ -60,8 +61,7 @@ def clip_by_kl(
 
     def update(updates, state, params=None, **extra):
         found, inner = direction.update(updates, state.direction, params, **extra)  # 1
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        product = jnp.asarray(rate) ** 2 * _dot(updates, found)
+        product = at_step(learning_rate, state.count) ** 2 * _dot(updates, found)
         scale = jnp.where(product > bound, jnp.sqrt(bound / jnp.where(product > 0, product, 1)), 1)  # 2
         count = jnp.asarray(optax.safe_increment(state.count))
         shortened = jax.tree.map(lambda u: (scale * u).astype(u.dtype), found)  # 3

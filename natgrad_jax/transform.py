@@ -24,7 +24,6 @@ from natgrad_jax.grouping import map_states
 from natgrad_jax.layers import from_matrix, to_matrix
 from natgrad_jax.linalg import keep_finite
 
-Tree = Any
 States = dict[str, Any]
 Period = int | Array
 
@@ -128,8 +127,8 @@ def lift(
         if warm_start is not None:
             at = methods(warm_start / (warm_start + 1))
             return updates, _observe_all(at, blocks, evidence_of(), state)
-        at = methods(_at(decay, state.count))
-        strength = jnp.asarray(_at(damping, state.count), jnp.float32 if not _is_wide(blocks) else jnp.float64)
+        at = methods(at_step(decay, state.count))
+        strength = jnp.asarray(at_step(damping, state.count), jnp.float32 if not _is_wide(blocks) else jnp.float64)
         state = _advance(at, blocks, schedule, strength, evidence_of, state)
         leaves = addresses.flatten(updates)
         for layer in blocks:
@@ -243,8 +242,8 @@ def _guarded(layer: Layer, new: Any, old: Any) -> tuple[Any, Array]:
     return keep_finite(new, old, len(layer.stack), by_diagonal=layer.kind != "parameter")
 
 
-def _at(value: ScalarOrSchedule, count: Array) -> Scalar:
-    """A setting at a step."""
+def at_step(value: ScalarOrSchedule, count: Array) -> Scalar:
+    """A setting at a step: the number, or what its schedule says."""
     return jnp.asarray(value(count)) if callable(value) else value
 
 

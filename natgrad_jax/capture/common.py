@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import addresses
+from natgrad_jax import addresses, checks
+from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.layers import to_matrix
 from natgrad_jax.losses import LIKELIHOODS, Likelihood, spread, total_weight
 
 LABELS = ("sampled", "exact", "true", "forward")
-Tree = Any
 
 
 class Evaluation(NamedTuple):
@@ -77,8 +77,7 @@ class Problem:
                 f"`likelihood` is {self.likelihood!r}; expected one of {known}, or a `losses.Likelihood`. "
                 "A loss that is no negative log-likelihood goes into `objective`."
             )
-        if self.labels not in LABELS:
-            raise ValueError(f"`labels` is {self.labels!r}; expected one of {', '.join(map(repr, LABELS))}.")
+        checks.choice("labels", self.labels, LABELS)
         if not (isinstance(self.draws, int) and self.draws >= 1):
             raise ValueError(f"`draws` is {self.draws!r}; expected a positive int, the number of label samples.")
         if self.draws > 1 and self.labels != "sampled":

@@ -5,6 +5,7 @@ inputs that have an example axis; everything else is a parameter of its own, wit
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -135,16 +136,16 @@ def classify(
     for path, sighting in sightings.items():
         name = name_of(path, sighting)
         prefix = "".join(f"{part}/" for part in path)
-        found = {address: role for role in ("kernel", "bias") if (address := _leaf(leaves, prefix + role))}
+        roles = {role: address for role in ("kernel", "bias") if (address := _leaf(leaves, prefix + role))}
         if _excluded(name, exclude):
             note = "excluded"
         else:
-            note = _obstacle(sighting, leaves, found, calls.get(path, ()), examples)
+            note = _obstacle(sighting, leaves.get(roles.get("kernel", "")), calls.get(path, ()), examples)
         if note:
-            notes |= dict.fromkeys(found, note)
+            notes |= dict.fromkeys(roles.values(), note)
             continue
-        known.append(_layer(name, sighting, {role: address for address, role in found.items()}, leaves))
-        taken |= set(found)
+        known.append(_layer(name, sighting, roles, leaves))
+        taken |= set(roles.values())
     _check_exclude(exclude, [name_of(*item) for item in sightings.items()], leaves)
     rest = tuple(
         _parameter(address, leaf, notes.get(address, "")) for address, leaf in leaves.items() if address not in taken
@@ -152,18 +153,11 @@ def classify(
     return Layers(tuple(known), rest)
 
 
-def _obstacle(
-    sighting: Sighting,
-    leaves: Mapping[str, Any],
-    found: Mapping[str, str],
-    calls: tuple[jax.ShapeDtypeStruct, ...],
-    examples: int,
-) -> str:
-    """Why a layer that was seen cannot be preconditioned; empty if it can."""
-    kernels = [address for address, role in found.items() if role == "kernel"]
-    if not kernels:
+def _obstacle(sighting: Sighting, kernel: Any, calls: tuple[jax.ShapeDtypeStruct, ...], examples: int) -> str:
+    """Why a layer that was seen, with this parameter as its kernel, cannot be preconditioned; empty if it can."""
+    if kernel is None:
         return "its kernel is no parameter"
-    shape = leaves[kernels[0]].shape
+    shape = kernel.shape
     axes = len(shape) - len(sighting.kernel)
     if axes < 0 or shape[axes:] != sighting.kernel:
         return f"its kernel of shape {shape} is used with shape {sighting.kernel}"
@@ -182,13 +176,10 @@ def _layer(name: str, sighting: Sighting, roles: Mapping[str, str], leaves: Mapp
     kernel = leaves[roles["kernel"]]
     groups = sighting.geometry.groups if sighting.geometry else 1
     stack = kernel.shape[: len(kernel.shape) - len(sighting.kernel)] + ((groups,) if groups > 1 else ())
-    rows = 1
-    for size in sighting.kernel[:-1]:
-        rows *= size
     return Layer(
         name=name,
         kind=sighting.kind,
-        shape=(rows + ("bias" in roles), sighting.kernel[-1] // groups),
+        shape=(prod(sighting.kernel[:-1]) + ("bias" in roles), sighting.kernel[-1] // groups),
         leaves=tuple(Leaf(role, address, leaves[address].shape) for role, address in roles.items()),
         stack=stack,
         dtype=_dtype(kernel),

@@ -39,13 +39,15 @@ class ConvGeometry:
     kernel_dilation: tuple[int, ...]
     groups: int = 1
 
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How far the kernel reaches over the padded input, its gaps included."""
+        return tuple((size - 1) * gap + 1 for size, gap in zip(self.window, self.kernel_dilation, strict=True))
+
 
 def _padded(geometry: ConvGeometry, images: Array) -> Array:
     """[M, *spatial, C] with its padding around it and its gaps inside."""
-    reach = [
-        (size - 1) * dilation + 1 for size, dilation in zip(geometry.window, geometry.kernel_dilation, strict=True)
-    ]
-    padding = geometry.padding
+    reach, padding = geometry.reach, geometry.padding
     if padding in ("CIRCULAR", "REFLECT"):
         around = [((size - 1) // 2, size // 2) for size in reach]
         mode = "wrap" if padding == "CIRCULAR" else "reflect"
@@ -73,11 +75,8 @@ def patches(geometry: ConvGeometry, images: Array) -> Array:
         [M, T, offsets, C], T the output positions in row-major order.
     """
     padded = _padded(geometry, images)
-    reach = [
-        (size - 1) * dilation + 1 for size, dilation in zip(geometry.window, geometry.kernel_dilation, strict=True)
-    ]
-    spatial = padded.shape[1:-1]
-    counts = [max(0, (n - r) // s + 1) for n, r, s in zip(spatial, reach, geometry.strides, strict=True)]
+    sizes = zip(padded.shape[1:-1], geometry.reach, geometry.strides, strict=True)
+    counts = [max(0, (n - r) // s + 1) for n, r, s in sizes]
     slices = []
     for offset in product(*(range(size) for size in geometry.window)):
         start = [o * d for o, d in zip(offset, geometry.kernel_dilation, strict=True)]
@@ -90,12 +89,12 @@ def patches(geometry: ConvGeometry, images: Array) -> Array:
 def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
     groups = layer.geometry.groups
     kernel = leaves["kernel"].astype(layer.dtype)  # [..., *window, C / groups, groups * O]
-    lead = kernel.shape[: kernel.ndim - len(layer.geometry.window) - 2]
-    matrix = _split(kernel.reshape(lead + (-1, kernel.shape[-1])), groups, len(lead))
+    lead = layer.module_axes
+    matrix = _split(kernel.reshape(kernel.shape[:lead] + (-1, kernel.shape[-1])), groups, lead)
     if not layer.has_bias:
         return matrix
     bias = leaves["bias"].astype(layer.dtype)[..., None, :]
-    return jnp.concatenate([matrix, _split(bias, groups, len(lead))], axis=-2)
+    return jnp.concatenate([matrix, _split(bias, groups, lead)], axis=-2)
 
 
 def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, factors
+from natgrad_jax import averages, checks, factors
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
@@ -125,8 +125,7 @@ def scale_by_ekfac(
         TypeError: if `layers` is no `Layers`.
         ValueError: if `estimator` is unknown or a number out of its range.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"`estimator` is {estimator!r}; expected one of {', '.join(map(repr, ESTIMATORS))}.")
+    checks.choice("estimator", estimator, ESTIMATORS)
     return lift(
         lambda decay: ekfac_block(decay, estimator, max_factor_dim),
         layers,

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import factors
+from natgrad_jax import checks, factors
 from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
-from natgrad_jax.damping import Split, check_split, split_damping
+from natgrad_jax.damping import SPLITS, Split, split_damping
 from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, standard
 from natgrad_jax.factors import Pair
 from natgrad_jax.linalg import Factor, damped_inverse, sandwich
@@ -121,7 +121,7 @@ def scale_by_kfac(
         TypeError: if `layers` is no `Layers`.
         ValueError: if `split` is unknown or a number out of its range.
     """
-    check_split(split)
+    checks.choice("split", split, SPLITS)
     return lift(
         lambda decay: kfac_block(decay, split, max_factor_dim),
         layers,
