@@ -12,7 +12,8 @@ If kfac-jax can be imported (its release wants jax <= 0.9.1), it runs in turn wi
 label, statistics every step, inverses every 10.
 
 glibc returns blocks above 32 MB to the system at once, so a step whose scratch memory is larger than that faults it in
-again page by page, which takes about half of Adam's time on these models. `make bench` sets the variables that keep it.
+again page by page, which takes more than half of Adam's time on these models. `make bench` sets the variables that
+keep it.
 
     make bench                                        (some 5 minutes)
     make bench ARGS="--models cnn --methods kfac"
