@@ -27,7 +27,7 @@ bench: $(VENV)/test.stamp ## what a step costs beside Adam's
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(VENV)/dev.stamp ## rewrite the files in the house's format
 	$(BIN)/ruff check --fix
