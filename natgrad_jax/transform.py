@@ -26,6 +26,8 @@ from natgrad_jax.linalg import keep_finite
 
 States = dict[str, Any]
 Period = int | Array
+Strengths = Callable[[Mapping[str, Layer], States, Array], Mapping[str, Array]]
+"""Known layers, their states, damping -> the damping [] or [S] of those layers that have another one."""
 
 
 class Metrics(NamedTuple):
@@ -84,15 +86,19 @@ def lift(
     damping: ScalarOrSchedule,
     decay: ScalarOrSchedule,
     schedule: Schedule,
+    strengths: Strengths | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lift a method of one layer to a transformation of the parameter tree.
 
     Args:
         method: decay -> Method.
         layers: the layers of the model, from `capture.layers`.
-        damping: strength in the units of F (one example), or its schedule.
+        damping: strength in the units of F (one example), or its schedule. The extra argument `damping` of `update`
+            comes before it: so a controller of the step adapts it.
         decay: weight of the old value in the averages, or its schedule.
         schedule: the periods.
+        strengths: a rule by which `apply` is given another damping for some layers, where that of one layer depends
+            on the states of others; None for the same damping everywhere.
 
     Returns:
         A transformation whose `update` needs the extra argument `curvature`: the one that `capture.value_and_grad`
@@ -120,7 +126,7 @@ def lift(
         zero = (jnp.zeros((), jnp.int32) for _ in range(5))
         return NaturalGradientState(next(zero), states, Metrics(*zero, damping=jnp.zeros((), jnp.float32)))
 
-    def update(updates, state, params=None, *, curvature=None, warm_start=None, **extra):
+    def update(updates, state, params=None, *, curvature=None, warm_start=None, damping=damping, **extra):
         del params, extra
         blocks = checks.present(layers, updates)
         evidence_of = checks.lazy_evidence(curvature, blocks)
@@ -130,10 +136,13 @@ def lift(
         at = methods(at_step(decay, state.count))
         strength = jnp.asarray(at_step(damping, state.count), jnp.float32 if not _is_wide(blocks) else jnp.float64)
         state = _advance(at, blocks, schedule, strength, evidence_of, state)
+        known = {layer.name: layer for layer in blocks if layer.kind != "parameter"}
+        special = strengths(known, state.layers, strength) if strengths else {}
         leaves = addresses.flatten(updates)
         for layer in blocks:
             parts = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
-            direction = at(layer).apply(layer, state.layers[layer.name], to_matrix(layer, parts), strength)  # 4
+            damped = special.get(layer.name, strength)
+            direction = at(layer).apply(layer, state.layers[layer.name], to_matrix(layer, parts), damped)  # 4
             found = from_matrix(layer, direction)
             for leaf in layer.leaves:
                 leaves[leaf.address] = found[leaf.role].astype(parts[leaf.role].dtype)
