@@ -4,6 +4,8 @@ from natgrad_jax import losses
 from natgrad_jax.base import Evidence, Layer, Layers, Method
 from natgrad_jax.capture import linen
 from natgrad_jax.chain import warm_start
+from natgrad_jax.control import controlled
+from natgrad_jax.damping import adaptive_damping
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
 from natgrad_jax.steps import clip_by_kl
@@ -16,7 +18,9 @@ __all__ = [
     "Method",
     "NaturalGradientState",
     "Schedule",
+    "adaptive_damping",
     "clip_by_kl",
+    "controlled",
     "ekfac",
     "kfac",
     "lift",

@@ -9,31 +9,51 @@ import optax
 
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Scalar, ScalarOrSchedule
+from natgrad_jax.control import Quadratic, controlled
+from natgrad_jax.damping import AdaptiveDamping, Damping
 from natgrad_jax.steps import clip_by_kl
 from natgrad_jax.transform import NaturalGradientState
 
 
 def complete(
     direction: optax.GradientTransformationExtraArgs,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | Quadratic,
+    damping: Damping,
     kl_clip: Scalar | None,
-    momentum: Scalar | None,
+    momentum: Scalar | Quadratic | None,
     weight_decay: ScalarOrSchedule | None,
     weight_decay_mask: Any | Callable[[Any], Any] | None,
 ) -> optax.GradientTransformationExtraArgs:
     """A direction, shortened or not, then weight decay, then heavy-ball momentum, then the learning rate.
 
+    If learning rate or momentum are "quadratic" or the damping adapts itself, `control.controlled` takes their place,
+    and the weight decay is an l2 penalty of the objective, which that models.
+
     Args:
         direction: a `scale_by_*` transformation.
-        learning_rate: step size, or its schedule.
+        learning_rate: step size, its schedule, or "quadratic".
+        damping: of the direction.
         kl_clip: bound of `steps.clip_by_kl`; None for none.
-        momentum: weight of the old direction in the buffer; None for no buffer.
+        momentum: weight of the old direction in the buffer, or "quadratic"; None for no buffer.
         weight_decay: strength; None for none.
         weight_decay_mask: which parameters decay.
 
     Returns:
         The chain.
+
+    Raises:
+        ValueError: if a controlled step is to be clipped as well.
     """
+    words = isinstance(learning_rate, str) or isinstance(momentum, str)
+    if words or isinstance(damping, AdaptiveDamping):
+        if kl_clip is not None:
+            raise ValueError(
+                f"`kl_clip` is {kl_clip}, but the length of the step comes from the quadratic model, or the damping "
+                "adapts to it; leave one of them away."
+            )
+        return controlled(
+            direction, learning_rate, damping=damping, momentum=momentum, l2=weight_decay, l2_mask=weight_decay_mask
+        )
     if kl_clip is not None:
         direction = clip_by_kl(direction, learning_rate, kl_clip)
     parts: list[optax.GradientTransformation] = [direction]

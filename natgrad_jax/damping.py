@@ -2,13 +2,16 @@
 
 F + damping I is no Kronecker product; (A + x I) (x) (G + y I) with x y = damping is one. The rules differ in the
 ratio of x and y. `split="exact"` needs no rule: it adds the damping to the eigenvalues of the product itself.
+
+And how a damping adapts itself while training, by the rule of Levenberg and Marquardt.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 
-from natgrad_jax.base import Array, Scalar
+from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.linalg import Factor, mean_diagonal
 
 Split = Literal["pi", "even", "exact"]
@@ -36,3 +39,97 @@ def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) 
     ratio = jnp.where(both, mean_inputs, 1) / jnp.where(both, mean_outputs, 1)
     pi = jnp.sqrt(ratio) if split == "pi" else jnp.ones_like(ratio)
     return root * pi, root / pi
+
+
+@dataclass(frozen=True)
+class AdaptiveDamping:
+    """A damping that follows how well the quadratic model foretells the loss; made by `adaptive_damping`.
+
+    Attributes:
+        initial: damping of the first step.
+        factor: by which the damping falls in a step where the model is good, to the power of `every` when tested.
+        every: steps between tests.
+        calibration: number of first steps that are tested each, with `calibration_factor`.
+        calibration_factor: by which the damping falls or rises in each of them.
+        least: lower bound of the damping.
+        most: upper bound of the damping.
+    """
+
+    initial: float
+    factor: float
+    every: int
+    calibration: int
+    calibration_factor: float
+    least: float
+    most: float
+
+    def is_due(self, count: Array) -> Array:
+        """Whether the step of this count is tested."""
+        return (count < self.calibration) | (count % self.every == 0)
+
+    def adapted(self, damping: Array, ratio: Array, count: Array) -> Array:
+        """The damping after a test.
+
+        Args:
+            damping: before.
+            ratio: change of the loss over the change that the model foretold; NaN where either is not finite.
+            count: of the step, int32.
+
+        Returns:
+            A smaller damping for a ratio above 3/4, a larger one for a ratio below 1/4 or NaN, within the bounds.
+        """
+        by = jnp.where(count < self.calibration, self.calibration_factor, self.factor**self.every)
+        change = jnp.where(ratio > 0.75, by, jnp.where(ratio >= 0.25, 1, 1 / by))
+        return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
+
+
+Damping = ScalarOrSchedule | AdaptiveDamping
+"""A number, a schedule, or a rule."""
+
+
+def adaptive_damping(
+    initial: float = 1.0,
+    *,
+    factor: float = 0.95,
+    every: int = 5,
+    calibration: int = 10,
+    calibration_factor: float = 0.5,
+    least: float = 1e-8,
+    most: float = 1e8,
+) -> AdaptiveDamping:
+    """The rule of Levenberg and Marquardt, for the `damping` of every complete optimizer.
+
+    With h the loss of the batch, M the quadratic model of `steps.controlled` and d the step,
+
+        rho = (h(theta + d) - h(theta)) / (M(theta + d) - M(theta))        both on the same batch, M without damping
+        damping <- factor^every damping     if rho > 3/4
+        damping <- factor^-every damping    if rho < 1/4 or rho is NaN
+
+    as in Martens and Grosse (2015), section 6.5. The first `calibration` steps are tested each and move the damping by
+    `calibration_factor`, so that its start need not be known to an order of magnitude. A tested step that raises the
+    loss of its own batch, or makes it NaN, is not taken.
+
+    Args:
+        initial: damping of the first step.
+        factor: by which the damping falls per step while the model is good, in (0, 1); it rises by the inverse.
+        every: steps between tests; a test costs one forward pass.
+        calibration: number of first steps that are tested each; 0 for none.
+        calibration_factor: by which the damping falls in each of these, in (0, 1); it rises by the inverse.
+        least: lower bound of the damping.
+        most: upper bound of the damping.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    rule = AdaptiveDamping(initial, factor, every, calibration, calibration_factor, least, most)
+    for name in ("factor", "calibration_factor"):
+        if not 0 < getattr(rule, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(rule, name)}; expected a number between 0 and 1.")
+    if not (isinstance(every, int) and every >= 1 and isinstance(calibration, int) and calibration >= 0):
+        raise ValueError(f"`every` is {every} and `calibration` {calibration}; expected a positive int and one from 0.")
+    if not 0 < least <= initial <= most:
+        raise ValueError(f"`initial` is {initial}; expected it between `least`, {least} > 0, and `most`, {most}.")
+    return rule

@@ -61,7 +61,7 @@ def clip_by_kl(
 
     def update(updates, state, params=None, **extra):
         found, inner = direction.update(updates, state.direction, params, **extra)  # 1
-        product = at_step(learning_rate, state.count) ** 2 * _dot(updates, found)
+        product = at_step(learning_rate, state.count) ** 2 * dot(updates, found)
         scale = jnp.where(product > bound, jnp.sqrt(bound / jnp.where(product > 0, product, 1)), 1)  # 2
         count = jnp.asarray(optax.safe_increment(state.count))
         shortened = jax.tree.map(lambda u: (scale * u).astype(u.dtype), found)  # 3
@@ -70,11 +70,11 @@ def clip_by_kl(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _dot(one: Any, other: Any) -> Array:
+def dot(one: Any, other: Any) -> Array:
     """The dot product of two trees, in float32 at least."""
 
-    def dot(a, b):
+    def of_leaves(a, b):
         dtype = jnp.promote_types(a.dtype, jnp.float32)
         return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=HIGHEST)
 
-    return sum(jax.tree.leaves(jax.tree.map(dot, one, other)), jnp.zeros(()))
+    return sum(jax.tree.leaves(jax.tree.map(of_leaves, one, other)), jnp.zeros(()))

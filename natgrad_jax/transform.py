@@ -19,6 +19,7 @@ import optax
 
 from natgrad_jax import addresses, checks
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
+from natgrad_jax.damping import AdaptiveDamping, Damping
 from natgrad_jax.diagonal import diagonal
 from natgrad_jax.grouping import map_states
 from natgrad_jax.layers import from_matrix, to_matrix
@@ -83,7 +84,7 @@ def lift(
     method: Callable[..., Method],
     layers: Layers,
     *,
-    damping: ScalarOrSchedule,
+    damping: Damping,
     decay: ScalarOrSchedule,
     schedule: Schedule,
     strengths: Strengths | None = None,
@@ -93,8 +94,8 @@ def lift(
     Args:
         method: decay -> Method.
         layers: the layers of the model, from `capture.layers`.
-        damping: strength in the units of F (one example), or its schedule. The extra argument `damping` of `update`
-            comes before it: so a controller of the step adapts it.
+        damping: strength in the units of F (one example), or its schedule; if it is adaptive, only
+            `control.controlled` knows it, and gives it to `update` as the extra argument `damping`.
         decay: weight of the old value in the averages, or its schedule.
         schedule: the periods.
         strengths: a rule by which `apply` is given another damping for some layers, where that of one layer depends
@@ -111,7 +112,8 @@ def lift(
     """
     if not isinstance(layers, Layers):
         raise TypeError(f"`layers` is {layers!r}; expected what `capture.layers(variables, x)` returns.")
-    checks.number("damping", damping, least=0)
+    if not isinstance(damping, AdaptiveDamping):
+        checks.number("damping", damping, least=0)
     checks.number("decay", decay, least=0, below=1)
     for name in ("statistics_every", "refresh_every", "rescale_every"):
         checks.number(name, getattr(schedule, name), least=1)
@@ -126,8 +128,13 @@ def lift(
         zero = (jnp.zeros((), jnp.int32) for _ in range(5))
         return NaturalGradientState(next(zero), states, Metrics(*zero, damping=jnp.zeros((), jnp.float32)))
 
-    def update(updates, state, params=None, *, curvature=None, warm_start=None, damping=damping, **extra):
+    def update(updates, state, params=None, *, curvature=None, warm_start=None, damping: Any = damping, **extra):
         del params, extra
+        if isinstance(damping, AdaptiveDamping) and warm_start is None:
+            raise ValueError(
+                "The damping is adaptive, which takes the whole step to see: use the complete optimizer, as "
+                "`ng.kfac(..., damping=ng.adaptive_damping())`, or wrap the direction in `ng.controlled(...)`."
+            )
         blocks = checks.present(layers, updates)
         evidence_of = checks.lazy_evidence(curvature, blocks)
         if warm_start is not None:

@@ -25,6 +25,7 @@ ROOMS = (
     "capture",
     "transform",
     "steps",
+    "control",
     "chain",
     "methods",
 )

@@ -106,6 +106,7 @@ class Curvature:
     _params: Tree
     _passed: "_Pass"
     _batch: "_Batch"
+    _value: Array
     _ordinary: tuple[Tree, Tree] | None
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
@@ -131,12 +132,13 @@ class Curvature:
         (weights included), whatever `labels` is.
 
         Args:
-            direction: a tree like the parameters.
+            direction: a tree like the parameters; it is zero where a mask took leaves away.
 
         Returns:
             An array of the shape of the outputs that the likelihood reads.
         """
         problem, weights = self._problem, self._batch.weights
+        direction = addresses.replace(jax.tree.map(jnp.zeros_like, self._params), addresses.flatten(direction))
 
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
@@ -147,8 +149,18 @@ class Curvature:
         scale = jnp.sqrt(spread(weights, outputs.ndim) / count)
         return scale * problem.likelihood.root_transpose(wide, tangent.astype(wide.dtype))
 
-    def value(self, params: Tree) -> Array:
-        """The objective on the same batch at other parameters, a scalar."""
+    def value(self, params: Tree | None = None) -> Array:
+        """The objective on the same batch at other parameters, a scalar.
+
+        Args:
+            params: where; the parameters of this step if None, and for every leaf that a mask took away.
+
+        Returns:
+            The mean loss; that of the step is not computed again.
+        """
+        if params is None:
+            return self._value
+        params = addresses.replace(self._params, addresses.flatten(params))
         outputs = self._forward.run(params, self._forward.probes)[0]
         return self._problem.value(outputs, self._batch.targets, self._batch.weights)
 
@@ -258,7 +270,7 @@ def evaluate(
     grad, _ = ordinary
     reusable = problem.labels == "true" and problem.objective is None and weights is None
     batch = _Batch(targets, weights, key)
-    curvature = Curvature(problem, forward, params, passed, batch, ordinary if reusable else None)
+    curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
 
 

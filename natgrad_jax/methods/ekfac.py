@@ -26,6 +26,8 @@ from natgrad_jax import averages, checks, factors
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
+from natgrad_jax.control import Quadratic
+from natgrad_jax.damping import Damping
 from natgrad_jax.eigenbasis import (
     Basis,
     damped_solve,
@@ -94,7 +96,7 @@ def ekfac_block(decay: Scalar, estimator: Estimator = "per_example", max_factor_
 def scale_by_ekfac(
     layers: Layers,
     *,
-    damping: ScalarOrSchedule,
+    damping: Damping,
     estimator: Estimator = "per_example",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
@@ -136,10 +138,10 @@ def scale_by_ekfac(
 
 
 def ekfac(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | Quadratic,
     layers: Layers,
     *,
-    damping: ScalarOrSchedule = 0.03,
+    damping: Damping = 0.03,
     estimator: Estimator = "per_example",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
@@ -148,7 +150,7 @@ def ekfac(
     early_refresh: bool = True,
     max_factor_dim: int = 8192,
     kl_clip: Scalar | None = None,
-    momentum: Scalar | None = 0.9,
+    momentum: Scalar | Quadratic | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,9 +159,9 @@ def ekfac(
     The paper's tables of settings are not public; the defaults are those of `kfac`, so that the two can be compared.
 
     Args:
-        learning_rate: step size, or its schedule.
+        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`).
         layers: from `capture.layers`.
-        damping: see `scale_by_ekfac`.
+        damping: see `scale_by_ekfac`; or `adaptive_damping(...)`.
         estimator: see `scale_by_ekfac`.
         decay: see `scale_by_ekfac`.
         statistics_every: see `scale_by_ekfac`.
@@ -168,8 +170,9 @@ def ekfac(
         early_refresh: see `scale_by_ekfac`.
         max_factor_dim: see `scale_by_ekfac`.
         kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
-        momentum: weight of the old direction; None for none.
-        weight_decay: strength; None for none, else `update` needs `params`.
+        momentum: weight of the old direction, or "quadratic"; None for none.
+        weight_decay: strength, an l2 penalty of the loss if the step is controlled; None for none, else `update` needs
+            `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
 
     Returns:
@@ -186,7 +189,7 @@ def ekfac(
         early_refresh=early_refresh,
         max_factor_dim=max_factor_dim,
     )
-    return complete(direction, learning_rate, kl_clip, momentum, weight_decay, weight_decay_mask)
+    return complete(direction, learning_rate, damping, kl_clip, momentum, weight_decay, weight_decay_mask)
 
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:

@@ -24,7 +24,8 @@ import optax
 from natgrad_jax import checks, factors
 from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
-from natgrad_jax.damping import SPLITS, Split, split_damping
+from natgrad_jax.control import Quadratic
+from natgrad_jax.damping import SPLITS, Damping, Split, split_damping
 from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, standard
 from natgrad_jax.factors import Pair
 from natgrad_jax.linalg import Factor, damped_inverse, sandwich
@@ -93,7 +94,7 @@ def kfac_block(decay: Scalar, split: Split = "pi", max_factor_dim: int = 8192) -
 def scale_by_kfac(
     layers: Layers,
     *,
-    damping: ScalarOrSchedule,
+    damping: Damping,
     split: Split = "pi",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
@@ -132,10 +133,10 @@ def scale_by_kfac(
 
 
 def kfac(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | Quadratic,
     layers: Layers,
     *,
-    damping: ScalarOrSchedule = 0.03,
+    damping: Damping = 0.03,
     split: Split = "pi",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
@@ -143,7 +144,7 @@ def kfac(
     early_refresh: bool = True,
     max_factor_dim: int = 8192,
     kl_clip: Scalar | None = None,
-    momentum: Scalar | None = 0.9,
+    momentum: Scalar | Quadratic | None = 0.9,
     weight_decay: ScalarOrSchedule | None = None,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -155,9 +156,9 @@ def kfac(
     the step: `kl_clip=1e-2` on its command line.
 
     Args:
-        learning_rate: step size, or its schedule.
+        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`).
         layers: from `capture.layers`.
-        damping: see `scale_by_kfac`.
+        damping: see `scale_by_kfac`; or `adaptive_damping(...)`.
         split: see `scale_by_kfac`.
         decay: see `scale_by_kfac`.
         statistics_every: see `scale_by_kfac`.
@@ -165,8 +166,9 @@ def kfac(
         early_refresh: see `scale_by_kfac`.
         max_factor_dim: see `scale_by_kfac`.
         kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
-        momentum: weight of the old direction; None for none.
-        weight_decay: strength; None for none, else `update` needs `params`.
+        momentum: weight of the old direction, or "quadratic"; None for none.
+        weight_decay: strength, an l2 penalty of the loss if the step is controlled; None for none, else `update` needs
+            `params`.
         weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
 
     Returns:
@@ -182,4 +184,4 @@ def kfac(
         early_refresh=early_refresh,
         max_factor_dim=max_factor_dim,
     )
-    return complete(direction, learning_rate, kl_clip, momentum, weight_decay, weight_decay_mask)
+    return complete(direction, learning_rate, damping, kl_clip, momentum, weight_decay, weight_decay_mask)

@@ -1,0 +1,226 @@
+"""How far to go along a direction: what the quadratic model of the loss says.
+
+    1  g <- gradient + l2 theta                               of the objective h + l2 / 2 |theta|^2
+    2  u <- -direction of g at damping + l2,  v <- the last step
+    3  B <- V^T (F + l2 I) V,  b <- V^T g,  V = [u, v]        F by exact products on the batch
+    4  w <- argmin of b^T w + w^T (B + damping V^T V) w / 2   w = (learning rate, momentum), what is given held fixed
+    5  step <- V w
+    6  rho <- (h(theta + step) - h(theta)) / (b^T w + w^T B w / 2)        only on tested steps, inside a cond
+    7  damping <- less for a good rho, more for a bad one; no step if the loss rose        only on tested steps
+
+Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4-7. Line 6 leaves the damping out of the
+model, as both public implementations of that group do. A product with F is one forward-mode pass, `curvature.along`.
+
+Not here: what the direction is; how `damping.AdaptiveDamping` moves the damping.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import checks
+from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
+from natgrad_jax.damping import AdaptiveDamping, Damping
+from natgrad_jax.steps import dot
+from natgrad_jax.transform import at_step
+
+Quadratic = Literal["quadratic"]
+"""In the place of a number: what minimises the quadratic model."""
+
+
+class ControlState(NamedTuple):
+    """State of `controlled`.
+
+    Attributes:
+        count: steps done, int32.
+        damping: of the next step if it is adaptive, else of the last.
+        learning_rate: of the last step.
+        momentum: of the last step, the weight of the step before it.
+        ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
+        rejected: tested steps that were not taken, int32.
+        last: the last step that was taken, a tree like the parameters.
+        direction: state of the direction.
+    """
+
+    count: Array
+    damping: Array
+    learning_rate: Array
+    momentum: Array
+    ratio: Array
+    rejected: Array
+    last: Any
+    direction: Any
+
+
+class Model(NamedTuple):
+    """The quadratic model over V = [u, v]: slope b [2], curvature B [2, 2] without damping, and V^T V [2, 2]."""
+
+    slope: Array
+    curvature: Array
+    lengths: Array
+
+
+def controlled(
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: ScalarOrSchedule | Quadratic,
+    *,
+    damping: Damping,
+    momentum: Scalar | Quadratic | None = None,
+    l2: ScalarOrSchedule | None = None,
+    l2_mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A complete optimizer whose learning rate, momentum or damping come from the quadratic model of the loss.
+
+    Args:
+        direction: a `scale_by_*` transformation; it must see the gradient itself.
+        learning_rate: of the direction; "quadratic" for the minimiser of the model.
+        damping: strength in the units of F, its schedule, or `adaptive_damping(...)`; it goes to the direction, whose
+            own is ignored.
+        momentum: weight of the last step; "quadratic" for the minimiser of the model; None for none.
+        l2: strength of l2 / 2 |theta|^2 in the objective; None for none.
+        l2_mask: which parameters it holds for, as `optax.add_decayed_weights` takes it.
+
+    Returns:
+        A transformation; `update` needs `params` and, as `curvature`, the `out.curvature` of `value_and_grad` itself.
+
+    Raises:
+        ValueError: if a word is unknown or a number out of its range.
+    """
+    for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
+        if isinstance(value, str):
+            checks.choice(name, value, ("quadratic",))
+    if not isinstance(damping, AdaptiveDamping):
+        checks.number("damping", damping, least=0)
+    free = (isinstance(learning_rate, str), isinstance(momentum, str))
+    given = [0.0 if isinstance(value, str) or value is None else value for value in (learning_rate, momentum)]
+    decays = optax.add_decayed_weights(1.0, l2_mask)
+
+    def decayed(tree: Any) -> Any:
+        """R of a tree: its leaves that l2 holds for, zeros elsewhere."""
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        return decays.update(zeros, decays.init(tree), tree)[0]
+
+    def init(params):
+        strength = damping.initial if isinstance(damping, AdaptiveDamping) else 0.0
+        numbers = {"damping": strength, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
+        return ControlState(
+            count=jnp.zeros((), jnp.int32),
+            **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
+            rejected=jnp.zeros((), jnp.int32),
+            last=jax.tree.map(jnp.zeros_like, params),
+            direction=direction.init(params),
+        )
+
+    def update(updates, state, params=None, *, curvature: Any = None, warm_start=None, **extra):
+        if warm_start is not None:
+            extra |= {"curvature": curvature, "warm_start": warm_start}
+            return updates, state._replace(direction=direction.update(updates, state.direction, params, **extra)[1])
+        _check(curvature, params)
+        count, last = state.count, state.last
+        strength = state.damping if isinstance(damping, AdaptiveDamping) else at_step(damping, count)
+        wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
+        strength, penalty = jnp.asarray(strength, wide), jnp.zeros((), wide)
+        if l2 is not None:
+            penalty = jnp.asarray(at_step(l2, count), wide)
+            updates = _sum(updates, decayed(params), penalty)  # 1
+        extra |= {"curvature": curvature, "damping": strength + penalty}
+        found, inner = direction.update(updates, state.direction, params, **extra)
+        u = jax.tree.map(jnp.negative, found)  # 2
+
+        def model() -> Model:  # 3
+            pair = (u, last) if momentum is not None else (u,)
+            along = [curvature.along(one) for one in pair]
+            bent = _gram(along)
+            if l2 is not None:
+                bent = bent + penalty * _gram(pair, [decayed(one) for one in pair])
+            return Model(*map(_padded, (_products(pair, updates), bent, _gram(pair))))
+
+        weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
+        if any(free):
+            quadratic = model()
+            weights = _minimiser(quadratic, strength, weights, free)  # 4
+        step = _sum(jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u), last, weights[1])  # 5
+        state = state._replace(
+            count=jnp.asarray(optax.safe_increment(count)),
+            damping=strength.astype(jnp.float32),
+            learning_rate=weights[0].astype(jnp.float32),
+            momentum=weights[1].astype(jnp.float32),
+            last=step,
+            direction=inner,
+        )
+        if not isinstance(damping, AdaptiveDamping):
+            return step, state
+
+        def test(state):
+            found = quadratic if any(free) else model()
+            foretold = found.slope @ weights + weights @ found.curvature @ weights / 2
+            change = curvature.value(_sum(params, state.last, 1.0)) - curvature.value()
+            if l2 is not None:
+                middle = _sum(params, state.last, 0.5)
+                change += penalty * optax.tree.vdot(decayed(middle), state.last)
+            ratio = _ratio(change, foretold)  # 6
+            taken = change <= 0
+            kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), state.last, last)
+            step = jax.tree.map(lambda leaf: jnp.where(taken, leaf, jnp.zeros_like(leaf)), state.last)
+            adapted = damping.adapted(state.damping, ratio, count)  # 7
+            return step, state._replace(damping=adapted, ratio=ratio, rejected=state.rejected + ~taken, last=kept)
+
+        return jax.lax.cond(damping.is_due(count), test, lambda state: (state.last, state), state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bool]) -> Array:
+    """The weights [2] that minimise the damped model, those not free held fixed; zeros where that is not finite."""
+    bent = model.curvature + damping * model.lengths
+    slope = model.slope + bent @ jnp.where(jnp.array(free), 0, weights)
+    size = jnp.sqrt(jnp.where(jnp.diagonal(bent) > 0, jnp.diagonal(bent), jnp.inf))  # inf: a zero vector gets no weight
+    slope, cosine = slope / size, bent[0, 1] / (size[0] * size[1])
+    found = -slope
+    if all(free):
+        other = 1 - cosine**2
+        both = -(slope - cosine * slope[::-1]) / other
+        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0]))  # nearly parallel: u alone
+    weights = jnp.where(jnp.array(free), found / size, weights)
+    return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
+
+
+def _ratio(change: Array, foretold: Array) -> Array:
+    """Change over the change foretold; where a rise was foretold, infinite if the loss fell, minus that if it rose."""
+    surprise = jnp.where(change < 0, jnp.inf, -jnp.inf)
+    ratio = jnp.where(foretold < 0, change / foretold, surprise)
+    return jnp.where(jnp.isfinite(change) & jnp.isfinite(foretold), ratio, jnp.nan).astype(jnp.float32)
+
+
+def _sum(tree: Any, other: Any, weight: Scalar) -> Any:
+    """Tree + weight other, in the dtypes of the tree."""
+    return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
+
+
+def _gram(trees: Any, others: Any = None) -> Array:
+    """The products of every tree with every other, a matrix."""
+    return jnp.stack([_products(others or trees, tree) for tree in trees])
+
+
+def _products(trees: Any, other: Any) -> Array:
+    """The dot products of some trees with another, a vector."""
+    return jnp.stack([dot(tree, other) for tree in trees])
+
+
+def _padded(array: Array) -> Array:
+    """With zeros up to two entries along each axis."""
+    return jnp.pad(array, [(0, 2 - size) for size in array.shape])
+
+
+def _check(curvature: Any, params: Any) -> None:
+    """Refuse what the model of the loss cannot be taken from."""
+    if params is None:
+        raise ValueError("`params` is None; a controlled step needs them: `tx.update(grads, state, params, ...)`.")
+    if not (hasattr(curvature, "along") and hasattr(curvature, "value")):
+        raise TypeError(
+            f"`curvature` is of type {type(curvature).__name__}; a controlled step takes products and losses from "
+            "`out.curvature` itself, where `out` is what `capture.value_and_grad` returned."
+        )
