@@ -8,7 +8,7 @@ from natgrad_jax.control import controlled
 from natgrad_jax.damping import adaptive_damping
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
-from natgrad_jax.steps import clip_by_kl
+from natgrad_jax.steps import clip_by_kl, graft
 from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "clip_by_kl",
     "controlled",
     "ekfac",
+    "graft",
     "kfac",
     "lift",
     "linen",

@@ -1,4 +1,6 @@
-"""What follows a direction: how far to go along it.
+"""What follows a direction: how long it should be.
+
+The KL clip shortens a direction that would move the model too far:
 
     1  u <- direction of the gradient g
     2  nu <- min(1, sqrt(bound / (learning_rate^2 <g, u>)))
@@ -6,10 +8,17 @@
 
 With u = (F + damping I)^-1 g the product <g, u> is u^T (F + damping I) u, so the step learning_rate * nu * u changes
 the distribution of the model by a KL divergence of at most bound / 2: to second order, and as far as the method's F is
-the Fisher matrix. Not here: the step size that minimises the quadratic model.
+the Fisher matrix.
+
+Grafting takes the length from another optimizer, whose learning rate is then the one to use:
+
+    1  u <- direction of the gradient g,  m <- update of the other for g
+    2  u <- |m| / |u| u                                       each parameter by itself, or all as one vector
+
+Not here: the length that minimises the quadratic model of the loss; see `control`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +77,65 @@ def clip_by_kl(
         return shortened, ClipState(count, scale.astype(jnp.float32), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class GraftState(NamedTuple):
+    """State of `graft`: those of the direction and of the other optimizer."""
+
+    direction: Any
+    length: Any
+
+
+def graft(
+    direction: optax.GradientTransformation,
+    length: optax.GradientTransformation,
+    *,
+    per: Literal["parameter", "model"] = "parameter",
+) -> optax.GradientTransformationExtraArgs:
+    """Give a direction the length of another optimizer's update.
+
+    As in the Shampoo of Anil, Gupta, Koren, Regan and Singer (2020), https://arxiv.org/abs/2002.09018, where the length
+    of each parameter array is that of a diagonal method: settings tuned for Adam carry over.
+
+    >>> tx = graft(optax.scale(4.0), optax.sgd(1.0))
+    >>> updates, _ = tx.update({"a": jnp.array([3.0, 4.0])}, tx.init({"a": jnp.zeros(2)}))
+    >>> print(updates["a"])
+    [3. 4.]
+
+    Args:
+        direction: a `scale_by_*` transformation.
+        length: any transformation, for instance `optax.scale_by_adam()`; the sign of its update does not matter.
+        per: whether each "parameter" array takes its own length, or the whole "model" one.
+
+    Returns:
+        The direction at the other's length; zero where the direction is zero.
+
+    Raises:
+        ValueError: if `per` is unknown.
+    """
+    checks.choice("per", per, ("parameter", "model"))
+    first, second = optax.with_extra_args_support(direction), optax.with_extra_args_support(length)
+
+    def init(params):
+        return GraftState(first.init(params), second.init(params))
+
+    def update(updates, state, params=None, **extra):
+        found, one = first.update(updates, state.direction, params, **extra)  # 1
+        model, other = second.update(updates, state.length, params, **extra)
+        if per == "model":
+            found = _at_length(found, dot(model, model))  # 2
+        else:
+            found = jax.tree.map(lambda u, m: _at_length(u, dot(m, m)), found, model)  # 2
+        return found, GraftState(one, other)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at_length(tree: Any, square: Array) -> Any:
+    """A tree whose squared norm is as given, in the direction of `tree`."""
+    own = dot(tree, tree)
+    scale = jnp.sqrt(square / jnp.where(own > 0, own, 1))
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), tree)
 
 
 def dot(one: Any, other: Any) -> Array:

@@ -1,4 +1,4 @@
-"""The KL clip bounds how far a step moves the model, and touches nothing else."""
+"""The KL clip bounds how far a step moves the model, grafting gives it another's length; neither turns it."""
 
 import jax
 import jax.numpy as jnp
@@ -118,3 +118,53 @@ def test_warm_start_reaches_through_the_clip():
 def test_a_negative_bound_is_refused():
     with pytest.raises(ValueError, match=r"`bound` is -1; expected a finite number of at least 0"):
         ng.clip_by_kl(table.direction("kfac pi"), 0.1, -1)
+
+
+# --- grafting ---------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_grafted_step_has_the_length_of_one_and_the_direction_of_the_other(method):
+    plain, other = direction(method), optax.adam(0.1)
+    gradient, free, _ = updated(plain)
+    lengths, _ = other.update(gradient, other.init(gradient))
+    _, grafted, _ = updated(ng.graft(plain, other))
+
+    def same(found, long, length):
+        np.testing.assert_allclose(jnp.linalg.norm(found), jnp.linalg.norm(length), rtol=1e-5)
+        np.testing.assert_allclose(found / jnp.linalg.norm(found), long / jnp.linalg.norm(long), rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(same, grafted, free, lengths)
+    assert not np.allclose(optax.tree.norm(free), optax.tree.norm(lengths), rtol=0.1)  # the control: without grafting
+
+
+def test_a_step_grafted_as_a_whole_keeps_the_proportions_of_its_parameters():
+    plain, other = direction("kfac pi"), optax.sgd(0.1)
+    gradient, free, _ = updated(plain)
+    _, whole, _ = updated(ng.graft(plain, other, per="model"))
+    np.testing.assert_allclose(optax.tree.norm(whole), 0.1 * optax.tree.norm(gradient), rtol=1e-5)
+    scale = optax.tree.norm(whole) / optax.tree.norm(free)
+    jax.tree.map(lambda w, f: np.testing.assert_allclose(w, scale * f, rtol=1e-4, atol=1e-7), whole, free)
+    _, parts, _ = updated(ng.graft(plain, other))
+    scales = [
+        jnp.linalg.norm(p) / jnp.linalg.norm(f) for p, f in zip(*map(jax.tree.leaves, (parts, free)), strict=True)
+    ]
+    assert max(scales) > 1.1 * min(scales)  # the control: each by itself
+
+
+def test_a_direction_of_zero_stays_zero_and_a_graft_of_unknown_kind_is_refused():
+    zero = optax.with_extra_args_support(optax.scale(0.0))
+    updates, _ = ng.graft(zero, optax.sgd(1.0)).update(
+        {"a": jnp.ones(3)}, ng.graft(zero, optax.sgd(1.0)).init({"a": 0.0})
+    )
+    np.testing.assert_array_equal(updates["a"], 0)
+    with pytest.raises(ValueError, match="`per` is 'layer'; expected one of 'parameter', 'model'"):
+        ng.graft(zero, zero, per="layer")
+
+
+def test_warm_start_reaches_through_the_graft():
+    gradient, evidence = measured("mlp")
+    tx = ng.graft(direction("kfac pi"), optax.scale_by_adam())
+    state = ng.warm_start(tx, tx.init(gradient), [evidence, evidence], gradient)
+    assert state.direction.metrics.statistics == 2
+    assert state.length.count == 0
