@@ -119,7 +119,7 @@ class Method(NamedTuple):
     rescale: layer, state, evidence            -> state       only for a scale that is measured in the basis that
                                                               `refresh` makes: after every refresh, and as scheduled
 
-    Every array of a state leads with the axes S. `refresh` may not depend on a layer beyond its shape, stack and
+    Every array of a state leads with the axes S. `refresh` may not depend on a layer beyond its kind, shape, stack and
     dtype: layers that agree in these are stacked and refreshed as one.
     """
 

@@ -1,7 +1,8 @@
 """How one damping strength is split over the two factors of a Kronecker pair.
 
 F + damping I is no Kronecker product; (A + x I) (x) (G + y I) with x y = damping is one. The rules differ in the
-ratio of x and y. `split="exact"` needs no rule: it adds the damping to the eigenvalues of the product itself.
+ratio of x and y; "mean_eigenvalue" also lets their product exceed the damping. `split="exact"` needs no rule: it adds
+the damping to the eigenvalues of the product itself.
 
 And how a damping adapts itself while training, by the rule of Levenberg and Marquardt.
 """
@@ -14,27 +15,31 @@ import jax.numpy as jnp
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.linalg import Factor, mean_diagonal
 
-Split = Literal["pi", "even", "exact"]
-SPLITS = ("pi", "even", "exact")
+Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
 
 
 def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) -> tuple[Array, Array]:
-    """Strengths x, y with x y = damping for the factors A and G.
+    """Strengths x, y for the factors A and G, with x y = damping.
 
     "pi": x / y = (tr A / I) / (tr G / O), which equalises the traces of the two cross terms in the product
     (Martens and Grosse 2015, section 6.3); "even": x = y. A factor of trace 0 makes "pi" even.
+
+    "mean_eigenvalue": x = max(tr A / I, root of the damping), y likewise, so that x y may exceed the damping, which is
+    a floor. Of use only where A and G share the units of F evenly: else the floor is high for one, low for the other.
 
     Args:
         inputs: A [S, I, I].
         outputs: G [S, O, O].
         damping: strength in the units of A (x) G.
-        split: "pi" or "even".
+        split: "pi", "even" or "mean_eigenvalue".
 
     Returns:
         x [S] in the units of A and y [S] in the units of G.
     """
     mean_inputs, mean_outputs = mean_diagonal(inputs), mean_diagonal(outputs)
     root = jnp.sqrt(jnp.asarray(damping, mean_inputs.dtype))
+    if split == "mean_eigenvalue":
+        return jnp.maximum(mean_inputs, root), jnp.maximum(mean_outputs, root)
     both = (mean_inputs > 0) & (mean_outputs > 0)
     ratio = jnp.where(both, mean_inputs, 1) / jnp.where(both, mean_outputs, 1)
     pi = jnp.sqrt(ratio) if split == "pi" else jnp.ones_like(ratio)

@@ -3,13 +3,14 @@
 Coordinates of a matrix X [S, I, O] in the basis (U, V) are U^T X V. A side that is `None` keeps its own coordinates.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
+from natgrad_jax.averages import sum_over_examples
 from natgrad_jax.base import Array, Scalar
-from natgrad_jax.linalg import Diagonal, Factor, eigh, einsum, floored, matmul, transpose
+from natgrad_jax.linalg import Diagonal, Factor, diagonal, eigh, einsum, floored, matmul, orthonormal, transpose
 
 
 class Basis(NamedTuple):
@@ -46,6 +47,44 @@ def eigenbasis(inputs: Factor, outputs: Factor) -> tuple[Basis, Array]:
     return Basis(u, v), s[..., :, None] * r[..., None, :]
 
 
+def warm_eigenbasis(basis: Basis, scale: Array, inputs: Factor, outputs: Factor) -> tuple[Basis, Array]:
+    """One step of orthogonal iteration from an old basis towards the eigenvectors of a Kronecker pair.
+
+    Of each side: the columns U in the order of their Rayleigh quotients diag(U^T M U), the largest first, then the
+    orthogonal factor of M U, each column with the sign of the one that it comes from. Repeated with a fixed M it
+    converges to the eigenvectors, fast where the eigenvalues are far apart. A QR decomposition is cheaper than an
+    eigendecomposition by an order of magnitude. The step is that of SOAP (Vyas et al. 2024,
+    https://arxiv.org/abs/2409.11321).
+
+    Args:
+        basis: U and V; a side that is None stays so.
+        scale: what was measured in the basis [S, I, O].
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+
+    Returns:
+        The new basis, and the scale with its entries in the order of the new columns.
+    """
+    (u, rows), (v, columns) = _iterated(basis.inputs, inputs), _iterated(basis.outputs, outputs)
+    if rows is not None:
+        scale = jnp.take_along_axis(scale, rows[..., :, None], axis=-2)
+    if columns is not None:
+        scale = jnp.take_along_axis(scale, columns[..., None, :], axis=-1)
+    return Basis(u, v), scale
+
+
+def _iterated(side: Array | None, moment: Factor) -> tuple[Array | None, Array | None]:
+    """One side of `warm_eigenbasis`, and where its columns come from [S, n]."""
+    if side is None or isinstance(moment, Diagonal):
+        return side, None
+    product = matmul(moment, side)
+    order = jnp.argsort(-jnp.sum(side * product, axis=-2), axis=-1)
+    side, product = (jnp.take_along_axis(matrix, order[..., None, :], axis=-1) for matrix in (side, product))
+    found = orthonormal(product)
+    agreement = jnp.sum(found * side, axis=-2, keepdims=True)
+    return jnp.where(agreement < 0, -found, found), order
+
+
 def rotated(rows: Array, side: Array | None) -> Array:
     """Rows [S, ..., n] in the coordinates of one side [S, n, n] of a basis."""
     if side is None:
@@ -70,21 +109,20 @@ def damped_solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar) -
         basis: U and V.
         scale: second moments in the basis [S, I, O], not negative.
         gradient: [S, I, O].
-        damping: strength in the units of `scale`, floored relative to its largest entry.
+        damping: strength in the units of `scale`, [] or [S], floored relative to its largest entry.
 
     Returns:
         [S, I, O].
     """
+    damping = jnp.asarray(damping, scale.dtype)[..., None, None]
     strength = floored(damping, jnp.max(scale, axis=(-2, -1), keepdims=True))
     return out_of(basis, into(basis, gradient) / (scale + strength))
 
 
 def mean_squares(side: Array | None, moment: Factor) -> Array:
     """diag(U^T M U) [S, n]: the mean squares of rows with the second moment M, along the columns of a side."""
-    if isinstance(moment, Diagonal):
-        return moment.entries
-    if side is None:
-        return jnp.diagonal(moment, axis1=-2, axis2=-1)
+    if isinstance(moment, Diagonal) or side is None:
+        return diagonal(moment)
     return jnp.sum(side * matmul(moment, side), axis=-2)
 
 
@@ -101,26 +139,12 @@ def example_moments(inputs: Array, cotangents: Array, most: int = 1 << 22) -> Ar
     Returns:
         sum_n mean_k (sum_t a g^T)^2, [S, I, O].
     """
-    draws, examples, positions = cotangents.shape[-4:-1]
+    draws, _, positions = cotangents.shape[-4:-1]
     if positions == 1:
         return einsum("...ni,...kno->...io", inputs[..., 0, :] ** 2, cotangents[..., 0, :] ** 2) / draws
 
-    def some(rows, columns):
-        gradients = einsum("n...ti,nk...to->nk...io", rows, columns)
-        return jnp.sum(gradients**2, axis=(0, 1)) / draws
+    def squares(rows, columns):
+        return jnp.sum(einsum("n...ti,nk...to->nk...io", rows, columns) ** 2, axis=(0, 1))
 
-    rows = jnp.moveaxis(inputs, -3, 0)
-    columns = jnp.moveaxis(cotangents, (-3, -4), (0, 1))
-    one = draws * inputs.shape[-1] * cotangents.shape[-1] * max(1, inputs[..., 0, 0, 0].size)
-    chunk = max(1, min(examples, most // one))
-    while examples % chunk:
-        chunk -= 1
-    if chunk == examples:
-        return some(rows, columns)
-
-    def step(total, pair):
-        return total + some(*pair), None
-
-    split = (rows.reshape((-1, chunk) + rows.shape[1:]), columns.reshape((-1, chunk) + columns.shape[1:]))
-    shape = inputs.shape[:-3] + (inputs.shape[-1], cotangents.shape[-1])
-    return lax.scan(step, jnp.zeros(shape, jnp.result_type(rows, columns)), split)[0]
+    entries = draws * inputs.shape[-1] * cotangents.shape[-1] * prod(inputs.shape[:-3])
+    return sum_over_examples(squares, inputs, cotangents, entries, most) / draws

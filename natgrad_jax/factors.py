@@ -1,4 +1,4 @@
-"""The Kronecker pair of a layer: A of its inputs and G of its outputs, averaged."""
+"""The Kronecker pair of a layer, averaged: A of its inputs and G of its outputs, or the partial traces of F."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from natgrad_jax import averages
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Evidence, Layer, Scalar
-from natgrad_jax.layers import input_moment, output_moment
-from natgrad_jax.linalg import Diagonal, Factor
+from natgrad_jax.layers import Sharing, input_moment, output_moment, partial_traces
+from natgrad_jax.linalg import Diagonal, Factor, trace
 
 
 class Pair(NamedTuple):
@@ -50,7 +50,7 @@ def identities(layer: Layer, most: int) -> tuple[Factor, Factor]:
     return side(rows), side(columns)
 
 
-def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar) -> Pair:
+def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing: Sharing = "expand") -> Pair:
     """The pair with one more batch.
 
     A is the sum over positions and the mean over examples, G the mean over positions and examples, so that A (x) G
@@ -61,17 +61,70 @@ def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar) -> Pair
         pair: so far.
         evidence: of the batch.
         decay: weight of the old value.
+        sharing: "expand", or "reduce" for positions that are pooled before they are squared.
 
     Returns:
         The new pair.
     """
     full_inputs, full_outputs = (not isinstance(side.total, Diagonal) for side in pair)
     return Pair(
-        averages.update(pair.inputs, input_moment(layer, evidence, full_inputs), decay),
-        averages.update(pair.outputs, output_moment(layer, evidence, full_outputs), decay),
+        averages.update(pair.inputs, input_moment(layer, evidence, full_inputs, sharing), decay),
+        averages.update(pair.outputs, output_moment(layer, evidence, full_outputs, sharing), decay),
     )
 
 
 def means(pair: Pair) -> tuple[Factor, Factor]:
     """A and G."""
     return averages.mean(pair.inputs), averages.mean(pair.outputs)
+
+
+class Traces(NamedTuple):
+    """The partial traces of F: E[D D^T] [S, I, I] and E[D^T D] [S, O, O]; of a side too wide, the diagonal."""
+
+    inputs: Factor
+    outputs: Factor
+
+
+def empty_traces(layer: Layer, most: int) -> Average:
+    """An average of no `Traces` yet: both under one weight, so that they stay partial traces of one matrix.
+
+    Args:
+        layer: the layer.
+        most: the largest size of a side of which the whole factor is kept.
+
+    Returns:
+        An average of weight 0.
+    """
+    pair = empty(layer, most)
+    return Average(Traces(pair.inputs.total, pair.outputs.total), pair.inputs.weight)
+
+
+def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: str) -> Average:
+    """The partial traces with one more batch.
+
+    Args:
+        layer: the layer.
+        traces: so far.
+        evidence: of the batch.
+        decay: weight of the old value.
+        sharing: as `layers.partial_traces` takes it.
+
+    Returns:
+        The new average.
+    """
+    inputs, outputs = (not isinstance(side, Diagonal) for side in traces.total)
+    found = partial_traces(layer, evidence, (inputs, outputs), sharing)
+    return averages.update(traces, Traces(*found), decay)
+
+
+def trace_restricted(traces: Average) -> Traces:
+    """The Kronecker pair that has the partial traces of F, hence its trace, up to the factor tr F that both share.
+
+    Args:
+        traces: the average.
+
+    Returns:
+        E[D D^T] and E[D^T D], each over the root of delta = tr F; zeros where that is zero.
+    """
+    means = averages.mean(traces)
+    return averages.mean(Average(means, jnp.sqrt(trace(means.inputs))))

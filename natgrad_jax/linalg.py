@@ -104,8 +104,15 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0.0), vectors
 
 
+def _orthonormal(matrix: Array) -> Array:
+    return lax.linalg.qr(matrix, full_matrices=False)[0]
+
+
 inverse = _one_at_a_time(_inverse)
 """Inverse of a positive definite stack [..., n, n] by Cholesky; NaN where it is not positive definite."""
+
+orthonormal = _one_at_a_time(_orthonormal)
+"""The factor Q of a QR decomposition of a stack [..., n, n]: orthogonal, whatever the rank."""
 
 _eigh_stack = _one_at_a_time(_eigh)
 
@@ -165,11 +172,19 @@ def sandwich(left: Factor, matrix: Array, right: Factor) -> Array:
     return found * right.entries[..., None, :] if isinstance(right, Diagonal) else matmul(found, right)
 
 
+def diagonal(factor: Factor) -> Array:
+    """The diagonal [..., n]."""
+    return factor.entries if isinstance(factor, Diagonal) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+
+
+def trace(factor: Factor) -> Array:
+    """Sum of the diagonal: [..., n, n] -> [...]."""
+    return jnp.sum(diagonal(factor), axis=-1)
+
+
 def mean_diagonal(factor: Factor) -> Array:
     """Trace over dimension: [..., n, n] -> [...]."""
-    if isinstance(factor, Diagonal):
-        return jnp.mean(factor.entries, axis=-1)
-    return jnp.mean(jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)
+    return jnp.mean(diagonal(factor), axis=-1)
 
 
 def keep_finite(new: State, old: State, axes: int = 0, *, by_diagonal: bool = False) -> tuple[State, Array]:

@@ -20,6 +20,8 @@ ROOMS = (
     "losses",
     "layers",
     "factors",
+    "inverses",
+    "scales",
     "diagonal",
     "checks",
     "capture",

@@ -5,25 +5,29 @@ The registry, and the questions that methods ask of a layer whatever its kind. A
 """
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.averages import second_moment
+from natgrad_jax.averages import gradient_moments, paired_moments, second_moment
 from natgrad_jax.base import Array, Evidence, Kind, Layer, Scalar
 from natgrad_jax.layers.conv import CONV, ConvGeometry
 from natgrad_jax.layers.dense import DENSE
-from natgrad_jax.linalg import Diagonal, Factor
+from natgrad_jax.linalg import Diagonal, Factor, trace
 from natgrad_jax.losses import example_weights
 
 __all__ = [
     "KINDS",
+    "SHARINGS",
     "ConvGeometry",
+    "Sharing",
     "from_matrix",
     "input_moment",
     "input_rows",
     "output_moment",
     "output_rows",
+    "partial_traces",
     "to_matrix",
     "total",
 ]
@@ -34,6 +38,10 @@ _PARAMETER = Kind(
     input_rows=lambda layer, inputs: inputs,
     output_rows=lambda layer, cotangents: cotangents,
 )
+
+Sharing = Literal["expand", "reduce"]
+"""How factors see the positions that share the weights: each by itself, or pooled within an example."""
+SHARINGS = ("expand", "reduce")
 
 KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER}
 
@@ -60,18 +68,21 @@ def output_rows(layer: Layer, evidence: Evidence) -> Array:
     return _joined([KINDS[layer.kind].output_rows(layer, call) for call in calls])
 
 
-def input_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor:
-    """A = sum_{n,t} a a^T / W, weighted: the sum over positions and the mean over examples.
+def input_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand") -> Factor:
+    """A, the weighted mean over examples of sum_t a a^T; of (sum_t a) (sum_t a)^T if positions are pooled.
 
     Args:
         layer: the layer.
         evidence: what a batch says about it.
         full: whether to form the matrix, or only its diagonal.
+        sharing: "expand", or "reduce" for pooled positions.
 
     Returns:
         [S, I, I], or a `Diagonal` [S, I].
     """
     rows = input_rows(layer, evidence)
+    if sharing == "reduce":
+        rows = _pooled(rows, evidence, mean=False)
     weights = _row_weights(evidence, rows.shape[-2])
     examples, positions = rows.shape[-3:-1]
     flat = rows.reshape(rows.shape[:-3] + (examples * positions, rows.shape[-1]))
@@ -80,13 +91,16 @@ def input_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor:
     return _divided(second_moment(flat, weights, full), total(evidence, examples))
 
 
-def output_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor:
-    """G = the mean of g g^T over draws, examples and positions, weighted; I if g is the identity.
+def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand") -> Factor:
+    """G, the weighted mean over draws, examples and positions of g g^T; I if g is the identity.
+
+    If positions are pooled, the mean over draws and examples of (mean_t g) (mean_t g)^T.
 
     Args:
         layer: the layer.
         evidence: what a batch says about it.
         full: whether to form the matrix, or only its diagonal.
+        sharing: "expand", or "reduce" for pooled positions.
 
     Returns:
         [S, O, O], or a `Diagonal` [S, O].
@@ -97,6 +111,8 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor
             return Diagonal(jnp.ones((*layer.stack, columns), layer.dtype))
         return jnp.broadcast_to(jnp.eye(columns, dtype=layer.dtype), (*layer.stack, columns, columns))
     rows = output_rows(layer, evidence)
+    if sharing == "reduce":
+        rows = _pooled(rows, evidence, mean=True)
     draws, examples, positions = rows.shape[-4:-1]
     weights = _row_weights(evidence, positions)
     if weights is None:
@@ -105,6 +121,37 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True) -> Factor
         count = jnp.sum(jnp.broadcast_to(weights, (examples, positions)))
     flat = rows.reshape(rows.shape[:-4] + (draws * examples * positions, columns))
     return _divided(second_moment(flat, full=full), draws * count)
+
+
+def partial_traces(
+    layer: Layer, evidence: Evidence, full: tuple[bool, bool] = (True, True), sharing: str = "example"
+) -> tuple[Factor, Factor]:
+    """The two partial traces of F: E[D D^T] over the outputs, and E[D^T D] over the inputs.
+
+    Args:
+        layer: the layer.
+        evidence: what a batch says about it.
+        full: for either side, whether to form the matrix, or only its diagonal.
+        sharing: "example" for the gradients of examples as they are, D = sum_t a g^T; "expand" without the products of
+            different positions; "reduce" with pooled ones, D = (sum_t a) (mean_t g)^T.
+
+    Returns:
+        [S, I, I] and [S, O, O], or `Diagonal`s.
+    """
+    if evidence.cotangents is None:  # g = identity: F = A (x) I
+        pooled = "reduce" if sharing == "reduce" else "expand"
+        inputs = input_moment(layer, evidence, full[0], pooled)
+        outputs = output_moment(layer, evidence, full[1], pooled)
+        spread = trace(inputs)
+        return (
+            jax.tree.map(lambda leaf: leaf * layer.shape[-1], inputs),
+            jax.tree.map(lambda leaf: leaf * spread.reshape(spread.shape + (1,) * (leaf.ndim - spread.ndim)), outputs),
+        )
+    rows, columns = input_rows(layer, evidence), output_rows(layer, evidence)
+    if sharing == "reduce":
+        rows, columns = _pooled(rows, evidence, mean=False), _pooled(columns, evidence, mean=True)
+    moments = paired_moments if sharing == "expand" else gradient_moments
+    return _divided(moments(rows, columns, full), total(evidence, rows.shape[-3]))
 
 
 def total(evidence: Evidence, examples: int) -> Scalar:
@@ -133,6 +180,15 @@ def _row_weights(evidence: Evidence, positions: int) -> Array | None:
     return weights if weights.shape[1] == positions else example_weights(weights)[:, None]
 
 
-def _divided(moment: Factor, count: Scalar) -> Factor:
+def _pooled(rows: Array, evidence: Evidence, *, mean: bool) -> Array:
+    """Sum or mean over those positions of an example that have a weight, [..., N, T, n] -> [..., N, 1, n]."""
+    weights = _row_weights(evidence, rows.shape[-2])
+    there = jnp.ones(rows.shape[-2:-1]) if weights is None else weights > 0
+    there = jnp.broadcast_to(there, rows.shape[-3:-1]).astype(rows.dtype)[..., None]
+    count = jnp.maximum(jnp.sum(there, axis=-2, keepdims=True), 1) if mean else 1
+    return jnp.sum(rows * there, axis=-2, keepdims=True) / count
+
+
+def _divided(moment: Any, count: Scalar) -> Any:
     """A moment over its count; of an empty batch, zero."""
     return jax.tree.map(lambda leaf: leaf / jnp.where(count > 0, count, 1).astype(leaf.dtype), moment)

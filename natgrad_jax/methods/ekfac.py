@@ -11,39 +11,32 @@ With `estimator="minibatch"` (EKFAC-ra in the paper) lines 3 and 4 are
     3' scale <- the Kronecker eigenvalues, diag(U^T A U) diag(V^T G V)^T       refresh
     4' scale <- EMA((U^T (sum_n D_n) V)^2 / W)                                 rescale
 
+With `refresh="qr"` lines 2 and 3 are, after a first refresh by eigendecompositions,
+
+    2" U, V <- one step of orthogonal iteration from the old U, V             refresh
+    3" scale <- its entries in the order of the new columns                    refresh
+
 George, Laurent, Bouthillier, Ballas and Vincent (2018), https://arxiv.org/abs/1806.03884. The scale is the best
 diagonal there is in this basis, so the Frobenius error is at most K-FAC's. The paper's own experiments took the true
 labels (`capture(..., labels="true")`). Not here: the spatially uncorrelated variant for convolutions.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import optax
 
-from natgrad_jax import averages, checks, factors
+from natgrad_jax import averages, checks, factors, scales
 from natgrad_jax.averages import Average
-from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Scalar, ScalarOrSchedule
+from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
 from natgrad_jax.control import Quadratic
 from natgrad_jax.damping import Damping
-from natgrad_jax.eigenbasis import (
-    Basis,
-    damped_solve,
-    eigenbasis,
-    example_moments,
-    into,
-    mean_squares,
-    rotated,
-    standard,
-)
+from natgrad_jax.eigenbasis import Basis, damped_solve, standard
 from natgrad_jax.factors import Pair
-from natgrad_jax.layers import input_moment, input_rows, output_rows, total
+from natgrad_jax.layers import SHARINGS, Sharing
+from natgrad_jax.scales import ESTIMATORS, REFRESHES, Estimator, Refresh
 from natgrad_jax.transform import Schedule, lift
-
-Estimator = Literal["per_example", "minibatch"]
-ESTIMATORS = ("per_example", "minibatch")
 
 
 class EKFACState(NamedTuple):
@@ -54,13 +47,21 @@ class EKFACState(NamedTuple):
     scale: Average
 
 
-def ekfac_block(decay: Scalar, estimator: Estimator = "per_example", max_factor_dim: int = 8192) -> Method:
+def ekfac_block(
+    decay: Scalar,
+    estimator: Estimator = "per_example",
+    max_factor_dim: int = 8192,
+    sharing: Sharing = "expand",
+    refresh_by: Refresh = "eigh",
+) -> Method:
     """EKFAC of one layer.
 
     Args:
         decay: weight of the old value in the averages.
         estimator: "per_example" or "minibatch".
         max_factor_dim: a side wider than this keeps its own coordinates.
+        sharing: "expand" or "reduce".
+        refresh_by: "eigh" or "qr".
 
     Returns:
         The five functions.
@@ -71,20 +72,17 @@ def ekfac_block(decay: Scalar, estimator: Estimator = "per_example", max_factor_
         return EKFACState(pair, basis, averages.empty(layer.stack, layer.shape, layer.dtype))
 
     def observe(layer, state, evidence):
-        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay))  # 1
+        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay, sharing))  # 1
 
     def refresh(layer, state, damping):
-        del damping
-        basis, eigenvalues = eigenbasis(*factors.means(state.pair))  # 2
-        if estimator == "minibatch":
-            scale = Average(eigenvalues, jnp.ones_like(state.scale.weight))  # 3'
-        else:
-            scale = averages.empty(layer.stack, layer.shape, layer.dtype)  # 3
+        del layer, damping
+        pair = factors.means(state.pair)
+        basis, scale = scales.refreshed(*pair, state.basis, state.scale, estimator, refresh_by)  # 2, 3
         return state._replace(basis=basis, scale=scale)
 
     def rescale(layer, state, evidence):
-        square = _minibatch if estimator == "minibatch" else _per_example
-        return state._replace(scale=averages.update(state.scale, square(layer, state.basis, evidence), decay))  # 4
+        value = scales.measured(layer, state.basis, evidence, estimator)
+        return state._replace(scale=averages.update(state.scale, value, decay))  # 4
 
     def apply(layer, state, gradient, damping):
         del layer
@@ -98,6 +96,8 @@ def scale_by_ekfac(
     *,
     damping: Damping,
     estimator: Estimator = "per_example",
+    sharing: Sharing = "expand",
+    refresh: Refresh = "eigh",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
@@ -113,6 +113,10 @@ def scale_by_ekfac(
             that the last batches did not show are divided by it alone: with small batches it must not be too small.
         estimator: of the scale. "per_example": the mean square of each example's gradient; "minibatch": the square of
             the batch's gradient, cheaper and noisier (EKFAC-ra), unbiased for sampled labels only.
+        sharing: how the factors of the basis see positions that share the weights, as in `scale_by_kfac`; the scale is
+            measured from the gradients of examples either way.
+        refresh: how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old
+            ones, cheaper by far, after a first refresh by "eigh"; the scale is then kept, not measured anew.
         decay: weight of the old value in the averages.
         statistics_every: steps between statistics for A and G.
         refresh_every: steps between eigendecompositions.
@@ -125,11 +129,13 @@ def scale_by_ekfac(
 
     Raises:
         TypeError: if `layers` is no `Layers`.
-        ValueError: if `estimator` is unknown or a number out of its range.
+        ValueError: if `estimator`, `sharing` or `refresh` is unknown or a number out of its range.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("sharing", sharing, SHARINGS)
+    checks.choice("refresh", refresh, REFRESHES)
     return lift(
-        lambda decay: ekfac_block(decay, estimator, max_factor_dim),
+        lambda decay: ekfac_block(decay, estimator, max_factor_dim, sharing, refresh),
         layers,
         damping=damping,
         decay=decay,
@@ -143,6 +149,8 @@ def ekfac(
     *,
     damping: Damping = 0.03,
     estimator: Estimator = "per_example",
+    sharing: Sharing = "expand",
+    refresh: Refresh = "eigh",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
@@ -163,6 +171,8 @@ def ekfac(
         layers: from `capture.layers`.
         damping: see `scale_by_ekfac`; or `adaptive_damping(...)`.
         estimator: see `scale_by_ekfac`.
+        sharing: see `scale_by_ekfac`.
+        refresh: see `scale_by_ekfac`.
         decay: see `scale_by_ekfac`.
         statistics_every: see `scale_by_ekfac`.
         refresh_every: see `scale_by_ekfac`.
@@ -182,6 +192,8 @@ def ekfac(
         layers,
         damping=damping,
         estimator=estimator,
+        sharing=sharing,
+        refresh=refresh,
         decay=decay,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
@@ -190,23 +202,3 @@ def ekfac(
         max_factor_dim=max_factor_dim,
     )
     return complete(direction, learning_rate, damping, kl_clip, momentum, weight_decay, weight_decay_mask)
-
-
-def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
-    """E[(U^T D V)^2], [S, I, O]."""
-    if evidence.cotangents is None:  # g = identity: F = A (x) I
-        moment = input_moment(layer, evidence, full=basis.inputs is not None)
-        return jnp.broadcast_to(mean_squares(basis.inputs, moment)[..., None], (*layer.stack, *layer.shape))
-    rows = rotated(input_rows(layer, evidence), basis.inputs)
-    columns = rotated(output_rows(layer, evidence), basis.outputs)
-    return example_moments(rows, columns) / total(evidence, rows.shape[-3])
-
-
-def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
-    """(U^T (sum_n D_n) V)^2 / W, averaged over draws, [S, I, O]."""
-    if evidence.gradient is None or evidence.count is None:
-        raise ValueError(
-            f"The evidence for layer {layer.name!r} has no `gradient` or no `count`, which the estimator 'minibatch' "
-            'needs; take the evidence from `capture.value_and_grad`, with other `labels` than "forward".'
-        )
-    return jnp.mean(into(basis, evidence.gradient) ** 2, axis=-3) / evidence.count

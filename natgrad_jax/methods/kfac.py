@@ -5,6 +5,10 @@
     3  A^ <- (A + x I)^-1,  G^ <- (G + y I)^-1                                 refresh
     4  direction <- A^ dW G^                                                   apply
 
+With `sharing="reduce"` positions are pooled first (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636):
+
+    1' A <- EMA(E[(sum_t a) (sum_t a)^T]),  G <- EMA(E[(mean_t g) (mean_t g)^T])   observe
+
 With `split="exact"` the damping goes to the eigenvalues of the product instead:
 
     3' A = U diag(s) U^T,  G = V diag(r) V^T                                   refresh
@@ -16,77 +20,57 @@ and g are independent. Not here: the block-tridiagonal variant; the quadratic-mo
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import optax
 
-from natgrad_jax import checks, factors
+from natgrad_jax import checks, factors, inverses
 from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
 from natgrad_jax.control import Quadratic
-from natgrad_jax.damping import SPLITS, Damping, Split, split_damping
-from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, standard
+from natgrad_jax.damping import Damping
 from natgrad_jax.factors import Pair
-from natgrad_jax.linalg import Factor, damped_inverse, sandwich
+from natgrad_jax.inverses import Eigen, Inverses
+from natgrad_jax.layers import SHARINGS, Sharing
 from natgrad_jax.transform import Schedule, lift
+
+Split = Literal["pi", "even", "exact"]
+SPLITS = ("pi", "even", "exact")
 
 
 class KFACState(NamedTuple):
     """The averages of A [S, I, I] and G [S, O, O], and what `apply` reads of them."""
 
     pair: Pair
-    inverse: "Inverses | Eigen"  # Eigen if split="exact"
+    inverse: Inverses | Eigen  # Eigen if split="exact"
 
 
-class Inverses(NamedTuple):
-    """A^ [S, I, I] and G^ [S, O, O]."""
-
-    inputs: Factor
-    outputs: Factor
-
-
-class Eigen(NamedTuple):
-    """The basis (U, V) and the Kronecker eigenvalues s r^T [S, I, O]."""
-
-    basis: Basis
-    scale: Array
-
-
-def kfac_block(decay: Scalar, split: Split = "pi", max_factor_dim: int = 8192) -> Method:
+def kfac_block(decay: Scalar, split: Split = "pi", max_factor_dim: int = 8192, sharing: Sharing = "expand") -> Method:
     """K-FAC of one layer.
 
     Args:
         decay: weight of the old value in the averages.
         split: how the damping enters: "pi", "even" or "exact".
         max_factor_dim: a side wider than this keeps only the diagonal of its factor.
+        sharing: "expand" or "reduce".
 
     Returns:
         The four functions.
     """
 
     def init(layer):
-        pair, ones = factors.empty(layer, max_factor_dim), factors.identities(layer, max_factor_dim)
-        if split == "exact":
-            return KFACState(pair, Eigen(standard(*ones), jnp.ones(layer.stack + layer.shape, layer.dtype)))
-        return KFACState(pair, Inverses(*ones))
+        return KFACState(factors.empty(layer, max_factor_dim), inverses.identity(layer, max_factor_dim, split))
 
     def observe(layer, state, evidence):
-        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay))  # 1
+        return state._replace(pair=factors.observe(layer, state.pair, evidence, decay, sharing))  # 1, 1'
 
     def refresh(layer, state, damping):
         del layer
-        inputs, outputs = factors.means(state.pair)
-        if split == "exact":
-            return state._replace(inverse=Eigen(*eigenbasis(inputs, outputs)))  # 3'
-        x, y = split_damping(inputs, outputs, damping, split)  # 2
-        return state._replace(inverse=Inverses(damped_inverse(inputs, x), damped_inverse(outputs, y)))  # 3
+        return state._replace(inverse=inverses.inverted(*factors.means(state.pair), damping, split))  # 2, 3, 3'
 
     def apply(layer, state, gradient, damping):
         del layer
-        if split == "exact":
-            return damped_solve(state.inverse.basis, state.inverse.scale, gradient, damping)  # 4'
-        return sandwich(state.inverse.inputs, gradient, state.inverse.outputs)  # 4
+        return inverses.solve(state.inverse, gradient, damping)  # 4, 4'
 
     return Method(init, observe, refresh, apply)
 
@@ -96,6 +80,7 @@ def scale_by_kfac(
     *,
     damping: Damping,
     split: Split = "pi",
+    sharing: Sharing = "expand",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
@@ -109,6 +94,8 @@ def scale_by_kfac(
         damping: strength in the units of F, the Fisher block of one example; its schedule, if a function.
         split: "pi" (Martens and Grosse), "even" (both sides alike), or "exact" (added to the eigenvalues of the
             product; needs eigendecompositions, and a changed damping then acts at once, not at the next refresh).
+        sharing: how the factors see positions that share the weights. "expand": each by itself, as where each has a
+            loss; "reduce": inputs summed and cotangents averaged within an example, as where the model does so.
         decay: weight of the old value in the averages.
         statistics_every: steps between statistics.
         refresh_every: steps between inversions.
@@ -120,11 +107,12 @@ def scale_by_kfac(
 
     Raises:
         TypeError: if `layers` is no `Layers`.
-        ValueError: if `split` is unknown or a number out of its range.
+        ValueError: if `split` or `sharing` is unknown or a number out of its range.
     """
     checks.choice("split", split, SPLITS)
+    checks.choice("sharing", sharing, SHARINGS)
     return lift(
-        lambda decay: kfac_block(decay, split, max_factor_dim),
+        lambda decay: kfac_block(decay, split, max_factor_dim, sharing),
         layers,
         damping=damping,
         decay=decay,
@@ -138,6 +126,7 @@ def kfac(
     *,
     damping: Damping = 0.03,
     split: Split = "pi",
+    sharing: Sharing = "expand",
     decay: ScalarOrSchedule = 0.95,
     statistics_every: int | Array = 10,
     refresh_every: int | Array = 100,
@@ -160,6 +149,7 @@ def kfac(
         layers: from `capture.layers`.
         damping: see `scale_by_kfac`; or `adaptive_damping(...)`.
         split: see `scale_by_kfac`.
+        sharing: see `scale_by_kfac`.
         decay: see `scale_by_kfac`.
         statistics_every: see `scale_by_kfac`.
         refresh_every: see `scale_by_kfac`.
@@ -178,6 +168,7 @@ def kfac(
         layers,
         damping=damping,
         split=split,
+        sharing=sharing,
         decay=decay,
         statistics_every=statistics_every,
         refresh_every=refresh_every,
