@@ -8,6 +8,8 @@ from natgrad_jax.control import controlled
 from natgrad_jax.damping import adaptive_damping
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
+from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
+from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
 from natgrad_jax.steps import clip_by_kl, graft
 from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
@@ -29,6 +31,10 @@ __all__ = [
     "losses",
     "scale_by_ekfac",
     "scale_by_kfac",
+    "scale_by_tekfac",
+    "scale_by_tkfac",
+    "tekfac",
+    "tkfac",
     "warm_start",
 ]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from natgrad_jax import averages
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Evidence, Layer, Scalar
-from natgrad_jax.layers import Sharing, input_moment, output_moment, partial_traces
+from natgrad_jax.layers import Pairing, Sharing, input_moment, output_moment, partial_traces
 from natgrad_jax.linalg import Diagonal, Factor, trace
 
 
@@ -99,7 +99,7 @@ def empty_traces(layer: Layer, most: int) -> Average:
     return Average(Traces(pair.inputs.total, pair.outputs.total), pair.inputs.weight)
 
 
-def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: str) -> Average:
+def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: Pairing) -> Average:
     """The partial traces with one more batch.
 
     Args:

@@ -24,6 +24,7 @@ class Row(NamedTuple):
         rate: the power of 1 / damping at which damping * direction approaches the gradient.
         rescales: whether something is measured in the basis of the last refresh.
         averages: whether its statistics are plain averages of what batches say.
+        factorisations: how many a refresh of one layer has.
     """
 
     name: str
@@ -32,12 +33,20 @@ class Row(NamedTuple):
     rate: float
     rescales: bool = False
     averages: bool = True
+    factorisations: int = 2
 
 
 def _row(
-    name: str, scale_by: Callable, optimizer: Callable, rate: float, rescales: bool = False, **variant: Any
+    name: str,
+    scale_by: Callable,
+    optimizer: Callable,
+    rate: float,
+    rescales: bool = False,
+    factorisations: int = 2,
+    **variant: Any,
 ) -> Row:
-    return Row(name, partial(scale_by, **variant), partial(optimizer, **variant), rate, rescales)
+    directions = partial(scale_by, **variant), partial(optimizer, **variant)
+    return Row(name, *directions, rate, rescales, factorisations=factorisations)
 
 
 METHODS = (
@@ -46,6 +55,10 @@ METHODS = (
     _row("kfac exact", ng.scale_by_kfac, ng.kfac, rate=1.0, split="exact"),
     _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="per_example"),
     _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="minibatch"),
+    # its first refresh is by eigendecompositions, in a branch beside that of the others
+    _row("ekfac qr", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, factorisations=4, refresh="qr"),
+    _row("tkfac", ng.scale_by_tkfac, ng.tkfac, rate=0.5),
+    _row("tekfac", ng.scale_by_tekfac, ng.tekfac, rate=1.0, rescales=True),
 )
 NAMES = tuple(row.name for row in METHODS)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}

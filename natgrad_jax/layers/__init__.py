@@ -19,8 +19,10 @@ from natgrad_jax.losses import example_weights
 
 __all__ = [
     "KINDS",
+    "PAIRINGS",
     "SHARINGS",
     "ConvGeometry",
+    "Pairing",
     "Sharing",
     "from_matrix",
     "input_moment",
@@ -42,6 +44,9 @@ _PARAMETER = Kind(
 Sharing = Literal["expand", "reduce"]
 """How factors see the positions that share the weights: each by itself, or pooled within an example."""
 SHARINGS = ("expand", "reduce")
+Pairing = Literal["example", "expand", "reduce"]
+"""The same for the partial traces of F: of examples as they are, position by position, or of pooled positions."""
+PAIRINGS = ("example", "expand", "reduce")
 
 KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER}
 
@@ -124,7 +129,7 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: 
 
 
 def partial_traces(
-    layer: Layer, evidence: Evidence, full: tuple[bool, bool] = (True, True), sharing: str = "example"
+    layer: Layer, evidence: Evidence, full: tuple[bool, bool] = (True, True), sharing: Pairing = "example"
 ) -> tuple[Factor, Factor]:
     """The two partial traces of F: E[D D^T] over the outputs, and E[D^T D] over the inputs.
 
