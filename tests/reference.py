@@ -255,3 +255,36 @@ def damped(block, damping: float):
 def kron(inputs, outputs):
     """A (x) G."""
     return np.kron(np.asarray(inputs, np.float64), np.asarray(outputs, np.float64))
+
+
+def diagonal_in(q, block):
+    """diag(Q^T F Q)."""
+    return np.einsum("...pk,...pq,...qk->...k", q, block, q)
+
+
+def recomposed(q, scale):
+    """Q diag(s) Q^T."""
+    return np.einsum("...pk,...k,...qk->...pq", q, scale, q)
+
+
+def partial_traces(block, shape: tuple[int, int]):
+    """The traces of a block [I O, I O] over the outputs, [I, I], and over the inputs, [O, O]."""
+    four = np.reshape(block, (*np.shape(block)[:-2], *shape, *shape))
+    return np.einsum("...iojo->...ij", four), np.einsum("...ioip->...op", four)
+
+
+def rearranged(block, shape: tuple[int, int]):
+    """Van Loan's arrangement [I I, O O], in which A (x) G is the rank-one matrix vec(A) vec(G)^T."""
+    four = np.reshape(block, (*np.shape(block)[:-2], *shape, *shape))
+    return np.moveaxis(four, -2, -3).reshape(*four.shape[:-4], shape[0] ** 2, shape[1] ** 2)
+
+
+def best_kronecker_error(block, shape: tuple[int, int]):
+    """The least relative error that a Kronecker product can have, of every copy."""
+    values = np.linalg.svd(rearranged(block, shape), compute_uv=False)
+    return np.sqrt(np.sum(values[..., 1:] ** 2, axis=-1) / np.sum(values**2, axis=-1))
+
+
+def errors(approximations, blocks):
+    """Relative error of every copy."""
+    return np.linalg.norm(approximations - blocks, axis=(1, 2)) / np.linalg.norm(blocks, axis=(1, 2))

@@ -227,6 +227,36 @@ def test_a_misspelt_split():
         ng.scale_by_kfac(task("mlp").layers, damping=0.1, split="Pi")
 
 
+def test_a_misspelt_split_of_tkfac():
+    with says(ValueError, "`split` is 'none'", "expected one of 'even', 'pi', 'mean_eigenvalue', 'exact'"):
+        ng.tkfac(0.1, task("mlp").layers, split="none")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "choices"),
+    [
+        (ng.kfac, "'expand', 'reduce'"),
+        (ng.ekfac, "'expand', 'reduce'"),
+        (ng.tkfac, "'example', 'expand', 'reduce'"),
+        (ng.tekfac, "'example', 'expand', 'reduce'"),
+    ],
+)
+def test_a_misspelt_sharing(optimizer, choices):
+    with says(ValueError, "`sharing` is 'positions'", f"expected one of {choices}"):
+        optimizer(0.1, task("mlp").layers, sharing="positions")
+
+
+@pytest.mark.parametrize("optimizer", [ng.ekfac, ng.tekfac])
+def test_a_misspelt_refresh(optimizer):
+    with says(ValueError, "`refresh` is 'QR'", "expected one of 'eigh', 'qr'"):
+        optimizer(0.1, task("mlp").layers, refresh="QR")
+
+
+def test_a_misspelt_damping_rule():
+    with says(ValueError, "`damping_rule` is 'mean'", "expected one of 'mean_eigenvalue', 'scalar'"):
+        ng.tekfac(0.1, task("mlp").layers, damping_rule="mean")
+
+
 def test_a_misspelt_estimator():
     with says(ValueError, "`estimator` is 'batch'", "expected one of 'per_example', 'minibatch'"):
         ng.ekfac(0.1, task("mlp").layers, estimator="batch")

@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 import reference
 from flax import linen as nn
-from reference import assert_differs, assert_equal, damped, error, kron, normal, random_params
+from reference import (
+    assert_differs,
+    assert_equal,
+    damped,
+    diagonal_in,
+    error,
+    errors,
+    kron,
+    normal,
+    random_params,
+    recomposed,
+)
 from watching import (
     AT_ONCE,
-    captured_fisher,
+    basis_and_scale,
     evidence_of,
     factors,
     factors_of,
@@ -21,7 +32,9 @@ from watching import (
     operator,
     pairs,
     prepared,
+    random_layers,
     rows_of,
+    state_of,
     watched,
 )
 
@@ -33,26 +46,7 @@ from natgrad_jax.methods.kfac import kfac_block
 
 EKFAC, MINIBATCH = ekfac_block(0.0), ekfac_block(0.5, "minibatch")
 KFAC = kfac_block(0.0, "exact")
-state_of = jax.jit(prepared, static_argnums=(0, 1))
 with_losses = pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
-
-
-def basis_and_scale(state):
-    """Q = U (x) V [S, I O, I O], and the scale in it [S, I O]."""
-    q = np.einsum("...ik,...ol->...iokl", np.asarray(state.basis.inputs), np.asarray(state.basis.outputs))
-    scale = np.asarray(averages.mean(state.scale))
-    size = scale.shape[-2] * scale.shape[-1]
-    return q.reshape(scale.shape[:-2] + (size, size)), scale.reshape(scale.shape[:-2] + (size,))
-
-
-def diagonal_in(q, block):
-    """diag(Q^T F Q)."""
-    return np.einsum("...pk,...pq,...qk->...k", q, block, q)
-
-
-def recomposed(q, scale):
-    """Q diag(s) Q^T."""
-    return np.einsum("...pk,...k,...qk->...pq", q, scale, q)
 
 
 # Where it is exact ----------------------------------------------------------------------------------------------------
@@ -181,19 +175,6 @@ def test_a_side_that_is_too_wide_keeps_its_own_coordinates(labels):
 
 
 # How good it is -------------------------------------------------------------------------------------------------------
-
-
-def random_layers(inputs, outputs, examples, copies=100, dtype="float64"):
-    """Layers whose inputs and cotangents depend on each other, and the empirical Fisher block of each."""
-    a = normal(copies, examples, inputs) @ normal(copies, inputs, inputs, seed=1)
-    g = a @ normal(copies, inputs, outputs, seed=2) + normal(copies, examples, outputs, seed=3)
-    layer, evidence = pairs(a.astype(dtype), g.astype(dtype))
-    return layer, evidence, captured_fisher(layer, evidence)
-
-
-def errors(approximations, blocks):
-    """Relative error of every copy."""
-    return np.linalg.norm(approximations - blocks, axis=(1, 2)) / np.linalg.norm(blocks, axis=(1, 2))
 
 
 @pytest.mark.slow

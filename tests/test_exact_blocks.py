@@ -7,8 +7,15 @@ from watching import factors, implied_blocks, mlp
 from natgrad_jax.base import Method
 from natgrad_jax.methods.ekfac import ekfac_block
 from natgrad_jax.methods.kfac import kfac_block
+from natgrad_jax.methods.tekfac import tekfac_block
+from natgrad_jax.methods.tkfac import tkfac_block
 
-METHODS = {"kfac": kfac_block(0.0, "exact"), "ekfac": ekfac_block(0.0)}
+METHODS = {
+    "kfac": kfac_block(0.0, "exact"),
+    "ekfac": ekfac_block(0.0),
+    "tkfac": tkfac_block(0.0, "exact"),
+    "tekfac": tekfac_block(0.0),
+}
 """With the damping added to eigenvalues, so that the operator of a method shows its block."""
 
 with_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -11,6 +11,7 @@ import reference
 from flax import linen as nn
 
 import natgrad_jax as ng
+from natgrad_jax import averages
 from natgrad_jax.layers import input_moment, input_rows, output_moment, output_rows
 
 LIKELIHOODS = {
@@ -113,6 +114,18 @@ def prepared(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping)
     return method.rescale(layer, state, evidence) if method.rescale else state
 
 
+state_of = jax.jit(prepared, static_argnums=(0, 1))
+"""The same, compiled."""
+
+
+def basis_and_scale(state):
+    """Q = U (x) V [S, I O, I O], and the scale in it [S, I O]."""
+    q = np.einsum("...ik,...ol->...iokl", np.asarray(state.basis.inputs), np.asarray(state.basis.outputs))
+    scale = np.asarray(averages.mean(state.scale))
+    size = scale.shape[-2] * scale.shape[-1]
+    return q.reshape(scale.shape[:-2] + (size, size)), scale.reshape(scale.shape[:-2] + (size,))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def operators(method: ng.Method, layers: ng.Layers, evidence, damping):
     """What a method multiplies the gradient of each layer with after its first batch: {name: [S, I O, I O]}."""
@@ -140,6 +153,13 @@ def implied_blocks(method: ng.Method, net: Watched):
     }
 
 
+def implied_block(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping=1.0):
+    """The block that a method of one layer stands for, [S, I O, I O]."""
+    found = np.asarray(operator(method, layer, evidence, damping))
+    block = np.linalg.inv(found.astype(np.float64)) - damping * np.eye(found.shape[-1])
+    return block.astype(found.dtype)
+
+
 AT_ONCE = {"statistics_every": 1, "refresh_every": 1, "momentum": None}
 """Settings of a complete optimizer whose steps depend on nothing but the batch."""
 
@@ -165,3 +185,12 @@ def pairs(inputs, cotangents):
     gradient = jnp.einsum("...ni,...no->...io", inputs, cotangents)[..., None, :, :]
     count = jnp.asarray(inputs.shape[-2], inputs.dtype)
     return layer, ng.Evidence((inputs,), (cotangents[None],), gradient, None, count)
+
+
+def random_layers(inputs, outputs, examples, copies=100, dtype="float64"):
+    """Layers whose inputs and cotangents depend on each other, and the empirical Fisher block of each."""
+    normal = reference.normal
+    a = normal(copies, examples, inputs) @ normal(copies, inputs, inputs, seed=1)
+    g = a @ normal(copies, inputs, outputs, seed=2) + normal(copies, examples, outputs, seed=3)
+    layer, evidence = pairs(a.astype(dtype), g.astype(dtype))
+    return layer, evidence, captured_fisher(layer, evidence)
