@@ -34,6 +34,7 @@ def diagonalised(basis, matrix):
     return recomposed(np.asarray(basis), np.einsum("...ia,...ij,...ja->...a", basis, matrix, basis))
 
 
+@pytest.mark.slow
 def test_repeated_steps_with_fixed_factors_converge_to_their_eigenvectors(dtype):
     (a, _), (g, _) = factor(5, dtype=dtype), factor(3, seed=1, dtype=dtype)
     basis, scale = Basis(rotation(5, 2, dtype=dtype), rotation(3, 3, dtype=dtype)), jnp.ones((5, 3), dtype)
@@ -79,6 +80,7 @@ def test_a_side_without_a_basis_stays_so_and_keeps_its_order():
     assert_equal(same, scale)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_stacks_and_vmap_give_what_single_layers_give():
     (a, _), (g, _) = factor(5, stack=(4,)), factor(3, seed=1, stack=(4,))
@@ -117,6 +119,7 @@ def test_the_first_refresh_is_by_eigendecompositions(block, estimator):
     jax.tree.map(assert_equal, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_methods
 def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
@@ -147,6 +150,7 @@ def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
     assert off_diagonal(cold) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_copy_without_a_scale_has_the_whole_stack_start_afresh():
     layer, first, second = batches()

@@ -32,6 +32,7 @@ def net_of(model, *shape, dtype="float64", **capture):
     return watched(model, random_params(model, x, dtype=dtype), x, "squared_error", **capture)
 
 
+@pytest.mark.slow
 def test_c23_reduce_is_the_block_of_a_deep_linear_net_whose_positions_are_averaged_before_the_loss(dtype):
     net = net_of(Sequences(), 6, 4, 5, dtype=dtype)
     found = implied_blocks(REDUCE, net)
@@ -39,6 +40,7 @@ def test_c23_reduce_is_the_block_of_a_deep_linear_net_whose_positions_are_averag
         assert_equal(found[name], net.blocks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("method", "reduce"), [(EXPAND, True), (REDUCE, False)], ids=["expand", "reduce"])
 def test_c23_either_sharing_fails_in_the_setting_of_the_other(method, reduce):
@@ -66,6 +68,7 @@ def test_c23_reduce_is_the_block_of_the_last_convolution_before_a_sum_and_not_of
     assert_differs(implied_blocks(EXPAND, net)["last"], net.blocks["last"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_positions_without_weight_are_not_pooled():
     model, x = Sequences(reduce=False), normal(4, 3, 5)
@@ -86,6 +89,7 @@ def test_positions_without_weight_are_not_pooled():
         assert_equal(diagonal.entries, np.diag(moment))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_weights_of_examples_enter_pooled_factors_as_often_as_they_say():
     model, x, y = Sequences(), 2 * normal(3, 4, 5), jnp.array([0, 1, 2])
