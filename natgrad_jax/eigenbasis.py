@@ -52,8 +52,8 @@ def warm_eigenbasis(basis: Basis, scale: Array, inputs: Factor, outputs: Factor)
 
     Of each side: the columns U in the order of their Rayleigh quotients diag(U^T M U), the largest first, then the
     orthogonal factor of M U, each column with the sign of the one that it comes from. Repeated with a fixed M it
-    converges to the eigenvectors, fast where the eigenvalues are far apart. A QR decomposition is cheaper than an
-    eigendecomposition by an order of magnitude. The step is that of SOAP (Vyas et al. 2024,
+    converges to the eigenvectors, fast where the eigenvalues are far apart. On two CPU cores it takes two thirds of the
+    time of an eigendecomposition (256 to 2048 columns, float32). As in SOAP (Vyas et al. 2024,
     https://arxiv.org/abs/2409.11321).
 
     Args:

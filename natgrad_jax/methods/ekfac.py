@@ -116,7 +116,7 @@ def scale_by_ekfac(
         sharing: how the factors of the basis see positions that share the weights, as in `scale_by_kfac`; the scale is
             measured from the gradients of examples either way.
         refresh: how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old
-            ones, cheaper by far, after a first refresh by "eigh"; the scale is then kept, not measured anew.
+            ones, which is cheaper, after a first refresh by "eigh"; the scale is then kept, not begun anew.
         decay: weight of the old value in the averages.
         statistics_every: steps between statistics for A and G.
         refresh_every: steps between eigendecompositions.
