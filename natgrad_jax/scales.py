@@ -1,14 +1,16 @@
 """Second moments measured in an eigenbasis: the diagonal that stands in the place of the Kronecker eigenvalues."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import lax
 
 from natgrad_jax.averages import Average
-from natgrad_jax.base import Array, Evidence, Layer
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.damping import split_damping
 from natgrad_jax.eigenbasis import (
     Basis,
+    damped_solve,
     eigenbasis,
     example_moments,
     into,
@@ -17,12 +19,14 @@ from natgrad_jax.eigenbasis import (
     warm_eigenbasis,
 )
 from natgrad_jax.layers import input_moment, input_rows, output_rows, total
-from natgrad_jax.linalg import Factor
+from natgrad_jax.linalg import Diagonal, Factor
 
 Estimator = Literal["per_example", "minibatch"]
 ESTIMATORS = ("per_example", "minibatch")
 Refresh = Literal["eigh", "qr"]
 REFRESHES = ("eigh", "qr")
+Split = Literal["exact", "pi", "even", "mean_eigenvalue"]
+SPLITS = get_args(Split)
 
 
 def refreshed(
@@ -77,6 +81,33 @@ def measured(layer: Layer, basis: Basis, evidence: Evidence, estimator: Estimato
         [S, I, O].
     """
     return _minibatch(layer, basis, evidence) if estimator == "minibatch" else _per_example(layer, basis, evidence)
+
+
+def solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar, split: Split) -> Array:
+    """The gradient over the damped scale, in a basis.
+
+    "exact" divides by scale + damping. The other splits damp as a Kronecker product is damped, (s + x)(r + y) in the
+    place of s r: with s and r the sums of the scale over columns and over rows, each over the root of the sum of all,
+    they divide by scale + x r + y s + x y. Where the scale is a product, that is the damping of K-FAC.
+
+    Args:
+        basis: U and V.
+        scale: second moments in the basis [S, I, O], not negative.
+        gradient: [S, I, O].
+        damping: strength in the units of the scale, [] or [S].
+        split: "exact", or one of `split_damping`.
+
+    Returns:
+        [S, I, O].
+    """
+    if split == "exact":
+        return damped_solve(basis, scale, gradient, damping)
+    root = jnp.sqrt(jnp.sum(scale, axis=(-2, -1)))[..., None]
+    root = jnp.where(root > 0, root, 1)
+    rows, columns = jnp.sum(scale, axis=-1) / root, jnp.sum(scale, axis=-2) / root
+    x, y = split_damping(Diagonal(rows), Diagonal(columns), damping, split)
+    cross = x[..., None, None] * columns[..., None, :] + y[..., None, None] * rows[..., :, None]
+    return damped_solve(basis, scale + cross, gradient, x * y)
 
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:

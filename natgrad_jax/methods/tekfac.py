@@ -31,9 +31,9 @@ from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSched
 from natgrad_jax.chain import complete
 from natgrad_jax.control import Quadratic
 from natgrad_jax.damping import Damping
-from natgrad_jax.eigenbasis import Basis, damped_solve, standard
+from natgrad_jax.eigenbasis import Basis, standard
 from natgrad_jax.layers import PAIRINGS, Pairing
-from natgrad_jax.scales import ESTIMATORS, REFRESHES, Estimator, Refresh
+from natgrad_jax.scales import ESTIMATORS, REFRESHES, SPLITS, Estimator, Refresh, Split
 from natgrad_jax.transform import Schedule, lift
 
 DampingRule = Literal["mean_eigenvalue", "scalar"]
@@ -54,6 +54,7 @@ def tekfac_block(
     max_factor_dim: int = 8192,
     sharing: Pairing = "example",
     refresh_by: Refresh = "eigh",
+    split: Split = "exact",
 ) -> Method:
     """TEKFAC of one layer.
 
@@ -63,6 +64,7 @@ def tekfac_block(
         max_factor_dim: a side wider than this keeps its own coordinates.
         sharing: "example", "expand" or "reduce".
         refresh_by: "eigh" or "qr".
+        split: "exact", "pi", "even" or "mean_eigenvalue".
 
     Returns:
         The five functions.
@@ -88,7 +90,7 @@ def tekfac_block(
 
     def apply(layer, state, gradient, damping):
         del layer
-        return damped_solve(state.basis, averages.mean(state.scale), gradient, damping)  # 6
+        return scales.solve(state.basis, averages.mean(state.scale), gradient, damping, split)  # 6
 
     return Method(init, observe, refresh, apply, rescale)
 
@@ -121,6 +123,7 @@ def scale_by_tekfac(
     *,
     damping: Damping,
     damping_rule: DampingRule = "mean_eigenvalue",
+    split: Split = "exact",
     estimator: Estimator = "per_example",
     sharing: Pairing = "example",
     refresh: Refresh = "eigh",
@@ -138,6 +141,8 @@ def scale_by_tekfac(
         damping: strength in the units of F, the Fisher block of one example; its schedule, if a function.
         damping_rule: "mean_eigenvalue": in a model with convolutions the damping is only the floor of a strength that
             follows the curvature (the paper's rule as we read it); "scalar": the damping itself, as in EKFAC.
+        split: how the strength enters, as in `scale_by_ekfac`: "exact" (the paper's), "pi", "even" or
+            "mean_eigenvalue".
         estimator: of Theta, as in `scale_by_ekfac`: "per_example" (the paper's) or "minibatch".
         sharing: how the factors of the basis see positions that share the weights, as in `scale_by_tkfac`; Theta is
             measured from the gradients of examples either way.
@@ -157,11 +162,12 @@ def scale_by_tekfac(
         ValueError: if one of the words is unknown or a number out of its range.
     """
     checks.choice("damping_rule", damping_rule, DAMPING_RULES)
+    checks.choice("split", split, SPLITS)
     checks.choice("estimator", estimator, ESTIMATORS)
     checks.choice("sharing", sharing, PAIRINGS)
     checks.choice("refresh", refresh, REFRESHES)
     return lift(
-        lambda decay: tekfac_block(decay, estimator, max_factor_dim, sharing, refresh),
+        lambda decay: tekfac_block(decay, estimator, max_factor_dim, sharing, refresh, split),
         layers,
         damping=damping,
         decay=decay,
@@ -176,6 +182,7 @@ def tekfac(
     *,
     damping: Damping = 0.03,
     damping_rule: DampingRule = "mean_eigenvalue",
+    split: Split = "exact",
     estimator: Estimator = "per_example",
     sharing: Pairing = "example",
     refresh: Refresh = "eigh",
@@ -199,6 +206,7 @@ def tekfac(
         layers: from `capture.layers`.
         damping: see `scale_by_tekfac`; or `adaptive_damping(...)`.
         damping_rule: see `scale_by_tekfac`.
+        split: see `scale_by_tekfac`.
         estimator: see `scale_by_tekfac`.
         sharing: see `scale_by_tekfac`.
         refresh: see `scale_by_tekfac`.
@@ -221,6 +229,7 @@ def tekfac(
         layers,
         damping=damping,
         damping_rule=damping_rule,
+        split=split,
         estimator=estimator,
         sharing=sharing,
         refresh=refresh,
