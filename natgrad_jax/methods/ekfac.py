@@ -13,7 +13,7 @@ With `estimator="minibatch"` (EKFAC-ra in the paper) lines 3 and 4 are
 
 With `refresh="qr"` lines 2 and 3 are, after a first refresh by eigendecompositions,
 
-    2" U, V <- one step of orthogonal iteration from the old U, V             refresh
+    2" U, V <- one step of orthogonal iteration from the old U, V              refresh
     3" scale <- its entries in the order of the new columns                    refresh
 
 George, Laurent, Bouthillier, Ballas and Vincent (2018), https://arxiv.org/abs/1806.03884. The scale is the best
