@@ -19,7 +19,7 @@ from natgrad_jax.eigenbasis import (
     warm_eigenbasis,
 )
 from natgrad_jax.layers import input_moment, input_rows, output_rows, total
-from natgrad_jax.linalg import Diagonal, Factor
+from natgrad_jax.linalg import Diagonal, Factor, trace
 
 Estimator = Literal["per_example", "minibatch"]
 ESTIMATORS = ("per_example", "minibatch")
@@ -83,16 +83,20 @@ def measured(layer: Layer, basis: Basis, evidence: Evidence, estimator: Estimato
     return _minibatch(layer, basis, evidence) if estimator == "minibatch" else _per_example(layer, basis, evidence)
 
 
-def solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar, split: Split) -> Array:
+def solve(
+    basis: Basis, scale: Array, pair: tuple[Factor, Factor], gradient: Array, damping: Scalar, split: Split
+) -> Array:
     """The gradient over the damped scale, in a basis.
 
     "exact" divides by scale + damping. The other splits damp as a Kronecker product is damped, (s + x)(r + y) in the
-    place of s r: with s and r the sums of the scale over columns and over rows, each over the root of the sum of all,
-    they divide by scale + x r + y s + x y. Where the scale is a product, that is the damping of K-FAC.
+    place of s r: they divide by scale + x r + y s + x y, where s and r are the sums of the scale over its columns and
+    over its rows, in the units of A and of G. Where the scale is the product of the eigenvalues of A and G, that is
+    the damping of the pair.
 
     Args:
         basis: U and V.
         scale: second moments in the basis [S, I, O], not negative.
+        pair: A [S, I, I] and G [S, O, O], for their traces.
         gradient: [S, I, O].
         damping: strength in the units of the scale, [] or [S].
         split: "exact", or one of `split_damping`.
@@ -102,9 +106,8 @@ def solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar, split: S
     """
     if split == "exact":
         return damped_solve(basis, scale, gradient, damping)
-    root = jnp.sqrt(jnp.sum(scale, axis=(-2, -1)))[..., None]
-    root = jnp.where(root > 0, root, 1)
-    rows, columns = jnp.sum(scale, axis=-1) / root, jnp.sum(scale, axis=-2) / root
+    tops = [jnp.where(trace(side) > 0, trace(side), 1)[..., None] for side in pair]
+    rows, columns = jnp.sum(scale, axis=-1) / tops[1], jnp.sum(scale, axis=-2) / tops[0]
     x, y = split_damping(Diagonal(rows), Diagonal(columns), damping, split)
     cross = x[..., None, None] * columns[..., None, :] + y[..., None, None] * rows[..., :, None]
     return damped_solve(basis, scale + cross, gradient, x * y)

@@ -88,7 +88,8 @@ def ekfac_block(
 
     def apply(layer, state, gradient, damping):
         del layer
-        return scales.solve(state.basis, averages.mean(state.scale), gradient, damping, split)  # 5
+        scale, pair = averages.mean(state.scale), factors.means(state.pair)
+        return scales.solve(state.basis, scale, pair, gradient, damping, split)  # 5
 
     return Method(init, observe, refresh, apply, rescale)
 

@@ -90,7 +90,8 @@ def tekfac_block(
 
     def apply(layer, state, gradient, damping):
         del layer
-        return scales.solve(state.basis, averages.mean(state.scale), gradient, damping, split)  # 6
+        scale, pair = averages.mean(state.scale), factors.trace_restricted(state.traces)
+        return scales.solve(state.basis, scale, pair, gradient, damping, split)  # 6
 
     return Method(init, observe, refresh, apply, rescale)
 
