@@ -9,13 +9,16 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format
+.PHONY: help demo errors test bench lint format
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
+
+errors: $(VENV)/test.stamp ## how far the Fisher blocks of every method are from the exact ones; one table, one picture
+	$(BIN)/python -m experiments.block_error
 
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
