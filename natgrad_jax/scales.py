@@ -25,7 +25,7 @@ Estimator = Literal["per_example", "minibatch"]
 ESTIMATORS = ("per_example", "minibatch")
 Refresh = Literal["eigh", "qr"]
 REFRESHES = ("eigh", "qr")
-Split = Literal["exact", "pi", "even", "mean_eigenvalue"]
+Split = Literal["exact", "pi", "even"]
 SPLITS = get_args(Split)
 
 
@@ -99,7 +99,7 @@ def solve(
         pair: A [S, I, I] and G [S, O, O], for their traces.
         gradient: [S, I, O].
         damping: strength in the units of the scale, [] or [S].
-        split: "exact", or one of `split_damping`.
+        split: "exact", "pi" or "even".
 
     Returns:
         [S, I, O].

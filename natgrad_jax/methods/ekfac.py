@@ -11,6 +11,8 @@ With `estimator="minibatch"` (EKFAC-ra in the paper) lines 3 and 4 are
     3' scale <- the Kronecker eigenvalues, diag(U^T A U) diag(V^T G V)^T       refresh
     4' scale <- EMA((U^T (sum_n D_n) V)^2 / W)                                 rescale
 
+and with `split="pi"` or "even" line 5 divides by scale + x r^T + s y^T + x y, the damping of a product; see `scales`.
+
 With `refresh="qr"` lines 2 and 3 are, after a first refresh by eigendecompositions,
 
     2" U, V <- one step of orthogonal iteration from the old U, V              refresh
@@ -63,7 +65,7 @@ def ekfac_block(
         max_factor_dim: a side wider than this keeps its own coordinates.
         sharing: "expand" or "reduce".
         refresh_by: "eigh" or "qr".
-        split: "exact", "pi", "even" or "mean_eigenvalue".
+        split: "exact", "pi" or "even".
 
     Returns:
         The five functions.
@@ -115,9 +117,9 @@ def scale_by_ekfac(
         layers: from `capture.layers`.
         damping: strength in the units of F, the Fisher block of one example; its schedule, if a function. Directions
             that the last batches did not show are divided by it alone: with small batches it must not be too small.
-        split: how the damping enters: "exact" (the paper's): added to the scale; "pi", "even" or "mean_eigenvalue": as
-            in `scale_by_kfac` and `scale_by_tkfac`, with the cross terms that the damping of two factors has. They
-            hold back the directions that one side says little about, and train deep narrow nets in fewer steps.
+        split: how the damping enters: "exact" (the paper's): added to the scale; "pi" or "even": as in `scale_by_kfac`,
+            with the cross terms that the damping of two factors has. They hold back the directions that one side
+            says little about, and train deep autoencoders in fewer steps.
         estimator: of the scale. "per_example": the mean square of each example's gradient; "minibatch": the square of
             the batch's gradient, cheaper and noisier (EKFAC-ra), unbiased for sampled labels only.
         sharing: how the factors of the basis see positions that share the weights, as in `scale_by_kfac`; the scale is

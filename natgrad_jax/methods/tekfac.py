@@ -64,7 +64,7 @@ def tekfac_block(
         max_factor_dim: a side wider than this keeps its own coordinates.
         sharing: "example", "expand" or "reduce".
         refresh_by: "eigh" or "qr".
-        split: "exact", "pi", "even" or "mean_eigenvalue".
+        split: "exact", "pi" or "even".
 
     Returns:
         The five functions.
@@ -142,8 +142,7 @@ def scale_by_tekfac(
         damping: strength in the units of F, the Fisher block of one example; its schedule, if a function.
         damping_rule: "mean_eigenvalue": in a model with convolutions the damping is only the floor of a strength that
             follows the curvature (the paper's rule as we read it); "scalar": the damping itself, as in EKFAC.
-        split: how the strength enters, as in `scale_by_ekfac`: "exact" (the paper's), "pi", "even" or
-            "mean_eigenvalue".
+        split: how the strength enters, as in `scale_by_ekfac`: "exact" (the paper's), "pi" or "even".
         estimator: of Theta, as in `scale_by_ekfac`: "per_example" (the paper's) or "minibatch".
         sharing: how the factors of the basis see positions that share the weights, as in `scale_by_tkfac`; Theta is
             measured from the gradients of examples either way.
