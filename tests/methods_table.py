@@ -56,7 +56,9 @@ METHODS = (
     _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="per_example"),
     _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="minibatch"),
     # its first refresh is by eigendecompositions, in a branch beside that of the others
-    _row("ekfac qr", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, factorisations=4, refresh="qr"),
+    _row(
+        "ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, rate=0.5, rescales=True, factorisations=4, refresh="qr", split="pi"
+    ),
     _row("tkfac", ng.scale_by_tkfac, ng.tkfac, rate=0.5),
     _row("tekfac", ng.scale_by_tekfac, ng.tekfac, rate=1.0, rescales=True),
 )

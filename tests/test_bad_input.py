@@ -232,6 +232,12 @@ def test_a_misspelt_split_of_tkfac():
         ng.tkfac(0.1, task("mlp").layers, split="none")
 
 
+@pytest.mark.parametrize("optimizer", [ng.ekfac, ng.tekfac])
+def test_a_misspelt_split_in_an_eigenbasis(optimizer):
+    with says(ValueError, "`split` is 'Pi'", "expected one of 'exact', 'pi', 'even', 'mean_eigenvalue'"):
+        optimizer(0.1, task("mlp").layers, split="Pi")
+
+
 @pytest.mark.parametrize(
     ("optimizer", "choices"),
     [
