@@ -336,7 +336,7 @@ def table(records: list[Record]) -> Table:
     for name in ("problem", "the step comes from"):
         result.add_column(name, no_wrap=True)
     for batch in batches:
-        result.add_column(f"batches of {batch}", no_wrap=True)
+        result.add_column(f"batches of {batch}")
     found = {(record.problem, record.control, record.batch): record for record in records}
     rows = list(dict.fromkeys((record.problem, record.control) for record in records))
     for index, (problem, control) in enumerate(rows):
