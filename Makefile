@@ -9,7 +9,11 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo errors test bench lint format
+.PHONY: help demo errors control race test bench lint format
+
+# What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
+KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+GIVEN := $(if $(filter command line,$(origin ARGS)),$(ARGS))
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,14 +22,19 @@ demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; on
 	$(BIN)/python -m experiments.demo
 
 errors: $(VENV)/test.stamp ## how far the Fisher blocks of every method are from the exact ones; one table, one picture
-	$(BIN)/python -m experiments.block_error
+	$(BIN)/python -m experiments.block_error $(GIVEN)
+
+control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
+	$(BIN)/python -m experiments.control $(GIVEN)
+
+race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
 
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/test.stamp ## what a step costs beside Adam's
-	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 \
-	$(BIN)/python -m experiments.speed $(if $(filter command line,$(origin ARGS)),$(ARGS))
+	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 	$(BIN)/ruff check

@@ -4,20 +4,20 @@ Two problems on the 1,797 digits of 8x8 pixels that scikit-learn ships, a fifth 
 convolutional classifier, and an autoencoder with a code of 12 numbers, a narrow deep net as in the first K-FAC paper.
 
 Expected: on the autoencoder all with a decaying learning rate reach Adam's final loss in less than half of its steps,
-K-FAC and TKFAC in less than half of its seconds, EKFAC and TEKFAC, whose steps are dearer, in more. "Adaptive" is K-FAC
-with learning rate, momentum and damping from the quadratic model, and nothing tuned: on the classifier it ends far below
-all others, on the autoencoder it is soon down and then stays at what the noise of a third of the data allows, since
-nothing makes its steps decay. On the classifier the others gain nothing over Adam, whose step is the cheapest. Only the
-training loss is compared: everything here overfits, as the test column says.
+K-FAC and TKFAC in some half of its seconds, EKFAC and TEKFAC, whose steps are dearer, in more. "Adaptive" is K-FAC
+with learning rate, momentum and damping from the quadratic model, and nothing tuned. On the classifier it ends below
+all others; on the autoencoder it is soon down and then stays at what the noise of a third of the data allows, since
+nothing makes its steps decay. The others gain nothing over Adam on the classifier, where its step is the cheapest. Only
+the training loss is compared: everything here overfits, as the test column says.
 
 Every method has the same initial parameters, the same batches in the same order and, but for the adaptive one, a linear
 warm-up and a cosine decay of the learning rate to zero. On the autoencoder Adam trains for twice the steps, about as
-many seconds as the others. Its gradient comes through the same capture, whose curvature it never asks for. Compilation, and measuring the
-loss of the whole training set, are outside the clock.
+many seconds as the others. Its gradient comes through the same capture, whose curvature it never asks for. Compilation,
+and measuring the loss of the whole training set, are outside the clock.
 
 The settings were chosen by the lowest final training loss, with one seed, on these very problems; near ties went to the
 better test result, and settings next to one that diverges were passed over. K-FAC and EKFAC had more trials than Adam,
-having more to choose. TKFAC has the settings of K-FAC and TEKFAC those of EKFAC. What was tried, the choice in brackets:
+having more to choose. TKFAC has the settings of K-FAC and TEKFAC those of EKFAC. What was tried, choices in brackets:
 
     classifier   Adam    rate 0.02 0.03 0.05 0.08 0.12; with b2 = 0.99 [0.05] 0.08; seven rates at batches of 128
                  K-FAC   rate and damping [0.1, 0.15] (0.1, 0.3) (0.2, 0.6) (0.05, 0.1); (0.07, 0.1) lower, but
@@ -59,7 +59,7 @@ import natgrad_jax as ng
 
 
 class Setting(NamedTuple):
-    """How a method trains: its steps, the peak of its learning rate if it has one, further keywords of the optimizer."""
+    """How a method trains: its steps, the peak of its learning rate if any, further keywords of the optimizer."""
 
     steps: int
     learning_rate: float | None

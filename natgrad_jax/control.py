@@ -92,20 +92,20 @@ def controlled(
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
         if isinstance(value, str):
             checks.choice(name, value, ("quadratic",))
-    if not isinstance(damping, AdaptiveDamping):
-        checks.number("damping", damping, least=0)
+    rule, constant = (damping, 0.0) if isinstance(damping, AdaptiveDamping) else (None, damping)
+    checks.number("damping", constant, least=0)
     free = (isinstance(learning_rate, str), isinstance(momentum, str))
     given = [0.0 if isinstance(value, str) or value is None else value for value in (learning_rate, momentum)]
     decays = optax.add_decayed_weights(1.0, l2_mask)
 
-    def decayed(tree: Any) -> Any:
-        """R of a tree: its leaves that l2 holds for, zeros elsewhere."""
+    def decayed(tree: Any, penalty: Array) -> Any:
+        """The leaves that l2 holds for times the penalty, zeros elsewhere."""
         zeros = jax.tree.map(jnp.zeros_like, tree)
-        return decays.update(zeros, decays.init(tree), tree)[0]
+        chosen = decays.update(zeros, decays.init(tree), tree)[0]
+        return jax.tree.map(lambda leaf: (penalty * leaf).astype(leaf.dtype), chosen)
 
     def init(params):
-        strength = damping.initial if isinstance(damping, AdaptiveDamping) else 0.0
-        numbers = {"damping": strength, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
+        numbers = {"damping": rule.initial if rule else 0, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
         return ControlState(
             count=jnp.zeros((), jnp.int32),
             **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
@@ -120,57 +120,63 @@ def controlled(
             return updates, state._replace(direction=direction.update(updates, state.direction, params, **extra)[1])
         _check(curvature, params)
         count, last = state.count, state.last
-        strength = state.damping if isinstance(damping, AdaptiveDamping) else at_step(damping, count)
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
-        strength, penalty = jnp.asarray(strength, wide), jnp.zeros((), wide)
+        strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
+        penalty = jnp.zeros((), wide)
         if l2 is not None:
             penalty = jnp.asarray(at_step(l2, count), wide)
-            updates = _sum(updates, decayed(params), penalty)  # 1
+            updates = _sum(updates, decayed(params, penalty), 1.0)  # 1
         extra |= {"curvature": curvature, "damping": strength + penalty}
         found, inner = direction.update(updates, state.direction, params, **extra)
         u = jax.tree.map(jnp.negative, found)  # 2
 
         def model() -> Model:  # 3
             pair = (u, last) if momentum is not None else (u,)
-            along = [curvature.along(one) for one in pair]
-            bent = _gram(along)
-            if l2 is not None:
-                bent = bent + penalty * _gram(pair, [decayed(one) for one in pair])
-            return Model(*map(_padded, (_products(pair, updates), bent, _gram(pair))))
+            return _model(curvature, pair, updates, None if l2 is None else lambda tree: decayed(tree, penalty))
 
         weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
         if any(free):
             quadratic = model()
             weights = _minimiser(quadratic, strength, weights, free)  # 4
         step = _sum(jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u), last, weights[1])  # 5
-        state = state._replace(
+
+        def tested(step):
+            found = quadratic if any(free) else model()
+            foretold = found.slope @ weights + weights @ found.curvature @ weights / 2
+            change = curvature.value(_sum(params, step, 1.0)) - curvature.value()
+            if l2 is not None:
+                change += dot(decayed(_sum(params, step, 0.5), penalty), step)
+            ratio, taken = _ratio(change, foretold), change <= 0  # 6
+            zeros = jax.tree.map(jnp.zeros_like, step)
+            return _choose(taken, step, zeros), _choose(taken, step, last), ratio, state.rejected + ~taken
+
+        def untested(step):
+            return step, step, state.ratio, state.rejected
+
+        due = rule.is_due(count) if rule else False
+        step, last, ratio, rejected = jax.lax.cond(due, tested, untested, step) if rule else untested(step)
+        if rule:
+            strength = jnp.where(due, rule.adapted(strength, ratio, count), strength)  # 7
+        return step, ControlState(
             count=jnp.asarray(optax.safe_increment(count)),
             damping=strength.astype(jnp.float32),
             learning_rate=weights[0].astype(jnp.float32),
             momentum=weights[1].astype(jnp.float32),
-            last=step,
+            ratio=ratio,
+            rejected=rejected,
+            last=last,
             direction=inner,
         )
-        if not isinstance(damping, AdaptiveDamping):
-            return step, state
-
-        def test(state):
-            found = quadratic if any(free) else model()
-            foretold = found.slope @ weights + weights @ found.curvature @ weights / 2
-            change = curvature.value(_sum(params, state.last, 1.0)) - curvature.value()
-            if l2 is not None:
-                middle = _sum(params, state.last, 0.5)
-                change += penalty * optax.tree.vdot(decayed(middle), state.last)
-            ratio = _ratio(change, foretold)  # 6
-            taken = change <= 0
-            kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), state.last, last)
-            step = jax.tree.map(lambda leaf: jnp.where(taken, leaf, jnp.zeros_like(leaf)), state.last)
-            adapted = damping.adapted(state.damping, ratio, count)  # 7
-            return step, state._replace(damping=adapted, ratio=ratio, rejected=state.rejected + ~taken, last=kept)
-
-        return jax.lax.cond(damping.is_due(count), test, lambda state: (state.last, state), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _model(curvature: Any, pair: tuple[Any, ...], gradient: Any, penalise: Callable[[Any], Any] | None) -> Model:
+    """The quadratic model over one or two vectors; `penalise` multiplies by the Hessian of the l2 penalty."""
+    bent = _gram([curvature.along(one) for one in pair])
+    if penalise is not None:
+        bent = bent + _gram(pair, [penalise(one) for one in pair])
+    return Model(*map(_padded, (_products(pair, gradient), bent, _gram(pair))))
 
 
 def _minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bool]) -> Array:
@@ -198,6 +204,11 @@ def _ratio(change: Array, foretold: Array) -> Array:
 def _sum(tree: Any, other: Any, weight: Scalar) -> Any:
     """Tree + weight other, in the dtypes of the tree."""
     return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
+
+
+def _choose(condition: Array, tree: Any, other: Any) -> Any:
+    """One tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
 
 
 def _gram(trees: Any, others: Any = None) -> Array:

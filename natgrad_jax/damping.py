@@ -104,7 +104,7 @@ def adaptive_damping(
 ) -> AdaptiveDamping:
     """The rule of Levenberg and Marquardt, for the `damping` of every complete optimizer.
 
-    With h the loss of the batch, M the quadratic model of `steps.controlled` and d the step,
+    With h the loss of the batch, M the quadratic model of `control.controlled` and d the step,
 
         rho = (h(theta + d) - h(theta)) / (M(theta + d) - M(theta))        both on the same batch, M without damping
         damping <- factor^every damping     if rho > 3/4
@@ -113,6 +113,10 @@ def adaptive_damping(
     as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is that of kfac-jax. The first `calibration`
     steps are tested each and move the damping by `calibration_factor`, so that its start need not be known to an order
     of magnitude. A tested step that raises the loss of its own batch, or makes it NaN, is not taken.
+
+    It goes with `learning_rate="quadratic"`. Beside a given learning rate it is no trust region: of short steps the
+    model is right at every damping. A small batch tests a step on the very examples that it was made for, so that the
+    damping falls too far; `least` then holds it, at 0.001 to 0.1 in `experiments/control.py`.
 
     Args:
         initial: damping of the first step.

@@ -145,7 +145,8 @@ def kfac(
     the step: `kl_clip=1e-2` on its command line.
 
     Args:
-        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`).
+        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
+            `momentum` then be "quadratic", too, or None.
         layers: from `capture.layers`.
         damping: see `scale_by_kfac`; or `adaptive_damping(...)`.
         split: see `scale_by_kfac`.

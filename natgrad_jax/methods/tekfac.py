@@ -202,7 +202,8 @@ def tekfac(
     The paper's table of settings is not public: the defaults are those of `ekfac`, so that the two can be compared.
 
     Args:
-        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`).
+        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
+            `momentum` then be "quadratic", too, or None.
         layers: from `capture.layers`.
         damping: see `scale_by_tekfac`; or `adaptive_damping(...)`.
         damping_rule: see `scale_by_tekfac`.

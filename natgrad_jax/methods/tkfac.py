@@ -154,7 +154,8 @@ def tkfac(
     defaults are those of `kfac`, so that the two can be compared.
 
     Args:
-        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`).
+        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
+            `momentum` then be "quadratic", too, or None.
         layers: from `capture.layers`.
         damping: see `scale_by_tkfac`; or `adaptive_damping(...)`.
         split: see `scale_by_tkfac`.
