@@ -41,7 +41,7 @@ class ControlState(NamedTuple):
         momentum: of the last step, the weight of the step before it.
         ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
         rejected: tested steps that were not taken, int32.
-        last: the last step that was taken, a tree like the parameters.
+        last: the last step that was taken, a tree like the parameters; None without momentum.
         direction: state of the direction.
     """
 
@@ -110,7 +110,7 @@ def controlled(
             count=jnp.zeros((), jnp.int32),
             **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
             rejected=jnp.zeros((), jnp.int32),
-            last=jax.tree.map(jnp.zeros_like, params),
+            last=None if momentum is None else jax.tree.map(jnp.zeros_like, params),
             direction=direction.init(params),
         )
 
@@ -131,14 +131,15 @@ def controlled(
         u = jax.tree.map(jnp.negative, found)  # 2
 
         def model() -> Model:  # 3
-            pair = (u, last) if momentum is not None else (u,)
+            pair = (u,) if last is None else (u, last)
             return _model(curvature, pair, updates, None if l2 is None else lambda tree: decayed(tree, penalty))
 
         weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
         if any(free):
             quadratic = model()
             weights = _minimiser(quadratic, strength, weights, free)  # 4
-        step = _sum(jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u), last, weights[1])  # 5
+        step = jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u)  # 5
+        step = step if last is None else _sum(step, last, weights[1])
 
         def tested(step):
             found = quadratic if any(free) else model()
@@ -147,14 +148,15 @@ def controlled(
             if l2 is not None:
                 change += dot(decayed(_sum(params, step, 0.5), penalty), step)
             ratio, taken = _ratio(change, foretold), change <= 0  # 6
-            zeros = jax.tree.map(jnp.zeros_like, step)
-            return _choose(taken, step, zeros), _choose(taken, step, last), ratio, state.rejected + ~taken
+            before = None if last is None else _choose(taken, step, last)
+            step = _choose(taken, step, jax.tree.map(jnp.zeros_like, step))
+            return step, before, ratio, state.rejected + ~taken
 
         def untested(step):
-            return step, step, state.ratio, state.rejected
+            return step, None if last is None else step, state.ratio, state.rejected
 
         due = rule.is_due(count) if rule else False
-        step, last, ratio, rejected = jax.lax.cond(due, tested, untested, step) if rule else untested(step)
+        step, before, ratio, rejected = jax.lax.cond(due, tested, untested, step) if rule else untested(step)
         if rule:
             strength = jnp.where(due, rule.adapted(strength, ratio, count), strength)  # 7
         return step, ControlState(
@@ -164,7 +166,7 @@ def controlled(
             momentum=weights[1].astype(jnp.float32),
             ratio=ratio,
             rejected=rejected,
-            last=last,
+            last=before,
             direction=inner,
         )
 
