@@ -7,8 +7,8 @@ Expected: on the autoencoder all with a decaying learning rate reach Adam's fina
 K-FAC and TKFAC in some half of its seconds, EKFAC and TEKFAC, whose steps are dearer, in more. "Adaptive" is K-FAC
 with learning rate, momentum and damping from the quadratic model, and nothing tuned. On the classifier it ends below
 all others; on the autoencoder it is soon down and then stays at what the noise of a third of the data allows, since
-nothing makes its steps decay. The others gain nothing over Adam on the classifier, where its step is the cheapest. Only
-the training loss is compared: everything here overfits, as the test column says.
+nothing makes its steps decay. The others gain little or nothing over Adam on the classifier, where its step is the
+cheapest. Only the training loss is compared: everything here overfits, as the test column says.
 
 Every method has the same initial parameters, the same batches in the same order and, but for the adaptive one, a linear
 warm-up and a cosine decay of the learning rate to zero. On the autoencoder Adam trains for twice the steps, about as
