@@ -44,7 +44,7 @@ class Config:
     """Every number of the experiment."""
 
     models: tuple[str, ...] = ("autoencoder", "cnn")
-    methods: tuple[str, ...] = ("kfac", "ekfac")  # beginnings of the names to measure beside Adam
+    methods: tuple[str, ...] = ("kfac", "tkfac", "ekfac", "tekfac")  # beginnings of the names to measure beside Adam
     rounds: int = 5
     damping: float = 1.0
     learning_rate: float = 1e-6
@@ -141,7 +141,7 @@ def natural(method: Callable[..., Any], every: tuple[int, int]) -> Callable[[Pro
         capture = ng.linen.capture(given.model, given.likelihood)
         layers = capture.layers({"params": params}, given.inputs)
         options = {"statistics_every": every[0], "refresh_every": every[1], "early_refresh": False}
-        if method is ng.ekfac:
+        if method in (ng.ekfac, ng.tekfac):
             options["rescale_every"] = every[0]
         tx = method(config.learning_rate, layers, damping=config.damping, **options)
 
@@ -211,7 +211,9 @@ class Peer:
 METHODS: dict[str, Callable[[Problem, Any, Config], Runner | Peer]] = {
     "adam": adam,
     **{f"kfac {every}": natural(ng.kfac, every) for every in ((1, 10), (10, 10), (10, 100))},
+    **{f"tkfac {every}": natural(ng.tkfac, every) for every in ((1, 10), (10, 100))},
     **{f"ekfac {every}": natural(ng.ekfac, every) for every in ((1, 10), (10, 100))},
+    **{f"tekfac {every}": natural(ng.tekfac, every) for every in ((1, 10), (10, 100))},
     **({"kfac-jax (1, 10)": Peer} if importlib.util.find_spec("kfac_jax") else {}),
 }
 
