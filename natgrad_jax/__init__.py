@@ -10,6 +10,7 @@ from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
 from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
 from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
+from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.steps import clip_by_kl, graft
 from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
@@ -33,8 +34,10 @@ __all__ = [
     "scale_by_kfac",
     "scale_by_tekfac",
     "scale_by_tkfac",
+    "scale_by_tnt",
     "tekfac",
     "tkfac",
+    "tnt",
     "warm_start",
 ]
 

@@ -1,6 +1,6 @@
 """What stands around a direction: the complete optimizer, and statistics before training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Scalar, ScalarOrSchedule
+from natgrad_jax.base import Evidence, Scalar, ScalarOrSchedule
 from natgrad_jax.control import Quadratic, controlled
 from natgrad_jax.damping import AdaptiveDamping, Damping
 from natgrad_jax.steps import clip_by_kl
@@ -23,6 +23,7 @@ def complete(
     momentum: Scalar | Quadratic | None,
     weight_decay: ScalarOrSchedule | None,
     weight_decay_mask: Any | Callable[[Any], Any] | None,
+    smoothing: Callable[[Scalar], optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A direction, shortened or not, then weight decay, then heavy-ball momentum, then the learning rate.
 
@@ -37,6 +38,8 @@ def complete(
         momentum: weight of the old direction in the buffer, or "quadratic"; None for no buffer.
         weight_decay: strength; None for none.
         weight_decay_mask: which parameters decay.
+        smoothing: weight of the old value -> the momentum in front of the direction, of the gradient, instead of the
+            one behind it.
 
     Returns:
         The chain.
@@ -56,12 +59,36 @@ def complete(
         )
     if kl_clip is not None:
         direction = clip_by_kl(direction, learning_rate, kl_clip)
+    if smoothing is not None and momentum is not None:
+        direction, momentum = behind(smoothing(momentum), direction), None
     parts: list[optax.GradientTransformation] = [direction]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
     if momentum is not None:
         parts.append(optax.trace(momentum))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def behind(
+    first: optax.GradientTransformation, direction: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """A direction of what another transformation makes of the gradient, whose statistics are of the gradient itself.
+
+    Args:
+        first: what stands in front, `optax.trace(0.9)` say.
+        direction: a `scale_by_*` transformation.
+
+    Returns:
+        The two in a chain; the direction gets the gradient as the extra argument `gradient`, if it is not there yet.
+    """
+    both = optax.chain(first, direction)
+
+    def update(updates, state, params=None, *, gradient=None, warm_start=None, **extra):
+        if warm_start is None and gradient is None:
+            gradient = updates
+        return both.update(updates, state, params, gradient=gradient, warm_start=warm_start, **extra)
+
+    return optax.GradientTransformationExtraArgs(both.init, update)
 
 
 def warm_start(
@@ -79,7 +106,8 @@ def warm_start(
         tx: a lifted method, or a chain with one in it.
         state: its state.
         evidence_stream: for each batch what `capture.value_and_grad` returned; or, with `params`, the evidence alone:
-            `out.curvature`, or {name: Evidence}, which a jitted function can return.
+            `out.curvature`, or {name: Evidence}, which a jitted function can return; or the gradient alone, for
+            methods whose statistics are of it.
         params: the parameters; needed if the stream gives evidence alone.
 
     Returns:
@@ -98,17 +126,24 @@ def warm_start(
         )
 
     @jax.jit
-    def observe(state, updates, evidence, done):
-        _, new = tx.update(updates, state, params, curvature=evidence, warm_start=done)
+    def observe(state, updates, gradient, evidence, done):
+        _, new = tx.update(updates, state, params, curvature=evidence, gradient=gradient, warm_start=done)
         return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
 
     for done, item in enumerate(evidence_stream):
-        like = getattr(item, "grad", params)
+        evidence = getattr(item, "curvature", item)
+        evidence = evidence() if callable(evidence) else evidence
+        gradient = getattr(item, "grad", None)
+        if not _is_evidence(evidence):
+            gradient, evidence = item, None
+        like = params if gradient is None else gradient
         if like is None:
             raise ValueError(
                 "`params` is None, but the stream gives evidence without gradients; pass `params=variables['params']`."
             )
-        evidence = getattr(item, "curvature", item)
-        evidence = evidence() if callable(evidence) else evidence
-        state = observe(state, jax.tree.map(jnp.zeros_like, like), evidence, jnp.asarray(float(done)))
+        state = observe(state, jax.tree.map(jnp.zeros_like, like), gradient, evidence, jnp.asarray(float(done)))
     return state
+
+
+def _is_evidence(item: Any) -> bool:
+    return isinstance(item, Mapping) and all(isinstance(value, Evidence) for value in item.values())

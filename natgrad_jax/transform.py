@@ -72,12 +72,14 @@ class Schedule(NamedTuple):
         refresh_every: steps between refreshes.
         rescale_every: steps between rescalings; they also follow every refresh. Ignored by methods without one.
         early_refresh: whether to refresh at every statistics step until the first refresh period is over.
+        keep_warm_start: whether the first step leaves the statistics of a warm start as they are.
     """
 
     statistics_every: Period
     refresh_every: Period
     rescale_every: Period = 1
     early_refresh: bool = False
+    keep_warm_start: bool = False
 
 
 def lift(
@@ -173,6 +175,8 @@ def _advance(
     count = state.count
     statistics_due = _due(count, schedule.statistics_every)
     refresh_due = _due(count, schedule.refresh_every)
+    if schedule.keep_warm_start:
+        statistics_due = _both((count > 0) | (state.metrics.statistics == 0), statistics_due)
     if schedule.early_refresh:
         refresh_due = _either(refresh_due, _both(count < schedule.refresh_every, statistics_due))
 

@@ -1,6 +1,6 @@
 """The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ class Row(NamedTuple):
         rescales: whether something is measured in the basis of the last refresh.
         averages: whether its statistics are plain averages of what batches say.
         factorisations: how many a refresh of one layer has.
+        smooths_first: whether the complete optimizer has its momentum in front of the direction.
+        power: the power of 1 / damping that the direction has where the damping is large.
     """
 
     name: str
@@ -34,33 +36,32 @@ class Row(NamedTuple):
     rescales: bool = False
     averages: bool = True
     factorisations: int = 2
+    smooths_first: bool = False
+    power: float = 1.0
 
 
 def _row(
-    name: str,
-    scale_by: Callable,
-    optimizer: Callable,
-    rate: float,
-    rescales: bool = False,
-    factorisations: int = 2,
-    **variant: Any,
+    name: str, scale_by: Callable, optimizer: Callable, rate: float, law: Mapping[str, Any] = {}, **variant: Any
 ) -> Row:
-    directions = partial(scale_by, **variant), partial(optimizer, **variant)
-    return Row(name, *directions, rate, rescales, factorisations=factorisations)
+    """A row: what is special about it by the laws, and the settings of its variant."""
+    return Row(name, partial(scale_by, **variant), partial(optimizer, **variant), rate, **law)
+
+
+_TWICE = {"rescales": True, "factorisations": 4}
+_TENSORS = {"smooths_first": True}
 
 
 METHODS = (
-    _row("kfac pi", ng.scale_by_kfac, ng.kfac, rate=0.5, split="pi"),
-    _row("kfac even", ng.scale_by_kfac, ng.kfac, rate=0.5, split="even"),
-    _row("kfac exact", ng.scale_by_kfac, ng.kfac, rate=1.0, split="exact"),
-    _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="per_example"),
-    _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, rate=1.0, rescales=True, estimator="minibatch"),
+    _row("kfac pi", ng.scale_by_kfac, ng.kfac, 0.5, split="pi"),
+    _row("kfac even", ng.scale_by_kfac, ng.kfac, 0.5, split="even"),
+    _row("kfac exact", ng.scale_by_kfac, ng.kfac, 1.0, split="exact"),
+    _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, 1.0, {"rescales": True}, estimator="per_example"),
+    _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, 1.0, {"rescales": True}, estimator="minibatch"),
     # its first refresh is by eigendecompositions, in a branch beside that of the others
-    _row(
-        "ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, rate=0.5, rescales=True, factorisations=4, refresh="qr", split="pi"
-    ),
-    _row("tkfac", ng.scale_by_tkfac, ng.tkfac, rate=0.5),
-    _row("tekfac", ng.scale_by_tekfac, ng.tekfac, rate=1.0, rescales=True),
+    _row("ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, 0.5, _TWICE, refresh="qr", split="pi"),
+    _row("tkfac", ng.scale_by_tkfac, ng.tkfac, 0.5),
+    _row("tekfac", ng.scale_by_tekfac, ng.tekfac, 1.0, {"rescales": True}),
+    _row("tnt", ng.scale_by_tnt, ng.tnt, 1 / 3, _TENSORS),
 )
 NAMES = tuple(row.name for row in METHODS)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
@@ -145,6 +146,16 @@ direction = cache(build)
 def row(method: str) -> Row:
     """The row of that name."""
     return METHODS[NAMES.index(method)]
+
+
+def lifted(state: Any) -> ng.NaturalGradientState:
+    """The state of the lifted method in the state of a chain."""
+
+    def is_ours(node):
+        return isinstance(node, ng.NaturalGradientState)
+
+    (found,) = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
+    return found
 
 
 class Record(NamedTuple):

@@ -287,7 +287,7 @@ def other_params(**changes):
 def test_layers_of_another_model(method, monkeypatch):
     no_work(monkeypatch)
     tx = direction(method)
-    with says(ValueError, "Layer 'Dense_0'", "'Dense_0/kernel'", "lacks", "it has ['kernel']", "this very model"):
+    with says(ValueError, "Layer 'Dense_0", "'Dense_0/kernel'", "lacks", "it has ['kernel']", "this very model"):
         tx.init({"kernel": jnp.ones((2, 2))})
     with says(ValueError, "'Dense_1/kernel'", "(5, 4)", "expected (5, 5)", "this very model"):
         tx.init(other_params(Dense_1={"kernel": jnp.ones((5, 4)), "bias": jnp.ones(4)}))

@@ -306,12 +306,17 @@ def poison(tree):
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tree)
 
 
+def first_weight(state):
+    """The weight [S] of the first average in the state of a layer."""
+    return optax.tree.get_all_with_path(state, "weight")[0][1]
+
+
 def survives_poison(where, tx):
     """A batch that is not finite leaves what was learned as it was, and is counted; the next step is fine."""
     gradient, evidence = measured(where)
-    copies = sum(int(np.prod(block.stack)) for block in task(where).layers.blocks)
     update = jax.jit(tx.update)
     _, good = update(gradient, tx.init(gradient), curvature=evidence)
+    copies = sum(first_weight(state).size for state in good.layers.values())
     for bad_gradient in (gradient, poison(gradient)):
         _, bad = update(bad_gradient, good, curvature=poison(evidence))
         chex.assert_trees_all_close(bad.layers, good.layers, rtol=1e-4, atol=1e-6)

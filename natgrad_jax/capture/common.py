@@ -109,6 +109,11 @@ class Curvature:
     _value: Array
     _ordinary: tuple[Tree, Tree] | None
 
+    @property
+    def layers(self) -> Layers:
+        """The layers that the evidence is of."""
+        return self._forward.layers
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch.
 

@@ -14,6 +14,7 @@ from natgrad_jax.averages import gradient_moments, paired_moments, second_moment
 from natgrad_jax.base import Array, Evidence, Kind, Layer, Scalar
 from natgrad_jax.layers.conv import CONV, ConvGeometry
 from natgrad_jax.layers.dense import DENSE
+from natgrad_jax.layers.views import as_matrix, as_tensor
 from natgrad_jax.linalg import Diagonal, Factor, trace
 from natgrad_jax.losses import example_weights
 
@@ -41,6 +42,15 @@ _PARAMETER = Kind(
     output_rows=lambda layer, cotangents: cotangents,
 )
 
+_TENSOR = Kind(
+    to_matrix=lambda layer, leaves: as_tensor(layer.geometry, to_matrix(layer.geometry.source, leaves)),
+    from_matrix=lambda layer, tensor: from_matrix(layer.geometry.source, as_matrix(layer.geometry, tensor)),
+    input_rows=lambda layer, inputs: KINDS[layer.geometry.source.kind].input_rows(layer.geometry.source, inputs),
+    output_rows=lambda layer, cotangents: KINDS[layer.geometry.source.kind].output_rows(
+        layer.geometry.source, cotangents
+    ),
+)
+
 Sharing = Literal["expand", "reduce"]
 """How factors see the positions that share the weights: each by itself, or pooled within an example."""
 SHARINGS = ("expand", "reduce")
@@ -48,7 +58,7 @@ Pairing = Literal["example", "expand", "reduce"]
 """The same for the partial traces of F: of examples as they are, position by position, or of pooled positions."""
 PAIRINGS = ("example", "expand", "reduce")
 
-KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER}
+KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER, "tensor": _TENSOR}
 
 
 def to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:

@@ -1,0 +1,185 @@
+"""Views: parameter arrays as stacks of tensors, for methods that need shapes and a gradient, and no activations.
+
+A view takes the matrix of a layer, or the array of a parameter, apart into modes: axes of which each has a factor of
+its own. Some axes may become a stack, each entry of which is a block by itself; large modes may be cut into blocks.
+
+    matrix [S, ...] -> split -> order -> the first axes to the stack -> modes cut -> tensor [S, ..., n_1, ..., n_k]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from natgrad_jax.addresses import Tree, flatten
+from natgrad_jax.base import Array, Layer, Layers, Leaf
+
+Modes = Literal["flatten_spatial", "matrix", "all"]
+"""The modes of a kernel [*window, C, O]: (window, C, O), (window C, O), or each of its axes."""
+MODES = get_args(Modes)
+
+
+@dataclass(frozen=True)
+class View:
+    """How the matrix of a layer is seen.
+
+    Attributes:
+        source: the layer whose matrix it is: of one parameter array, or of all arrays of the layer together.
+        split: sizes that the axes behind S are split or joined into.
+        order: the order in which these come.
+        stacked: how many of them, the first in that order, are stack axes; the others are modes.
+        block: the largest size of a mode; longer ones are cut into equal blocks, filled up with zeros.
+    """
+
+    source: Layer
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    stacked: int = 0
+    block: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes and of the modes, uncut."""
+        return tuple(self.split[axis] for axis in self.order)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Into how many blocks each mode is cut."""
+        return tuple(1 if self.block is None else -(-size // self.block) for size in self.sizes[self.stacked :])
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """Sizes of the modes, cut."""
+        return tuple(-(-size // cut) for size, cut in zip(self.sizes[self.stacked :], self.cuts, strict=True))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The stack axes that the view adds behind those of the layer."""
+        return self.sizes[: self.stacked] + ((prod(self.cuts),) if prod(self.cuts) > 1 else ())
+
+
+def view(
+    source: Layer,
+    split: Sequence[int],
+    order: Sequence[int] | None = None,
+    stacked: int = 0,
+    block: int | None = None,
+) -> Layer:
+    """A layer of kind "tensor": what a view makes of a source; the arguments are those of `View`."""
+    found = View(source, tuple(split), tuple(range(len(split)) if order is None else order), stacked, block)
+    return Layer(
+        source.name, "tensor", found.modes, source.leaves, source.stack + found.stack, source.dtype, geometry=found
+    )
+
+
+def as_tensor(view: View, matrix: Array) -> Array:
+    """The tensor [S, ..., n_1, ..., n_k] of a matrix [S, ...]."""
+    lead = len(view.source.stack)
+    front = matrix.shape[:lead]
+    matrix = matrix.reshape(front + view.split)
+    matrix = matrix.transpose(*range(lead), *(lead + axis for axis in view.order))
+    if prod(view.cuts) == 1:
+        return matrix
+    lead += view.stacked
+    gaps = [cut * size - old for cut, size, old in _modes(view)]
+    matrix = jnp.pad(matrix, [(0, 0)] * lead + [(0, gap) for gap in gaps])
+    matrix = matrix.reshape(matrix.shape[:lead] + tuple(chain(*zip(view.cuts, view.modes, strict=True))))
+    count = len(view.modes)
+    axes = [lead + 2 * mode for mode in range(count)] + [lead + 2 * mode + 1 for mode in range(count)]
+    return matrix.transpose(*range(lead), *axes).reshape(matrix.shape[:lead] + (-1,) + view.modes)
+
+
+def as_matrix(view: View, tensor: Array) -> Array:
+    """The inverse of `as_tensor`."""
+    lead = len(view.source.stack)
+    front = tensor.shape[:lead]
+    if prod(view.cuts) > 1:
+        outer, count = lead + view.stacked, len(view.modes)
+        tensor = tensor.reshape(tensor.shape[:outer] + view.cuts + view.modes)
+        pairs = chain(*((outer + mode, outer + count + mode) for mode in range(count)))
+        tensor = tensor.transpose(*range(outer), *pairs)
+        tensor = tensor.reshape(tensor.shape[:outer] + tuple(cut * size for cut, size, _ in _modes(view)))
+        tensor = tensor[(slice(None),) * outer + tuple(slice(old) for _, _, old in _modes(view))]
+    back = [view.order.index(axis) for axis in range(len(view.order))]
+    tensor = tensor.reshape(front + view.sizes).transpose(*range(lead), *(lead + axis for axis in back))
+    return tensor.reshape(front + view.source.shape)
+
+
+def _modes(view: View) -> list[tuple[int, int, int]]:
+    """Of each mode: the number of blocks, their size, and the size of the whole."""
+    return list(zip(view.cuts, view.modes, view.sizes[view.stacked :], strict=True))
+
+
+def sources(layers: Layers | None, tree: Tree, *, whole: tuple[str, ...] = ()) -> tuple[Layer, ...]:
+    """The parameter arrays of a model, each as a layer by itself.
+
+    Args:
+        layers: the layers of the model; without them every leaf of the tree is an array of no known layer.
+        tree: the parameters, or a tree like them.
+        whole: kinds of layer that stay together, kernel and bias in one matrix.
+
+    Returns:
+        Layers that have one parameter array, named by its address, or are whole.
+    """
+    if layers is None:
+        return tuple(_array(address, leaf.shape, (), _dtype(leaf)) for address, leaf in flatten(tree).items())
+    return tuple(chain(*(_parts(layer, layer.kind in whole) for layer in layers.blocks)))
+
+
+def _parts(layer: Layer, whole: bool) -> list[Layer]:
+    if layer.kind == "parameter" or whole:
+        return [layer]
+    parts = []
+    for leaf in layer.leaves:
+        if leaf.role == "bias":
+            stack = leaf.shape[: layer.module_axes]
+            parts.append(_array(leaf.address, leaf.shape, stack, layer.dtype))
+        else:
+            shape = (layer.shape[0] - layer.has_bias, layer.shape[1])
+            parts.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=shape))
+    return parts
+
+
+def _array(address: str, shape: tuple[int, ...], stack: tuple[int, ...], dtype: str) -> Layer:
+    shape = tuple(shape)
+    return Layer(address, "parameter", shape[len(stack) :], (Leaf("value", address, shape),), stack, dtype)
+
+
+def _dtype(leaf: Array) -> str:
+    return "float64" if leaf.dtype == jnp.float64 else "float32"
+
+
+def axes(source: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a source: those of a window over positions, and inputs and outputs, or one of them, or none.
+
+    Args:
+        source: from `sources`.
+
+    Returns:
+        Sizes of the window, empty but for convolutions and arrays of three axes or more; sizes of the others.
+    """
+    if source.kind == "conv":
+        window = source.geometry.window
+        return window, (source.shape[0] // prod(window), source.shape[1])
+    return source.shape[:-2], source.shape[-2:]
+
+
+def in_modes(source: Layer, modes: Modes) -> tuple[int, ...]:
+    """The split of a source into modes.
+
+    Args:
+        source: from `sources`.
+        modes: "flatten_spatial", "matrix" or "all".
+
+    Returns:
+        Sizes; (1,) of a scalar.
+    """
+    window, others = axes(source)
+    if modes == "matrix" and window:
+        return (prod(window) * others[0], others[1])
+    if modes == "flatten_spatial" and window:
+        return (prod(window), *others)
+    return (window + others) or (1,)
