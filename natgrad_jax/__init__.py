@@ -8,6 +8,9 @@ from natgrad_jax.control import controlled
 from natgrad_jax.damping import adaptive_damping
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
+from natgrad_jax.methods.mbf import mbf, scale_by_mbf
+from natgrad_jax.methods.shampoo import scale_by_shampoo, shampoo
+from natgrad_jax.methods.soap import scale_by_soap, soap
 from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
 from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
 from natgrad_jax.methods.tnt import scale_by_tnt, tnt
@@ -30,11 +33,17 @@ __all__ = [
     "lift",
     "linen",
     "losses",
+    "mbf",
     "scale_by_ekfac",
     "scale_by_kfac",
+    "scale_by_mbf",
+    "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_tekfac",
     "scale_by_tkfac",
     "scale_by_tnt",
+    "shampoo",
+    "soap",
     "tekfac",
     "tkfac",
     "tnt",

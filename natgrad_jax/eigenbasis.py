@@ -65,7 +65,7 @@ def warm_eigenbasis(basis: Basis, scale: Array, inputs: Factor, outputs: Factor)
     Returns:
         The new basis, and the scale with its entries in the order of the new columns.
     """
-    (u, rows), (v, columns) = _iterated(basis.inputs, inputs), _iterated(basis.outputs, outputs)
+    (u, rows), (v, columns) = iterated(basis.inputs, inputs), iterated(basis.outputs, outputs)
     if rows is not None:
         scale = jnp.take_along_axis(scale, rows[..., :, None], axis=-2)
     if columns is not None:
@@ -73,8 +73,16 @@ def warm_eigenbasis(basis: Basis, scale: Array, inputs: Factor, outputs: Factor)
     return Basis(u, v), scale
 
 
-def _iterated(side: Array | None, moment: Factor) -> tuple[Array | None, Array | None]:
-    """One side of `warm_eigenbasis`, and where its columns come from [S, n]."""
+def iterated(side: Array | None, moment: Factor) -> tuple[Array | None, Array | None]:
+    """One step of orthogonal iteration of one side; see `warm_eigenbasis`.
+
+    Args:
+        side: the old columns [S, n, n]; None stays so.
+        moment: M [S, n, n].
+
+    Returns:
+        The new columns, and the places of the old ones that they come from [S, n].
+    """
     if side is None or isinstance(moment, Diagonal):
         return side, None
     product = matmul(moment, side)

@@ -4,12 +4,12 @@ A tensor X [S, n_1, ..., n_k] has k modes. Its unfolding X_(i) is the matrix [S,
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import averages
 from natgrad_jax.averages import Average, second_moment
 from natgrad_jax.base import Array, Evidence, Layer, Scalar
 from natgrad_jax.layers import partial_traces, total
@@ -51,10 +51,15 @@ def identities(layer: Layer, most: int) -> tuple[Factor, ...]:
     return tuple(map(factor, layer.shape))
 
 
-def observe(
-    layer: Layer, average: Average, evidence: Evidence, decay: Scalar, estimator: Estimator = "minibatch"
-) -> Average:
-    """The average with the contractions that one batch shows.
+def contractions(
+    layer: Layer,
+    average: Average,
+    evidence: Evidence,
+    *,
+    estimator: Estimator = "minibatch",
+    whiten: Sequence[Factor] | None = None,
+) -> tuple[Factor, ...]:
+    """The second moments in every mode that one batch shows, averaged over draws.
 
     "minibatch": G_(i) G_(i)^T / W of the gradient G summed over the batch. "per_example": E[D_(i) D_(i)^T], D the
     gradient of one example; for sampled labels it has the same expectation and less noise. Of a parameter of no known
@@ -62,21 +67,27 @@ def observe(
 
     Args:
         layer: of kind "tensor".
-        average: so far, from `empty`.
+        average: of what is measured, for which modes are full.
         evidence: of the batch.
-        decay: weight of the old value.
         estimator: "minibatch" or "per_example".
+        whiten: a factor for each mode, by which the gradient is multiplied in all modes but i before mode i is
+            measured; the result is then divided by the product of their sizes. None for the gradient as it is.
 
     Returns:
-        The new average.
+        For each mode [S, n_i, n_i], or a `Diagonal` [S, n_i].
     """
     full = [not isinstance(factor, Diagonal) for factor in average.total]
     if estimator == "per_example" and evidence.cotangents is not None:
-        return averages.update(average, _of_examples(layer, evidence, evidence.cotangents, full), decay)
+        return _of_examples(layer, evidence, evidence.cotangents, full)
     gradient, weight = draws(layer, evidence)
-    modes = range(1, len(full) + 1)  # behind the axis of the draws
-    found = tuple(contraction(gradient, mode, len(modes) + 1, whole) for mode, whole in zip(modes, full, strict=True))
-    return averages.update(average, _over(found, weight), decay)
+    found = []
+    for mode, form in enumerate(full):
+        seen = gradient
+        if whiten is not None:
+            others = [None if other == mode else factor for other, factor in enumerate(whiten)]
+            seen = product(gradient, (None, *others)) * (layer.shape[mode] / prod(layer.shape)) ** 0.5
+        found.append(contraction(seen, mode + 1, len(full) + 1, form))  # the draws are a mode in front
+    return _over(tuple(found), weight)
 
 
 def draws(layer: Layer, evidence: Evidence) -> tuple[Array, Array]:
@@ -161,3 +172,9 @@ def product(tensor: Array, factors: Sequence[Factor | None]) -> Array:
             found = letters.replace(letters[mode], "z")
             tensor = einsum(f"...{letters},...{letters[mode]}z->...{found}", tensor, factor)
     return tensor
+
+
+def reordered(tensor: Array, mode: int, count: int, order: Array) -> Array:
+    """The tensor [S, n_1, ..., n_k] with the entries along mode i, of k, in an order [S, n_i]."""
+    order = order.reshape(order.shape[:-1] + (1,) * mode + order.shape[-1:] + (1,) * (count - 1 - mode))
+    return jnp.take_along_axis(tensor, order, axis=mode - count)

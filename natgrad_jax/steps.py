@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import checks
+from natgrad_jax import addresses, checks
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.linalg import HIGHEST
 from natgrad_jax.transform import at_step
@@ -75,6 +75,65 @@ def clip_by_kl(
         count = jnp.asarray(optax.safe_increment(state.count))
         shortened = jax.tree.map(lambda u: (scale * u).astype(u.dtype), found)  # 3
         return shortened, ClipState(count, scale.astype(jnp.float32), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def of_gradient(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation of the gradient itself, the extra argument `gradient`, whatever stands in front.
+
+    Args:
+        tx: the transformation.
+
+    Returns:
+        The same, of the leaves of `gradient` in the place of those of the updates, where `update` is given it.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, *, gradient=None, **extra):
+        if gradient is not None:
+            updates = addresses.replace(updates, addresses.flatten(gradient))
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+class RMSState(NamedTuple):
+    """State of `divide_by_rms`: the averages of the squares, and the steps done, int32."""
+
+    count: Array
+    squares: Any
+
+
+def divide_by_rms(decay: Scalar, *, debias: bool, eps: Scalar = 1e-8) -> optax.GradientTransformationExtraArgs:
+    """Divide by the root of the average square of the gradient itself, the extra argument `gradient`.
+
+    Without that argument this is RMSprop, or, debiased, Adam without momentum; with it a momentum may stand in front,
+    which then enters the numerator only.
+
+    Args:
+        decay: weight of the old value in the average.
+        debias: whether the average is divided by the sum of its weights.
+        eps: added to the root.
+
+    Returns:
+        A transformation.
+    """
+
+    def init(params):
+        return RMSState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None, *, gradient=None, **extra):
+        del params, extra
+        if gradient is None:
+            gradient = updates
+        else:
+            gradient = addresses.replace(updates, addresses.flatten(gradient))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        squares = optax.tree.update_moment_per_elem_norm(gradient, state.squares, decay, 2)
+        fair = optax.tree.bias_correction(squares, decay, count) if debias else squares
+        found = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), updates, fair)
+        return found, RMSState(count, squares)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -25,7 +25,8 @@ class Row(NamedTuple):
         rescales: whether something is measured in the basis of the last refresh.
         averages: whether its statistics are plain averages of what batches say.
         factorisations: how many a refresh of one layer has.
-        smooths_first: whether the complete optimizer has its momentum in front of the direction.
+        smoothing: the momentum that the complete optimizer has in front of the direction; None for one behind it.
+        learning: settings with which the complete optimizer learns in fifteen steps.
         power: the power of 1 / damping that the direction has where the damping is large.
     """
 
@@ -36,7 +37,8 @@ class Row(NamedTuple):
     rescales: bool = False
     averages: bool = True
     factorisations: int = 2
-    smooths_first: bool = False
+    smoothing: Callable[..., Any] | None = None
+    learning: Mapping[str, Any] = {"learning_rate": 0.05}
     power: float = 1.0
 
 
@@ -48,8 +50,11 @@ def _row(
 
 
 _TWICE = {"rescales": True, "factorisations": 4}
-_TENSORS = {"smooths_first": True}
+_TENSORS = {"smoothing": optax.trace}
+_ROOTS = {"power": 0.5}
 
+
+_SOAP_LEARNS = {"learning_rate": 0.1, "statistics": "gradient", "rescale_every": 1}
 
 METHODS = (
     _row("kfac pi", ng.scale_by_kfac, ng.kfac, 0.5, split="pi"),
@@ -61,7 +66,26 @@ METHODS = (
     _row("ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, 0.5, _TWICE, refresh="qr", split="pi"),
     _row("tkfac", ng.scale_by_tkfac, ng.tkfac, 0.5),
     _row("tekfac", ng.scale_by_tekfac, ng.tekfac, 1.0, {"rescales": True}),
+    # those that can do without curvature are asked for it here, to be under the laws of it
     _row("tnt", ng.scale_by_tnt, ng.tnt, 1 / 3, _TENSORS),
+    _row(
+        "mbf",
+        ng.scale_by_mbf,
+        ng.mbf,
+        1.0,
+        _TENSORS | {"factorisations": 1, "learning": {"learning_rate": 0.05, "damping": 0.03}},
+        statistics="curvature",
+    ),
+    _row("shampoo", ng.scale_by_shampoo, ng.shampoo, 1.0, _TENSORS | _ROOTS, statistics="curvature"),
+    _row(
+        "soap",
+        ng.scale_by_soap,
+        ng.soap,
+        1.0,
+        _TWICE | _ROOTS | {"smoothing": optax.ema, "learning": _SOAP_LEARNS},
+        statistics="curvature",
+        rescale_every=10,
+    ),
 )
 NAMES = tuple(row.name for row in METHODS)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
@@ -124,7 +148,8 @@ def task(name: str) -> Task:
 
 def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples: int = 8, width: int = 5) -> Task:
     dtype = jnp.dtype(dtype)
-    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(3)}
+    # six outputs, so that no factor of "dense" has several null vectors: any basis of these were as good as another
+    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(6)}
     shape = (6, 6, 2) if model == "convnet" else (width,)
     keys = jax.random.split(jax.random.key(7), 3)
     x = jax.random.normal(keys[0], (4, examples, *shape), dtype)

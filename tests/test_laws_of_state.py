@@ -152,7 +152,8 @@ def learns(optimizer):
 @pytest.mark.slow
 @every_method
 def test_the_loss_falls_on_real_digits(method):
-    learns(lambda layers: table.row(method).optimizer(0.05, layers, refresh_every=5, statistics_every=1))
+    row = table.row(method)
+    learns(lambda layers: row.optimizer(layers=layers, refresh_every=5, statistics_every=1, **row.learning))
 
 
 @pytest.mark.slow
@@ -215,7 +216,6 @@ def expected_steps(steps, statistics, refresh, rescale, early):
 def keeps_its_calendar(method, early, wrap=lambda tx: tx):
     """Statistics, refreshes and rescalings fall on exactly the steps that the periods name; periods may be traced."""
     problem, rescales = task("dense"), table.row(method).rescales
-    (name,) = problem.layers
 
     @jax.jit
     def run(statistics, refresh, rescale):
@@ -224,7 +224,7 @@ def keeps_its_calendar(method, early, wrap=lambda tx: tx):
 
         def one(carry, t):
             (params, state), record = table.step(problem, tx, carry, t)
-            scale = jax.tree.leaves(state.layers[name].scale)[0] if rescales else jnp.zeros(())
+            scale = jax.tree.leaves(list(state.layers.values())[-1].scale)[0] if rescales else jnp.zeros(())
             return (params, state), (record.metrics.statistics, record.metrics.refreshes, scale)
 
         return jax.lax.scan(one, start(problem, tx), jnp.arange(14))[1]

@@ -3,7 +3,7 @@
 A view takes the matrix of a layer, or the array of a parameter, apart into modes: axes of which each has a factor of
 its own. Some axes may become a stack, each entry of which is a block by itself; large modes may be cut into blocks.
 
-    matrix [S, ...] -> split -> order -> the first axes to the stack -> modes cut -> tensor [S, ..., n_1, ..., n_k]
+    matrix [S, ...] -> split -> order -> joined -> the first to the stack -> modes cut -> tensor [S, ..., n_1, ..., n_k]
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,25 @@ class View:
         source: the layer whose matrix it is: of one parameter array, or of all arrays of the layer together.
         split: sizes that the axes behind S are split or joined into.
         order: the order in which these come.
-        stacked: how many of them, the first in that order, are stack axes; the others are modes.
+        joined: sizes that they are read as in that order; their own if None.
+        stacked: how many of these, from the first on, are stack axes; the others are modes.
         block: the largest size of a mode; longer ones are cut into equal blocks, filled up with zeros.
     """
 
     source: Layer
     split: tuple[int, ...]
     order: tuple[int, ...]
+    joined: tuple[int, ...] | None = None
     stacked: int = 0
     block: int | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the stacked axes and of the modes, uncut."""
+        return self.joined or self._ordered
+
+    @property
+    def _ordered(self) -> tuple[int, ...]:
         return tuple(self.split[axis] for axis in self.order)
 
     @property
@@ -65,11 +71,13 @@ def view(
     source: Layer,
     split: Sequence[int],
     order: Sequence[int] | None = None,
+    *,
+    joined: tuple[int, ...] | None = None,
     stacked: int = 0,
     block: int | None = None,
 ) -> Layer:
     """A layer of kind "tensor": what a view makes of a source; the arguments are those of `View`."""
-    found = View(source, tuple(split), tuple(range(len(split)) if order is None else order), stacked, block)
+    found = View(source, tuple(split), tuple(range(len(split)) if order is None else order), joined, stacked, block)
     return Layer(
         source.name, "tensor", found.modes, source.leaves, source.stack + found.stack, source.dtype, geometry=found
     )
@@ -80,7 +88,7 @@ def as_tensor(view: View, matrix: Array) -> Array:
     lead = len(view.source.stack)
     front = matrix.shape[:lead]
     matrix = matrix.reshape(front + view.split)
-    matrix = matrix.transpose(*range(lead), *(lead + axis for axis in view.order))
+    matrix = matrix.transpose(*range(lead), *(lead + axis for axis in view.order)).reshape(front + view.sizes)
     if prod(view.cuts) == 1:
         return matrix
     lead += view.stacked
@@ -104,7 +112,7 @@ def as_matrix(view: View, tensor: Array) -> Array:
         tensor = tensor.reshape(tensor.shape[:outer] + tuple(cut * size for cut, size, _ in _modes(view)))
         tensor = tensor[(slice(None),) * outer + tuple(slice(old) for _, _, old in _modes(view))]
     back = [view.order.index(axis) for axis in range(len(view.order))]
-    tensor = tensor.reshape(front + view.sizes).transpose(*range(lead), *(lead + axis for axis in back))
+    tensor = tensor.reshape(front + view._ordered).transpose(*range(lead), *(lead + axis for axis in back))
     return tensor.reshape(front + view.source.shape)
 
 
@@ -165,6 +173,28 @@ def axes(source: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         window = source.geometry.window
         return window, (source.shape[0] // prod(window), source.shape[1])
     return source.shape[:-2], source.shape[-2:]
+
+
+def merged(sizes: Sequence[int], most: int | None) -> tuple[int, ...]:
+    """Modes without those of one entry, neighbours joined while their product is at most a number.
+
+    >>> merged((3, 3, 1, 64, 128), 1024)
+    (576, 128)
+
+    Args:
+        sizes: of the modes.
+        most: the largest product; None to join none.
+
+    Returns:
+        Sizes, of one mode at least.
+    """
+    found: list[int] = []
+    for size in (size for size in sizes if size > 1):
+        if most is not None and found and found[-1] * size <= most:
+            found[-1] *= size
+        else:
+            found.append(size)
+    return tuple(found) or (1,)
 
 
 def in_modes(source: Layer, modes: Modes) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ def tnt_block(
         return TNTState(modes.empty(layer, max_factor_dim), modes.identities(layer, max_factor_dim))
 
     def observe(layer, state, evidence):
-        return state._replace(factors=modes.observe(layer, state.factors, evidence, decay, estimator))  # 1
+        found = modes.contractions(layer, state.factors, evidence, estimator=estimator)
+        return state._replace(factors=averages.update(state.factors, found, decay))  # 1
 
     def refresh(layer, state, damping):
         factors, count = averages.mean(state.factors), len(layer.shape)
