@@ -36,7 +36,7 @@ from natgrad_jax.scales import REFRESHES, Refresh
 from natgrad_jax.tensor_transform import Statistics, lift_tensors
 from natgrad_jax.transform import Schedule
 
-_NOISE = 100  # roots of V below this many eps of the largest are of rounding: what is divided by them would be, too
+_NOISE = 100  # of what was turned, roots of V below this many eps of the largest are rounding; so is what they divide
 
 
 class SOAPState(NamedTuple):
@@ -101,9 +101,10 @@ def soap_block(decay: Scalar, refresh_by: Refresh = "qr", max_factor_dim: int = 
     def apply(layer, state, gradient, damping):
         del layer
         scale = averages.mean(state.scale)
-        largest = jnp.max(scale, axis=range(-len(state.basis), 0), keepdims=True)
-        strength = jnp.maximum(damping, (_NOISE * jnp.finfo(scale.dtype).eps) ** 2 * largest)
-        seen = modes.product(gradient, state.basis) / jnp.sqrt(scale + strength)
+        if any(side is not None for side in state.basis):
+            largest = jnp.max(scale, axis=range(-len(state.basis), 0), keepdims=True)
+            damping = jnp.maximum(damping, (_NOISE * jnp.finfo(scale.dtype).eps) ** 2 * largest)
+        seen = modes.product(gradient, state.basis) / jnp.sqrt(scale + damping)
         return modes.product(seen, [side if side is None else transpose(side) for side in state.basis])  # 5
 
     return Method(init, observe, refresh, apply, rescale)
