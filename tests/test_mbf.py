@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 from reference import assert_differs, assert_equal, damped, error, normal
 from test_grouping import lapack_calls
-from watching import evidence_of
+from watching import LIKELIHOODS, evidence_of
 
 import natgrad_jax as ng
 from natgrad_jax import linalg
@@ -182,22 +182,24 @@ def test_c82_the_first_step_is_that_of_sherman_and_morrison(dtype):
 # Blocks of dense layers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sizes", [(7, 5), (2, 5), (5, 1)])
-def test_c80_the_average_over_inputs_is_a_solve_from_one_side(dtype, sizes):
+def test_c80_the_average_over_inputs_is_a_solve_from_one_side(sizes):
     inputs, outputs = sizes
-    drawn = dense_gradients(inputs, outputs, 2, dtype)
+    drawn = dense_gradients(inputs, outputs, 2)
     backwards = jax.tree.map(lambda leaf: leaf[::-1], drawn)
-    tx = ng.scale_by_mbf(dense_layers(inputs, outputs, dtype), **AT_ONCE)
+    tx = ng.scale_by_mbf(dense_layers(inputs, outputs), **AT_ONCE)
     places_of = whole(places(at(drawn, 0)))
     found = first_update(tx, backwards, drawn)[places_of]
-    g, m = (whole(at(jax.tree.map(np.float64, tree), 0)) for tree in (drawn, backwards))
+    g, m = (np.asarray(whole(at(tree, 0))) for tree in (drawn, backwards))
     square = g.T @ g
     assert_equal(found, m @ np.linalg.inv(damped(square / (inputs + 1), DAMPING)))
     assert_differs(found, m @ np.linalg.inv(damped(square, DAMPING)))
 
 
-def test_c80_one_vector_has_the_block_of_the_empirical_fisher_matrix(dtype):
-    gradients = {"kernel": normal(4, 1, 6, dtype=dtype)}
+@pytest.mark.usefixtures("x64")
+def test_c80_one_vector_has_the_block_of_the_empirical_fisher_matrix():
+    gradients = {"kernel": normal(4, 1, 6)}
     found = updates_of(ng.scale_by_mbf(**AT_ONCE), gradients)[-1]
     g = np.asarray(vectors(gradients), np.float64)
     block = average(np.einsum("ti,tj->tij", g, g))
@@ -384,27 +386,21 @@ def test_momentum_stands_in_front_and_the_statistics_are_of_the_gradient_without
     assert_differs(found, -0.1 * heavy_ball(np.stack([direction(g[: t + 1], groups) for t in range(3)]))[-1])
 
 
-MODEL = reference.MLP(widths=(3, 2))
-EXAMPLES = 6
+MODEL, LOSS, EXAMPLES = reference.MLP(widths=(3, 2)), "softmax_cross_entropy", 6
 
 
 @cache
 def problem():
     x = normal(EXAMPLES, 4, seed=5)
     params = reference.random_params(MODEL, x)
-    return params, x, reference.targets("softmax_cross_entropy", (EXAMPLES, 2))
-
-
-def mlp_groups(params):
-    index = places(params)
-    return [whole(index[name]) for name in sorted(index)]
+    return params, x, reference.targets(LOSS, (EXAMPLES, 2))
 
 
 @cache
 def trained(statistics):
     """Three steps of the complete optimizer from true labels; learning rate, damping, decay -> parameters [P]."""
     params, x, y = problem()
-    capture = ng.linen.capture(MODEL, ng.losses.softmax_cross_entropy, labels="true")
+    capture = ng.linen.capture(MODEL, LIKELIHOODS[LOSS], labels="true")
     layers = capture.layers({"params": params}, x)
 
     @jax.jit
@@ -436,41 +432,43 @@ def test_settings_of_the_mean_gradient_become_settings_of_one_example_by_the_siz
         assert error(of_curvature(a, d, e), of_gradient(rate, damping, decay)) > 0.01
 
 
+DRAWS = 4000
+
+
+@cache
+def sampled():
+    """The layers of the model, the evidence of many draws of labels, and the block of each dense layer."""
+    params, x, y = problem()
+    layers, evidence = evidence_of(MODEL, LIKELIHOODS[LOSS], params, x, y, labels="sampled", draws=DRAWS)
+    tx = ng.scale_by_mbf(layers, statistics="curvature", **AT_ONCE)
+    state = jax.jit(lambda p, e: tx.update(p, tx.init(p), curvature=e)[1])(params, evidence)
+    blocks = {name: layer.blocks.total / layer.blocks.weight for name, layer in state.layers.items()}
+    return layers, evidence, blocks
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_sampled_labels_are_second_moments_of_the_summed_gradient_over_the_size():
-    params, x, y = problem()
-    layers, evidence = evidence_of(
-        MODEL, ng.losses.softmax_cross_entropy, params, x, y, labels="sampled", draws=3, seed=1
-    )
-    tx = ng.scale_by_mbf(layers, statistics="curvature", **AT_ONCE)
-    state = jax.jit(lambda p, e: tx.update(p, tx.init(p), curvature=e)[1])(params, evidence)
+    layers, evidence, blocks = sampled()
     for name in layers:
         drawn = np.asarray(evidence[name].gradient)  # [K, I + 1, O]
-        found = state.layers[name].blocks.total / state.layers[name].blocks.weight
-        assert_equal(found, np.einsum("kio,kip->op", drawn, drawn) / (3 * EXAMPLES * drawn.shape[1]))
-        assert_differs(found, np.einsum("kio,kip->op", drawn, drawn) / (3 * EXAMPLES**2 * drawn.shape[1]))
+        moment = np.einsum("kio,kip->op", drawn, drawn) / (DRAWS * drawn.shape[1])
+        assert_equal(blocks[name], moment / EXAMPLES)
+        assert_differs(blocks[name], moment / EXAMPLES**2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_sampled_labels_tend_to_the_mean_block_of_the_fisher_matrix_of_one_example():
     params, x, y = problem()
-    loss, draws = "softmax_cross_entropy", 4000
-    layers, evidence = evidence_of(MODEL, ng.losses.softmax_cross_entropy, params, x, y, labels="sampled", draws=draws)
-    tx = ng.scale_by_mbf(layers, statistics="curvature", **AT_ONCE)
-    state = jax.jit(lambda p, e: tx.update(p, tx.init(p), curvature=e)[1])(params, evidence)
-    blocks = reference.fisher_blocks(MODEL, params, tuple(layers), loss, x, y)
-    gradients = reference.example_gradients(MODEL, params, tuple(layers), loss, x, y)
+    layers, _, blocks = sampled()
+    fisher = reference.fisher_blocks(MODEL, params, tuple(layers), LOSS, x, y)
+    gradients = reference.example_gradients(MODEL, params, tuple(layers), LOSS, x, y)
     for name, layer in layers.items():
-        rows, columns = layer.shape
-
-        def mean_block(full, rows=rows, columns=columns):
-            return np.einsum("ioip->op", np.reshape(full, (rows, columns) * 2)) / rows
-
-        found = state.layers[name].blocks.total / state.layers[name].blocks.weight
-        assert error(found, mean_block(blocks[name])) < 0.1  # the noise of 4000 draws
-        assert_differs(found, mean_block(reference.second_moment(gradients[name])))
+        found, (rows, _) = blocks[name], layer.shape
+        assert error(found, reference.partial_traces(fisher[name], layer.shape)[1] / rows) < 0.1  # noise of the draws
+        true = reference.second_moment(gradients[name])
+        assert_differs(found, reference.partial_traces(true, layer.shape)[1] / rows)
 
 
 # Calendar -------------------------------------------------------------------------------------------------------------
