@@ -209,6 +209,14 @@ def test_on_vectors_the_complete_optimizer_is_adam():
     jax.tree.map(assert_differs, found, updates_of(optax.adam(0.1, 0.5, 0.95), gradients))
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-16])
+def test_the_direction_of_zeros_is_zero(damping):
+    gradients = {"bias": normal(2, 4, dtype="float32").at[:, 1].set(0.0), "kernel": jnp.zeros((2, 3, 4))}
+    found = updates_of(ng.scale_by_soap(damping=damping), gradients)
+    np.testing.assert_array_equal(found["kernel"], 0.0)
+    assert jnp.all((found["bias"] == 0) == (gradients["bias"] == 0)) and jnp.all(jnp.isfinite(found["bias"]))
+
+
 # What stands in front -------------------------------------------------------------------------------------------------
 
 

@@ -101,10 +101,12 @@ def soap_block(decay: Scalar, refresh_by: Refresh = "qr", max_factor_dim: int = 
     def apply(layer, state, gradient, damping):
         del layer
         scale = averages.mean(state.scale)
+        precision = jnp.finfo(scale.dtype)
+        floor = precision.tiny  # of zeros the direction is zero
         if any(side is not None for side in state.basis):
             largest = jnp.max(scale, axis=range(-len(state.basis), 0), keepdims=True)
-            damping = jnp.maximum(damping, (_NOISE * jnp.finfo(scale.dtype).eps) ** 2 * largest)
-        seen = modes.product(gradient, state.basis) / jnp.sqrt(scale + damping)
+            floor = jnp.maximum(floor, (_NOISE * precision.eps) ** 2 * largest)
+        seen = modes.product(gradient, state.basis) / jnp.sqrt(scale + jnp.maximum(damping, floor))
         return modes.product(seen, [side if side is None else transpose(side) for side in state.basis])  # 5
 
     return Method(init, observe, refresh, apply, rescale)
