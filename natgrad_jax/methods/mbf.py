@@ -5,19 +5,22 @@
     3  direction <- P_b w for every such vector w of what comes in                         apply
 
 A convolution has a block for each pair of channels, over the window; 10^5 of 9 x 9 are inverted in one call. In a
-dense layer, its bias one more input, the vectors are the weights that leave an input, and all share one O x O block, so
-that the direction is dW (dW_g^T dW_g / I + damping I)^-1, one side of a Kronecker product. Biases of convolutions and
-parameters of norms have the diagonal, the smallest of mini-blocks, or the rule of the authors' code,
+dense layer, its bias one more input, the vectors are the weights that leave an input, and all share one O x O block.
+From one gradient G [I, O] the direction of dW is then dW (G^T G / I + damping 1)^-1, one side of a Kronecker product.
+Biases of convolutions and parameters of norms have the diagonal, the smallest of mini-blocks, or the rule of the
+authors' code,
 
     4  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 m o m,  direction <- m / (1e-8 + sqrt(v / (1 - 0.999^t)))
 
-which looks like Adam but squares the mean of the gradients and corrects only v.
+at step t = 1, 2, ..., which looks like Adam but squares the mean of the gradients and corrects only v.
 
 Bahamou, Goldfarb, Ren (2023), https://arxiv.org/abs/2202.04124. Its experiments take the gradient of the mean loss of
 a batch, with the true labels, and so does `statistics="gradient"`: damping and learning rate then go with the size W of
 the batch. Of the curvature of sampled or true labels the blocks are those of one example; then
 
-    learning rate a, damping d, weight decay e of the mean gradient  =  a W, d W, e / W.
+    learning rate a, damping d, weight decay e of the mean gradient  =  a W, d W, e / W,
+
+exactly for true labels, and but for line 4, which knows no damping and would be W times too long.
 
 In the authors' code the vectors of a dense layer come from a row-major O x I matrix that is read as I x O, which is
 another partition of its entries; `dense="literal"` repeats that. Not here: their Woodbury variant over a window of past
@@ -136,15 +139,16 @@ def scale_by_mbf(
     """The mini-block direction, (F_b + damping I)^-1 for every block of every parameter array.
 
     Args:
-        layers: from `capture.layers`; without them a dense kernel does not know its bias, which is a vector by itself,
-            and groups of a convolution are channels like others.
+        layers: from `capture.layers`; without them the shapes of the parameter arrays are all that is known: a dense
+            kernel does not know its bias, which is a vector by itself, and every array of three axes or more is the
+            kernel of a convolution, also one of dense layers in a scan.
         damping: strength in the units of the statistics; its schedule, if a function.
         dense: the vectors of a dense layer: "fan_out", the weights that leave an input; "fan_in", those that enter an
             output; "literal", the partition of the authors' code.
         shared: whether the vectors of a dense layer share one block, their average, or have one each: then O x O
             numbers for each input.
-        vectors: parameters without a block: "diagonal", or "smoothed_rms", line 4 above, whose steps are of the size
-            of the learning rate: beside it the latter must be small.
+        vectors: parameters without a block: "diagonal", or "smoothed_rms", line 4 above, each of whose steps is about
+            as long as the learning rate, which must then be small.
         statistics: "gradient": from the gradient itself, in its units squared; "curvature": from the labels of the
             capture, sampled or true, in the units of F, the Fisher block of one example.
         decay: weight of the old value in the averages.

@@ -6,9 +6,9 @@
     4  V <- EMA((G x_1 Q_1^T ... x_k Q_k^T)^2)                                         rescale
     5  direction <- [(M x_i Q_i^T) / sqrt(V + damping)] x_i Q_i                        apply
 
-M is the momentum that comes in, G the gradient itself. A vector keeps its own coordinates, and is Adam's. With
-`refresh="eigh"`, and in the first refresh, the eigenvectors are made afresh, and V is carried over as the diagonal of a
-matrix is:
+M is the momentum that comes in, G the gradient itself. A vector keeps its own coordinates, and is Adam's; elsewhere the
+damping is at least what rounding leaves in null directions. With `refresh="eigh"`, and in the first refresh, the
+eigenvectors are made afresh, and V is carried over as the diagonal of a matrix is:
 
     3' V <- V x_i ((Q_i'^T Q_i) entrywise squared), Q_i' the new basis                 refresh
 
@@ -137,21 +137,24 @@ def scale_by_soap(
 
     Args:
         layers: from `capture.layers`; without them the shapes of the parameter arrays are all that is known: groups of
-            a convolution, and the stack of a scanned layer, are then modes like others.
+            a convolution then share their bases, and the stack of a scanned layer is a mode like others.
         damping: added to the second moments under the root, in the units of the squared gradient; its schedule, if a
             function.
         refresh: how the eigenvectors are found. "qr": by one step of orthogonal iteration from the old ones, after a
             first refresh by "eigh"; "eigh": afresh.
         kernels: the modes of a convolution's kernel: "flatten_spatial", (window, C, O); "matrix", (window C, O); "all",
             each of its axes. Without `layers`, of any array of three axes or more. Modes of one entry do not count.
-        merge: neighbouring modes are joined while their product is at most this; None to join none.
+        merge: neighbouring modes are joined while their product is at most this; None to join none. What has but one
+            mode left is a vector.
         block_size: modes longer than this are cut into blocks, each with a basis of its own; None to cut none.
         statistics: "gradient": from the gradient itself; "curvature": from the labels of the capture, of the gradient
-            of their mean loss, which costs a backward pass each `rescale_every`.
+            of their mean loss, which costs a backward pass each `rescale_every`. Where drawn labels have no gradient,
+            that of the true ones is divided by the root of the damping alone: 1e-16 is then far too small.
         decay: weight of the old value in the averages.
         statistics_every: steps between statistics.
         refresh_every: steps between refreshes of the basis.
-        rescale_every: steps between measurements in the basis; there is one after every refresh in any case.
+        rescale_every: steps between measurements in the basis; there is one after every refresh in any case. Of more
+            than one step, they ask for a larger damping, too.
         early_refresh: whether to refresh at every statistics step until the first period is over.
         max_factor_dim: a mode longer than this keeps its own coordinates.
 
@@ -203,8 +206,8 @@ def soap(
     """SOAP: the bias-corrected average of the gradient, its direction, decoupled weight decay, the learning rate.
 
     Decay, momentum and period are those of the paper's code, which has a learning rate of 3e-3 and a weight decay of
-    0.01. As with Adam, and other than with the methods that divide by a curvature, every step is about as long as the
-    learning rate says; so is the first, hence a warm-up.
+    0.01. As with Adam, and unlike with the methods that divide by a curvature, every coordinate moves by about the
+    learning rate; it does so from the first step on, hence a warm-up.
 
     Args:
         learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
