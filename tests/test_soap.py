@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from flax import linen as nn
 from jax import lax
 from reference import assert_differs, assert_equal, error, normal
 
@@ -162,6 +163,19 @@ def test_a_convolution_has_the_modes_that_are_asked_for(settings, modes):
     assert_follows(found.reshape(expected.shape), expected)
     others = soap_by_definition(gradients.reshape(STEPS, *((12, 11) if len(modes) == 3 else (4, 3, 11))))
     assert_differs(found, others.reshape(found.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_groups_of_a_convolution_have_bases_of_their_own_if_its_layer_is_known():
+    model, x = nn.Conv(4, (2, 2), feature_group_count=2, use_bias=False), normal(1, 3, 3, 4)
+    capture, gradients = ng.linen.capture(model, ng.losses.squared_error), drifting(2, 2, 2, 4)
+    layers = capture.layers({"params": {"kernel": gradients[0]}}, x)
+    found = updates_of(ng.scale_by_soap(layers, **SETTINGS), {"kernel": gradients})["kernel"]
+    for outputs in (slice(0, 2), slice(2, 4)):
+        group = gradients[..., outputs].reshape(STEPS, 4, 2, 2)
+        assert_follows(found[..., outputs].reshape(group.shape), soap_by_definition(group))
+    assert_differs(found.reshape(STEPS, 4, 2, 4), soap_by_definition(gradients.reshape(STEPS, 4, 2, 4)))
 
 
 @pytest.mark.usefixtures("x64")
