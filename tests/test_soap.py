@@ -17,6 +17,8 @@ import natgrad_jax as ng
 DAMPING = 1e-6
 STEPS, EVERY, DECAY = 12, 4, 0.9
 SETTINGS = {"damping": DAMPING, "decay": DECAY, "refresh_every": EVERY}
+AFRESH = {"refresh": "eigh"}
+"""What compiles in half the time, where the way of refreshing is not the question."""
 
 
 # The definition -------------------------------------------------------------------------------------------------------
@@ -159,9 +161,12 @@ def test_it_follows_its_definition_and_c41_the_scale_moves_with_its_basis(dtype,
 )
 def test_a_convolution_has_the_modes_that_are_asked_for(settings, modes):
     gradients = drifting(2, 2, 3, 11)
-    found, expected = of_kernel(gradients, **settings), soap_by_definition(gradients.reshape(STEPS, *modes))
+    found, expected = (
+        of_kernel(gradients, **AFRESH, **settings),
+        soap_by_definition(gradients.reshape(STEPS, *modes), **AFRESH),
+    )
     assert_follows(found.reshape(expected.shape), expected)
-    others = soap_by_definition(gradients.reshape(STEPS, *((12, 11) if len(modes) == 3 else (4, 3, 11))))
+    others = soap_by_definition(gradients.reshape(STEPS, *((12, 11) if len(modes) == 3 else (4, 3, 11))), **AFRESH)
     assert_differs(found, others.reshape(found.shape))
 
 
@@ -171,17 +176,17 @@ def test_groups_of_a_convolution_have_bases_of_their_own_if_its_layer_is_known()
     model, x = nn.Conv(4, (2, 2), feature_group_count=2, use_bias=False), normal(1, 3, 3, 4)
     capture, gradients = ng.linen.capture(model, ng.losses.squared_error), drifting(2, 2, 2, 4)
     layers = capture.layers({"params": {"kernel": gradients[0]}}, x)
-    found = updates_of(ng.scale_by_soap(layers, **SETTINGS), {"kernel": gradients})["kernel"]
+    found = updates_of(ng.scale_by_soap(layers, **SETTINGS, **AFRESH), {"kernel": gradients})["kernel"]
     for outputs in (slice(0, 2), slice(2, 4)):
         group = gradients[..., outputs].reshape(STEPS, 4, 2, 2)
-        assert_follows(found[..., outputs].reshape(group.shape), soap_by_definition(group))
-    assert_differs(found.reshape(STEPS, 4, 2, 4), soap_by_definition(gradients.reshape(STEPS, 4, 2, 4)))
+        assert_follows(found[..., outputs].reshape(group.shape), soap_by_definition(group, **AFRESH))
+    assert_differs(found.reshape(STEPS, 4, 2, 4), soap_by_definition(gradients.reshape(STEPS, 4, 2, 4), **AFRESH))
 
 
 @pytest.mark.usefixtures("x64")
 def test_modes_of_one_entry_do_not_count():
     gradients = drifting(1, 1, 5, 4)
-    assert_follows(of_kernel(gradients)[:, 0, 0], soap_by_definition(gradients[:, 0, 0]))
+    assert_follows(of_kernel(gradients, **AFRESH)[:, 0, 0], soap_by_definition(gradients[:, 0, 0], **AFRESH))
 
 
 @pytest.mark.slow
@@ -199,9 +204,9 @@ def test_blocks_of_a_long_mode_are_arrays_by_themselves():
 @pytest.mark.usefixtures("x64")
 def test_a_mode_that_is_too_long_keeps_its_coordinates():
     gradients = drifting(6, 4)
-    found = of_kernel(gradients, max_factor_dim=5)
-    assert_follows(found, soap_by_definition(gradients, full=(False, True)))
-    assert_differs(found, soap_by_definition(gradients, full=(True, True)))
+    found = of_kernel(gradients, max_factor_dim=5, **AFRESH)
+    assert_follows(found, soap_by_definition(gradients, full=(False, True), **AFRESH))
+    assert_differs(found, soap_by_definition(gradients, **AFRESH))
 
 
 # Vectors --------------------------------------------------------------------------------------------------------------
@@ -223,10 +228,10 @@ def test_on_vectors_the_complete_optimizer_is_adam():
     jax.tree.map(assert_differs, found, updates_of(optax.adam(0.1, 0.5, 0.95), gradients))
 
 
-@pytest.mark.parametrize("damping", [0.0, 1e-16])
-def test_the_direction_of_zeros_is_zero(damping):
+@pytest.mark.slow
+def test_the_direction_of_zeros_is_zero_also_without_damping():
     gradients = {"bias": normal(2, 4, dtype="float32").at[:, 1].set(0.0), "kernel": jnp.zeros((2, 3, 4))}
-    found = updates_of(ng.scale_by_soap(damping=damping), gradients)
+    found = updates_of(ng.scale_by_soap(damping=0.0, **AFRESH), gradients)
     np.testing.assert_array_equal(found["kernel"], 0.0)
     assert jnp.all((found["bias"] == 0) == (gradients["bias"] == 0)) and jnp.all(jnp.isfinite(found["bias"]))
 
@@ -256,11 +261,11 @@ def test_the_average_of_the_gradient_stands_in_front_and_the_statistics_are_of_t
 @pytest.mark.usefixtures("x64")
 def test_a_chain_that_is_not_told_the_gradient_takes_the_statistics_of_what_comes_in():
     gradients = drifting(5, 4)
-    chain = optax.chain(optax.ema(0.95), ng.scale_by_soap(**SETTINGS))
+    chain = optax.chain(optax.ema(0.95), ng.scale_by_soap(**SETTINGS, **AFRESH))
     found = updates_of(chain, {"kernel": gradients})["kernel"]
     smooth = averaged(gradients, 0.95)
-    assert_follows(found, soap_by_definition(smooth))
-    assert_differs(found, soap_by_definition(gradients, smooth))
+    assert_follows(found, soap_by_definition(smooth, **AFRESH))
+    assert_differs(found, soap_by_definition(gradients, smooth, **AFRESH))
 
 
 # What the statistics are of -------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ def trained(layers, **settings):
 
     @jax.jit
     def run(damping):
-        tx = ng.soap(0.05, known, **SETTINGS | settings | {"damping": damping})
+        tx = ng.soap(0.05, known, **SETTINGS | AFRESH | settings | {"damping": damping})
 
         def step(carry, _):
             params, state = carry
