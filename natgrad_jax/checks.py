@@ -67,7 +67,7 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
     leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
     if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
         return layers.blocks
-    if set(leaves) == {""}:
+    if set(leaves) == {""} and not any(leaf.address == "" for layer in layers.blocks for leaf in layer.leaves):
         raise ValueError(
             f"The parameters are one array of shape {tuple(leaves[''].shape)} without a name; expected the tree "
             "`variables['params']`. Curvature needs to know the layers: take `optax.flatten` away."
