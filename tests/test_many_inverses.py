@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 from jax import lax
-from reference import assert_equal, normal
+from reference import assert_differs, assert_equal, normal
+from test_grouping import lapack_calls
 from test_mbf import LAPACK
 
 from natgrad_jax import linalg
