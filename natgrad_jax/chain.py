@@ -1,14 +1,15 @@
 """What stands around a direction: the complete optimizer, and statistics before training."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Evidence, Scalar, ScalarOrSchedule
+from natgrad_jax.base import Evidence, Layers, Scalar, ScalarOrSchedule
 from natgrad_jax.control import Quadratic, controlled
 from natgrad_jax.damping import AdaptiveDamping, Damping
 from natgrad_jax.steps import clip_by_kl
@@ -125,24 +126,36 @@ def warm_start(
             f"`state` of type {type(state).__name__} holds no natural-gradient method; expected `tx.init(params)`."
         )
 
-    @jax.jit
-    def observe(state, updates, gradient, evidence, done):
-        _, new = tx.update(updates, state, params, curvature=evidence, gradient=gradient, warm_start=done)
+    @partial(jax.jit, static_argnames="layers")
+    def observe(state, updates, gradient, evidence, done, layers):
+        curvature = evidence if layers is None else _Known(evidence, layers)
+        _, new = tx.update(updates, state, params, curvature=curvature, gradient=gradient, warm_start=done)
         return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
 
     for done, item in enumerate(evidence_stream):
-        evidence = getattr(item, "curvature", item)
-        evidence = evidence() if callable(evidence) else evidence
+        curvature = getattr(item, "curvature", item)
+        layers = getattr(curvature, "layers", None)
+        evidence = curvature() if callable(curvature) else curvature
         gradient = getattr(item, "grad", None)
         if not _is_evidence(evidence):
-            gradient, evidence = item, None
+            gradient, evidence, layers = item, None, None
         like = params if gradient is None else gradient
         if like is None:
             raise ValueError(
                 "`params` is None, but the stream gives evidence without gradients; pass `params=variables['params']`."
             )
-        state = observe(state, jax.tree.map(jnp.zeros_like, like), gradient, evidence, jnp.asarray(float(done)))
+        state = observe(state, jax.tree.map(jnp.zeros_like, like), gradient, evidence, jnp.asarray(float(done)), layers)
     return state
+
+
+class _Known(NamedTuple):
+    """Evidence and the layers that it is of, as `out.curvature` has them, for a transformation without `layers`."""
+
+    evidence: Mapping[str, Evidence]
+    layers: Layers
+
+    def __call__(self) -> Mapping[str, Evidence]:
+        return self.evidence
 
 
 def _is_evidence(item: Any) -> bool:
