@@ -138,8 +138,8 @@ def scale_by_tnt(
             itself, true labels and all: `curvature` is then not needed, nor asked if it is there.
         scale: "example": the statistics, and the damping, are in the units of F; "batch": of F / W, as in the paper's
             experiments. A gradient has the units that it has, those of a batch.
-        estimator: "minibatch": from the gradient summed over the batch; "per_example": from the gradient of each, the
-            same mean with less noise, and the cost of TKFAC's factors.
+        estimator: "minibatch": from the gradient summed over the batch; "per_example": from the gradient of each
+            example, which has the same mean, less noise, and the cost of TKFAC's factors, and needs `layers`.
         normalise: whether the factors are brought to equal mean eigenvalues before they are damped.
         decay: weight of the old value in the averages.
         statistics_every: steps between statistics. A first step after a warm start leaves its statistics as they are.
@@ -152,11 +152,16 @@ def scale_by_tnt(
 
     Raises:
         TypeError: if `layers` is neither None nor a `Layers`.
-        ValueError: if a word is unknown or a number out of its range.
+        ValueError: if a word is unknown or a number out of its range, or the estimator lacks what it needs.
     """
     checks.choice("split", split, SPLITS)
     checks.choice("kernels", kernels, MODES)
     checks.choice("estimator", estimator, modes.ESTIMATORS)
+    if estimator == "per_example" and (layers is None or statistics == "gradient"):
+        raise ValueError(
+            "`estimator` is 'per_example', which takes the gradients of the examples from the activations of known "
+            'layers: pass the `layers` of the model, with `statistics="curvature"`, or take "minibatch".'
+        )
     return lift_tensors(
         lambda decay: tnt_block(decay, split, estimator, normalise, max_factor_dim),
         lambda source: view(source, in_modes(source, kernels)),
