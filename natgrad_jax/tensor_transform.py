@@ -100,6 +100,8 @@ def lift_tensors(
 def _of_gradient(blocks: tuple[Layer, ...], gradient: Tree) -> dict[str, Evidence]:
     """The evidence of one gradient: one draw, of total weight 1."""
     leaves = addresses.flatten(gradient)
+    shapes = {address: tuple(leaf.shape) for address, leaf in leaves.items()}
+    _fits(blocks, shapes, "`gradient`", "Pass the gradient of the very parameters that are updated.")
     evidence = {}
     for block in blocks:
         parts = {leaf.role: leaves[leaf.address] for leaf in block.leaves}
@@ -124,6 +126,8 @@ def _of_curvature(
             f"`curvature` is of type {type(curvature).__name__}, which does not say what layers it is of; pass the "
             "`out.curvature` of `capture.value_and_grad` itself, or build the transformation with `layers`."
         )
+    shapes = {leaf.address: leaf.shape for layer in layers.blocks for leaf in layer.leaves}
+    _fits(blocks, shapes, "`curvature`", "Capture the model whose parameters are updated.")
     needed = {leaf.address for block in blocks for leaf in block.leaves}
     known = tuple(layer for layer in layers.blocks if any(leaf.address in needed for leaf in layer.leaves))
     evidence_of = checks.lazy_evidence(curvature, known)
@@ -144,6 +148,15 @@ def _of_curvature(
         return {block.name: _as_tensor(block, draws, origins[block.leaves[0].address], scale) for block in blocks}
 
     return found
+
+
+def _fits(blocks: tuple[Layer, ...], shapes: Mapping[str, tuple[int, ...]], name: str, advice: str) -> None:
+    """Refuse what is of other parameters than the blocks; `shapes` says by address what it is of."""
+    for block in blocks:
+        for leaf in block.leaves:
+            if shapes.get(leaf.address) != leaf.shape:
+                there = shapes.get(leaf.address, "none of that name")
+                raise ValueError(f"Parameter {leaf.address!r} has shape {leaf.shape}; {name} has {there}. {advice}")
 
 
 def _as_tensor(block: Layer, draws: Mapping[str, Array], origin: Evidence, scale: Scale) -> Evidence:
