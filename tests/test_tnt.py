@@ -1,6 +1,6 @@
 """TNT: a Kronecker factor for each mode of a parameter array, all of one mean eigenvalue; how its damping enters."""
 
-from functools import cache, partial, reduce
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 import reference
 from flax import linen as nn
 from reference import assert_differs, assert_equal, damped, error, normal, random_params
+from tensors import kron, moments, solved, traces, units
 from watching import evidence_of, prepared, watched
 
 import natgrad_jax as ng
@@ -20,44 +21,6 @@ from natgrad_jax.methods.tnt import tnt_block
 TNT, PER_MODE, RAW = tnt_block(0.0), tnt_block(0.0, "per_mode"), tnt_block(0.0, normalise=False)
 SIZES = [(7,), (4, 6), (4, 3, 5), (2, 3, 2, 4)]
 by_modes = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{len(sizes)} modes")
-
-
-# The definition -------------------------------------------------------------------------------------------------------
-
-
-def moments(draws):
-    """H_i, the mean over draws [K, n_1, ..., n_k] of G_(i) G_(i)^T."""
-    draws = np.asarray(draws, np.float64)
-    unfolded = [
-        np.moveaxis(draws, mode + 1, 1).reshape(len(draws), size, -1) for mode, size in enumerate(draws.shape[1:])
-    ]
-    return [np.einsum("kix,kjx->ij", unfolding, unfolding) / len(draws) for unfolding in unfolded]
-
-
-def units(factors):
-    """U_i: H_i times what brings all mean eigenvalues to the k-th root of that of the product."""
-    sizes, trace = [len(factor) for factor in factors], np.trace(factors[0])
-    mean = (trace / np.prod(sizes)) ** (1 / len(sizes))
-    return [factor * mean / (np.trace(factor) / size) for factor, size in zip(factors, sizes, strict=True)]
-
-
-def kron(factors):
-    """The Kronecker product of all factors."""
-    return reduce(np.kron, (np.asarray(factor, np.float64) for factor in factors))
-
-
-def solved(factors, strengths, momentum):
-    """The dense Kronecker product of the damped factors, solved for a tensor."""
-    strengths = np.broadcast_to(strengths, len(factors))
-    block = kron([damped(factor, strength) for factor, strength in zip(factors, strengths, strict=True)])
-    return np.linalg.solve(block, np.asarray(momentum, np.float64).ravel()).reshape(momentum.shape)
-
-
-def traces(block, sizes):
-    """The partial traces of a block [N, N] over all modes but one, for each."""
-    sizes, count = tuple(sizes), len(sizes)
-    block, letters = np.reshape(block, sizes + sizes), "abcdefgh"[:count]
-    return [np.einsum(f"{letters}{letters.replace(i, 'z')}->{i}z", block) for i in letters]
 
 
 # The package ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,593 @@
+"""Parameter arrays as tensors: which entry lands where, with layers and without, with curvature and without."""
+
+from functools import cache
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import linen as nn
+from reference import assert_differs, assert_equal, normal, random_params
+from tensors import moments, solved, units
+
+import natgrad_jax as ng
+from natgrad_jax import chain
+from natgrad_jax.layers import from_matrix, to_matrix
+from natgrad_jax.layers.views import View, as_matrix, as_tensor, in_modes, merged, sources, view
+
+AT_ONCE = {"damping": 0.1, "statistics_every": 1, "refresh_every": 1}
+GRADIENT = ng.scale_by_tnt(statistics="gradient", decay=0.5, **AT_ONCE)
+"""Without layers and without curvature."""
+
+
+# Views ----------------------------------------------------------------------------------------------------------------
+
+
+def numbered(*shape):
+    """The numbers from one on: a zero is none of them."""
+    return np.arange(1.0, prod(shape) + 1).reshape(shape)
+
+
+def placed(matrix, split, order, joined, stacked, block):
+    """The tensor of one matrix, entry by entry."""
+    ordered = [split[axis] for axis in order]
+    sizes = list(joined or ordered)
+    lead, rest = sizes[:stacked], sizes[stacked:]
+    cuts = [1 if block is None else -(-size // block) for size in rest]
+    modes = [-(-size // cut) for size, cut in zip(rest, cuts, strict=True)]
+    tensor = np.zeros((*lead, prod(cuts), *modes))
+    for index in np.ndindex(*split):
+        place = np.ravel_multi_index([index[axis] for axis in order], ordered)
+        place = np.unravel_index(place, sizes)
+        pairs = [divmod(int(at), size) for at, size in zip(place[stacked:], modes, strict=True)]
+        which = np.ravel_multi_index([pair[0] for pair in pairs], cuts)
+        tensor[(*place[:stacked], which, *(pair[1] for pair in pairs))] = matrix.reshape(split)[index]
+    return tensor if prod(cuts) > 1 else tensor.reshape(*lead, *modes)
+
+
+OPTIONS = [
+    (order, joined, stacked, block)
+    for order, joineds in (
+        ((0, 1, 2), (None, (4, 6), (24,), (2, 12))),
+        ((2, 0, 1), (None, (12, 2), (3, 1, 8))),
+    )
+    for joined, stacked, block in product(joineds, (0, 1, 2), (None, 3, 5))
+    if stacked < len(joined or order)
+]
+"""Of a matrix (8, 3) that is split into (4, 2, 3): whatever can be said of it, in all combinations."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("stack", "every"), [((2,), 1), ((), 5), ((2, 1), 7)], ids=["stack", "alone", "two stacks"])
+def test_every_entry_of_a_matrix_lands_where_split_order_joined_stacked_and_block_say(stack, every):
+    source, matrix = ng.Layer("w", "dense", (8, 3), (), stack), numbered(*stack, 8, 3)
+    options = OPTIONS[::every]
+    seen = [
+        view(source, (4, 2, 3), order, joined=joined, stacked=stacked, block=block)
+        for order, joined, stacked, block in options
+    ]
+
+    @jax.jit
+    def there_and_back(matrix):
+        tensors = [as_tensor(layer.geometry, matrix) for layer in seen]
+        return tensors, [as_matrix(layer.geometry, tensor) for layer, tensor in zip(seen, tensors, strict=True)]
+
+    for option, layer, tensor, back in zip(options, seen, *there_and_back(matrix), strict=True):
+        expected = np.stack([placed(row, (4, 2, 3), *option) for row in matrix.reshape(-1, 8, 3)])
+        assert tensor.shape == layer.stack + layer.shape
+        np.testing.assert_array_equal(np.reshape(tensor, expected.shape), expected)
+        np.testing.assert_array_equal(back, matrix)
+        assert max(layer.shape) <= (option[-1] or 24)
+
+
+def test_entries_in_another_order_land_elsewhere():
+    rows = numbered(8, 3)
+    expected = placed(rows, (4, 2, 3), (0, 1, 2), None, 0, None)
+    found = as_tensor(View(ng.Layer("w", "dense", (8, 3), ()), (4, 2, 3), (1, 0, 2), (4, 2, 3)), rows)
+    assert found.shape == expected.shape
+    assert np.any(found != expected)
+
+
+def test_blocks_are_of_equal_size_and_filled_up_with_zeros():
+    tensor = as_tensor(View(ng.Layer("w", "dense", (5, 3), ()), (5, 3), (0, 1), block=2), numbered(5, 3))
+    assert tensor.shape == (6, 2, 2)  # three times two blocks
+    assert jnp.sum(tensor == 0) == 24 - 15
+    np.testing.assert_array_equal(tensor[5], [[15, 0], [0, 0]])
+    np.testing.assert_array_equal(tensor[1], [[3, 0], [6, 0]])
+
+
+def test_modes_of_one_entry_vanish_and_neighbours_are_joined_while_there_is_room():
+    assert merged((3, 3, 1, 64, 128), 1024) == (576, 128)
+    assert merged((3, 3, 1, 64, 128), None) == (3, 3, 64, 128)
+    assert merged((1, 1), 8) == merged((), 8) == (1,)
+    assert merged((4, 2, 2, 9), 8) == (8, 2, 9)
+
+
+CARRIED = dict.fromkeys(ng.linen.COLLECTIONS, 0)
+
+
+class Block(nn.Module):
+    """A dense layer, to be stacked."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(4, name="dense")(x)), None
+
+
+class Mixed(nn.Module):
+    """A convolution in groups, a scanned stack, a scalar, a cube, and a dense layer without bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Conv(4, (2, 2), feature_group_count=2, name="conv")(x)).mean((1, 2))
+        stack = nn.scan(Block, variable_axes={"params": 0, **CARRIED}, split_rngs={"params": True}, length=3)
+        x = stack(name="stack")(x, None)[0]
+        x = x * self.param("scale", nn.initializers.ones, ())
+        x = x * self.param("cube", nn.initializers.normal(), (2, 3, 4)).sum((0, 1))
+        return nn.Dense(3, use_bias=False, name="last")(x)
+
+
+SHAPES = {
+    "conv/kernel": (2, 2, 2, 4),
+    "conv/bias": (4,),
+    "stack/dense/kernel": (3, 4, 4),
+    "stack/dense/bias": (3, 4),
+    "scale": (),
+    "cube": (2, 3, 4),
+    "last/kernel": (4, 3),
+}
+MODES = {
+    "flatten_spatial": {"conv/kernel": (4, 2, 2), "cube": (2, 3, 4)},
+    "matrix": {"conv/kernel": (8, 2), "cube": (6, 4)},
+    "all": {"conv/kernel": (2, 2, 2, 2), "cube": (2, 3, 4)},
+}
+"""Of each word the modes of the arrays that it matters for, layers known."""
+OTHERS = {
+    "conv/bias": (4,),
+    "stack/dense/kernel": (4, 4),
+    "stack/dense/bias": (4,),
+    "scale": (1,),
+    "last/kernel": (4, 3),
+}
+STACKS = {"conv/kernel": (2,), "stack/dense/kernel": (3,), "stack/dense/bias": (3,)}
+
+
+class Captured(NamedTuple):
+    """A model on one batch."""
+
+    layers: ng.Layers
+    params: Any
+    capture: Any
+    out: Any
+    evidence: Any
+
+
+@cache
+def captured(model, *shape, labels="sampled") -> Captured:
+    """A model of three classes on a batch in double precision."""
+    x, y = normal(*shape), jnp.arange(shape[0]) % 3
+    params = random_params(model, x)
+    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy, labels=labels)
+    out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(1))
+    return Captured(capture.layers({"params": params}, x), params, capture, out, out.curvature())
+
+
+@cache
+def mixed():
+    """The layers and parameters of `Mixed`."""
+    model, x = Mixed(), normal(4, 3, 3, 4)
+    params = random_params(model, x)
+    return ng.linen.capture(model, ng.losses.softmax_cross_entropy).layers({"params": params}, x), params
+
+
+def flat(tree):
+    """{address: array} of parameters in dicts."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kernels", MODES)
+def test_every_array_is_a_tensor_by_itself_and_comes_back_as_it_was(kernels):
+    layers, params = mixed()
+    leaves = flat(params)
+    assert {name: leaf.shape for name, leaf in leaves.items()} == SHAPES
+    found = sources(layers, params)
+    assert {source.name for source in found} == set(SHAPES)
+    for source in found:
+        (leaf,) = source.leaves
+        for block in (None, 3):
+            seen = view(source, in_modes(source, kernels), block=block)
+            tensor = to_matrix(seen, {leaf.role: leaves[source.name]})
+            assert tensor.shape == seen.stack + seen.shape
+            np.testing.assert_array_equal(from_matrix(seen, tensor)[leaf.role], leaves[source.name])
+        seen = view(source, in_modes(source, kernels))
+        assert seen.shape == {**OTHERS, **MODES[kernels]}[source.name]
+        assert seen.stack == STACKS.get(source.name, ())
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_are_a_stack_of_kernels_over_their_own_outputs():
+    layers, params = mixed()
+    source = next(source for source in sources(layers, params) if source.name == "conv/kernel")
+    kernel = numbered(2, 2, 2, 4)
+    tensor = to_matrix(view(source, in_modes(source, "flatten_spatial")), {"kernel": jnp.asarray(kernel)})
+    for group, row, column, channel, out in np.ndindex(2, 2, 2, 2, 2):
+        assert tensor[group, 2 * row + column, channel, out] == kernel[row, column, channel, 2 * group + out]
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_layers_the_shape_is_all_that_is_known_of_an_array():
+    _, params = mixed()
+    found = {source.name: source for source in sources(None, params)}
+    assert {name: source.shape for name, source in found.items()} == SHAPES
+    modes = {name: in_modes(source, "flatten_spatial") for name, source in found.items()}
+    assert modes == {**SHAPES, "conv/kernel": (4, 2, 4), "scale": (1,)}
+    assert in_modes(found["stack/dense/kernel"], "matrix") == (12, 4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kind_that_is_kept_whole_has_its_bias_as_the_last_row():
+    layers, params = mixed()
+    (source,) = (source for source in sources(layers, params, whole=("dense",)) if source.name == "stack/dense")
+    parts = {role: params["stack"]["dense"][role] for role in ("kernel", "bias")}
+    found = to_matrix(view(source, source.shape, (1, 0)), parts)
+    for copy in range(3):
+        np.testing.assert_array_equal(found[copy, :, :4], parts["kernel"][copy].T)
+        np.testing.assert_array_equal(found[copy, :, 4], parts["bias"][copy])
+
+
+# With layers and without, with curvature and without ------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A convolution, a normalisation and a dense layer: neither groups nor stacks."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(use_bias=False, name="norm")(nn.Conv(3, (2, 2), padding="VALID", name="conv")(x))
+        return nn.Dense(3, name="last")(nn.tanh(x).mean((1, 2)))
+
+
+def directions(tx, updates, **extra):
+    """The first direction, {address: array}."""
+    return flat(jax.jit(lambda updates: tx.update(updates, tx.init(updates), **extra)[0])(updates))
+
+
+PLAIN = {"conv/kernel": (4, 2, 3), "conv/bias": (3,), "last/kernel": (3, 3), "last/bias": (3,), "norm/scale": (3,)}
+"""The modes of the arrays of `Plain`."""
+
+
+@cache
+def plain():
+    """Gradient and evidence of `Plain`, and its four directions, {statistics and whether layers are known: ...}."""
+    model, x, y = Plain(), normal(6, 3, 3, 2), jnp.arange(6) % 3
+    params = random_params(model, x)
+    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy)
+    layers = capture.layers({"params": params}, x)
+
+    @jax.jit
+    def run(params):
+        out, found = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(1)), {}
+        for statistics, known in product(("curvature", "gradient"), (True, False)):
+            tx = ng.scale_by_tnt(layers if known else None, statistics=statistics, **(AT_ONCE | {"damping": 1e-3}))
+            curvature = out.curvature if statistics == "curvature" else None
+            found[f"{statistics} {known}"] = flat(tx.update(out.grad, tx.init(params), curvature=curvature)[0])
+        return flat(out.grad), out.curvature(), found
+
+    return run(params)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("statistics", ["curvature", "gradient"])
+def test_without_groups_and_stacks_the_layers_need_not_be_known(statistics):
+    gradient, evidence, found = plain()
+    draws = {name: np.asarray(evidence[name].gradient) for name in ("conv", "last", "norm/scale")}
+    parts = {"norm/scale": draws["norm/scale"]}
+    for name in ("conv", "last"):
+        parts |= {f"{name}/kernel": draws[name][:, :-1], f"{name}/bias": draws[name][:, -1]}
+    for name, modes in PLAIN.items():
+        array, known, unknown = (
+            np.asarray(tree[name]).reshape(modes)
+            for tree in (gradient, found[f"{statistics} True"], found[f"{statistics} False"])
+        )
+        of_labels = defined(parts[name].reshape(1, *modes) / 6**0.5, array, 1e-3)
+        of_itself = defined(array[None], array, 1e-3)
+        expected, other = (of_labels, of_itself) if statistics == "curvature" else (of_itself, of_labels)
+        assert_equal(known, expected)
+        assert_equal(unknown, expected)
+        assert_differs(other, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_groups_and_stacks_are_blocks_by_themselves_if_the_layers_are_known():
+    layers, params = mixed()
+    gradient = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), params)
+    tx = optax.masked(
+        ng.scale_by_tnt(layers, statistics="gradient", **AT_ONCE), {name: name in ("conv", "stack") for name in params}
+    )
+    found, leaves = directions(tx, gradient), flat(gradient)
+    for name in STACKS:
+        array, direction = np.asarray(leaves[name]), np.asarray(found[name])
+        if name == "conv/kernel":
+            array, direction = (np.moveaxis(x.reshape(4, 2, 2, 2), 2, 0) for x in (array, direction))
+        for copy, expected in zip(direction, array, strict=True):
+            assert_equal(copy, defined(expected[None], expected))
+        assert_differs(direction, defined(array[None], array))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_an_array_of_a_vmapped_update_is_stepped_as_it_is_alone():
+    gradients = {"w": normal(3, 4, 2)}
+    together = jax.jit(jax.vmap(lambda g: GRADIENT.update(g, GRADIENT.init(g))[0]))(gradients)["w"]
+    for copy, gradient in zip(together, gradients["w"], strict=True):
+        assert_equal(copy, defined(gradient[None], gradient))
+    assert_differs(together, defined(gradients["w"][None], gradients["w"]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_evidence_alone_does_not_say_what_layers_it_is_of():
+    net = dense()
+    tx = ng.scale_by_tnt(**AT_ONCE)
+    with pytest.raises(TypeError, match=r"type dict.*what layers it is of.*`out.curvature`.*with `layers`"):
+        tx.update(net.params, tx.init(net.params), curvature=net.evidence)
+
+
+@pytest.mark.usefixtures("x64")
+def test_missing_curvature_is_asked_for_with_both_remedies():
+    for layers in (dense().layers, None):
+        tx = ng.scale_by_tnt(layers, **AT_ONCE)
+        with pytest.raises(
+            ValueError, match=r'`curvature` is missing.*curvature=out.curvature.*`statistics="gradient"`'
+        ):
+            tx.update(dense().params, tx.init(dense().params))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("other", [{"v": jnp.ones(3)}, {"layer_b": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}])
+def test_curvature_or_gradient_of_another_model_is_refused_by_name(other):
+    net, of_gradient = dense(), ng.scale_by_tnt(statistics="gradient", **AT_ONCE)
+    tx = ng.scale_by_tnt(**AT_ONCE)
+    with pytest.raises(ValueError, match=r"Parameter '.*' has shape .*; `curvature` has .*Capture the model"):
+        tx.update(other, tx.init(other), curvature=net.out.curvature)
+    with pytest.raises(ValueError, match=r"Parameter 'layer_b/.*' has shape .*; `gradient` has .*Pass the gradient"):
+        of_gradient.update(net.params, of_gradient.init(net.params), gradient=other)
+
+
+@pytest.mark.usefixtures("x64")
+def test_forward_evidence_has_no_gradient():
+    net = captured(reference.MLP(widths=(3,)), 4, 4, labels="forward")
+    tx = ng.scale_by_tnt(net.layers, **AT_ONCE)
+    with pytest.raises(ValueError, match=r"evidence for 'layer_b' has no `gradient`.*\"forward\""):
+        tx.update(net.params, tx.init(net.params), curvature=net.evidence)
+
+
+# The gradient that the statistics are of, and the one that is preconditioned ------------------------------------------
+
+
+def defined(seen, momentum, damping=0.1):
+    """The direction of a tensor after gradients were seen, all of one weight."""
+    return solved(units(moments(seen)), damping ** (1 / momentum.ndim), momentum)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_statistics_are_of_the_extra_argument_and_the_direction_is_of_the_update():
+    gradient, momentum = {"w": normal(4, 3)}, {"w": normal(4, 3, seed=1)}
+    found = directions(GRADIENT, momentum, gradient=gradient)["w"]
+    assert_equal(found, defined(gradient["w"][None], momentum["w"]))
+    assert_differs(directions(GRADIENT, momentum)["w"], found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("front", ["behind", "complete", "chain"])
+def test_momentum_in_front_leaves_the_statistics_to_the_gradient_but_a_plain_chain_does_not(front):
+    gradients = normal(2, 4, 3)
+    settings = {"statistics": "gradient", "decay": 0.5, **AT_ONCE}
+    tx = {
+        "behind": lambda: chain.behind(optax.trace(0.9), GRADIENT),
+        "complete": lambda: ng.tnt(-1.0, momentum=0.9, **settings),
+        "chain": lambda: optax.chain(optax.trace(0.9), GRADIENT),
+    }[front]()
+
+    @jax.jit
+    def second(gradients):
+        _, state = tx.update({"w": gradients[0]}, tx.init({"w": gradients[0]}))
+        return tx.update({"w": gradients[1]}, state)[0]["w"]
+
+    first, last = np.asarray(gradients)
+    average = np.stack([first, 2**0.5 * last]) * (2 / 3) ** 0.5  # weights 1/3 and 2/3
+    expected = defined(average, last + 0.9 * first)
+    (assert_differs if front == "chain" else assert_equal)(second(gradients), expected)
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+def dense(labels="sampled"):
+    """A dense layer of four inputs and three outputs on four examples."""
+    return captured(reference.MLP(widths=(3,)), 4, 4, labels=labels)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+@pytest.mark.parametrize("known", [True, False], ids=["layers", "no layers"])
+def test_masks_and_partitions_may_part_a_kernel_from_its_bias(known, wrapper):
+    net, kernels = dense(), {"layer_b": {"kernel": True, "bias": False}}
+    labels = jax.tree.map(lambda is_kernel: "tnt" if is_kernel else "sgd", kernels)
+    tx = ng.scale_by_tnt(net.layers if known else None, **AT_ONCE)
+    parted = {
+        "masked": lambda: optax.masked(tx, kernels),
+        "partition": lambda: optax.partition({"tnt": tx, "sgd": optax.sgd(-2.0)}, labels),
+    }[wrapper]()
+    found = directions(parted, net.out.grad, curvature=net.evidence if known else net.out.curvature)
+    gradient, draws = flat(net.out.grad), np.asarray(net.evidence["layer_b"].gradient) / 2  # of W = 4
+    assert_equal(found["layer_b/kernel"], defined(draws[:, :4], gradient["layer_b/kernel"]))
+    bias = gradient["layer_b/bias"]
+    assert_equal(found["layer_b/bias"], bias if wrapper == "masked" else 2 * bias)
+    assert_differs(found["layer_b/bias"], defined(draws[:, 4], bias))
+    states = [state for state in jax.tree.leaves(parted.init(net.params), is_leaf=is_ours) if is_ours(state)]
+    assert [set(state.layers) for state in states] == [{"layer_b/kernel"}]
+
+
+def is_ours(node):
+    return isinstance(node, ng.NaturalGradientState)
+
+
+# Warm start -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def stream():
+    """What the capture returns for three batches of a dense layer."""
+    net, keys = dense(), jax.random.split(jax.random.key(0), 3)
+    batches = zip((normal(4, 4, seed=t) for t in range(3)), keys, strict=True)
+    return [net.capture.value_and_grad({"params": net.params}, x, jnp.arange(4) % 3, key=key) for x, key in batches]
+
+
+def warm(tx, items, params=None):
+    """The H_i of the kernel after a pass."""
+    state = ng.warm_start(tx, tx.init(dense().params), items, params)
+    assert (state.count, state.metrics.statistics) == (0, len(items))
+    return state.layers["layer_b/kernel"].factors
+
+
+def mean_of(factors):
+    """The H_i that an average holds."""
+    return [np.asarray(total) / np.asarray(factors.weight) for total in factors.total]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("known", [True, False], ids=["layers", "no layers"])
+@pytest.mark.parametrize("gives", ["outs", "curvatures", "evidence"])
+def test_a_warm_start_takes_the_curvature_however_the_stream_gives_it(gives, known):
+    outs, params = stream(), None if gives == "outs" else dense().params
+    tx = ng.scale_by_tnt(dense().layers if known else None, **AT_ONCE)
+    if gives == "evidence" and not known:
+        with pytest.raises(TypeError, match="which does not say what layers it is of"):
+            warm(tx, [out.curvature() for out in outs], params)
+        return
+    of = {"outs": lambda out: out, "curvatures": lambda out: out.curvature, "evidence": lambda out: out.curvature()}
+    found = mean_of(warm(tx, [of[gives](out) for out in outs], params))
+    draws = np.concatenate([out.curvature()["layer_b"].gradient[:, :4] for out in outs]) / 2  # of W = 4
+    for ours, theirs in zip(found, moments(draws), strict=True):
+        assert_equal(ours, theirs)
+        assert_differs(ours, theirs / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gives", ["outs", "gradients"])
+def test_a_warm_start_of_statistics_of_the_gradient_takes_gradients(gives):
+    outs = stream()
+    found = mean_of(warm(GRADIENT, outs if gives == "outs" else [out.grad for out in outs]))
+    gradients = np.stack([out.grad["layer_b"]["kernel"] for out in outs])
+    for ours, theirs, of_the_last in zip(found, moments(gradients), moments(gradients[-1:]), strict=True):
+        assert_equal(ours, theirs)
+        assert_differs(ours, of_the_last)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_warm_start_from_what_the_statistics_are_not_of_is_refused_with_the_remedy():
+    out, params = stream()[0], dense().params
+    with pytest.raises(ValueError, match=r"statistics are of the gradient.*evidence alone.*`capture.value_and_grad`"):
+        ng.warm_start(GRADIENT, GRADIENT.init(params), [out.curvature()], params)
+    tx = ng.scale_by_tnt(dense().layers, **AT_ONCE)
+    with pytest.raises(ValueError, match="`curvature` is missing"):
+        ng.warm_start(tx, tx.init(params), [out.grad])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_c17_the_first_step_after_a_warm_start_leaves_the_statistics_as_they_are():
+    settings = {"damping": 0.1, "statistics": "gradient", "statistics_every": 2, "refresh_every": 4}
+    gradient = {"w": normal(4, 3)}
+
+    def calendar(early, is_warm):
+        tx = ng.scale_by_tnt(**settings, early_refresh=early)
+        state = tx.init(gradient)
+        state = ng.warm_start(tx, state, [{"w": normal(4, 3, seed=1)}]) if is_warm else state
+        start, metrics, kept = state.metrics, [], []
+
+        @jax.jit
+        def step(state):
+            return tx.update(gradient, state)[1]
+
+        for _ in range(9):
+            former, state = state, step(state)
+            same = jax.tree.map(jnp.array_equal, former.layers["w"].factors, state.layers["w"].factors)
+            kept.append(all(jax.tree.leaves(same)))
+            metrics.append((int(state.metrics.statistics - start.statistics), int(state.metrics.refreshes)))
+        return metrics, kept
+
+    for early, refreshes in ((True, (1, 1, 2, 2, 3, 3, 3, 3, 4)), (False, (1, 1, 1, 1, 2, 2, 2, 2, 3))):
+        metrics, kept = calendar(early, True)
+        assert metrics == list(zip((0, 0, 1, 1, 2, 2, 3, 3, 4), refreshes, strict=True))
+        assert kept == [step == 0 or step % 2 == 1 for step in range(9)]
+    metrics, kept = calendar(True, False)
+    assert [statistics for statistics, _ in metrics] == [1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert kept == [step % 2 == 1 for step in range(9)]
+
+
+# Precision and bad input ----------------------------------------------------------------------------------------------
+
+
+def test_half_precision_parameters_have_single_precision_statistics():
+    gradient, tx = {"w": normal(4, 3, dtype="bfloat16"), "s": jnp.full((), 0.5, "bfloat16")}, GRADIENT
+    found, state = jax.jit(lambda gradient: tx.update(gradient, tx.init(gradient)))(gradient)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.layers)} == {jnp.dtype("float32")}
+    for name, array in gradient.items():
+        array = np.asarray(array, np.float64).reshape(array.shape or (1,))
+        assert_equal(found[name].reshape(array.shape), defined(array[None], array), 2**-8)
+        assert_differs(found[name].reshape(array.shape), array)
+
+
+BAD = {
+    "layers": (3, TypeError, r"`layers` is 3; expected what `capture.layers\(variables, x\)` returns, or None"),
+    "damping": (-1, ValueError, "`damping` is -1; expected a finite number of at least 0"),
+    "split": ("even", ValueError, "`split` is 'even'; expected one of 'total', 'per_mode'"),
+    "kernels": ("conv", ValueError, "`kernels` is 'conv'; expected one of 'flatten_spatial', 'matrix', 'all'"),
+    "statistics": ("batch", ValueError, "`statistics` is 'batch'; expected one of 'curvature', 'gradient'"),
+    "scale": ("mean", ValueError, "`scale` is 'mean'; expected one of 'example', 'batch'"),
+    "estimator": ("exact", ValueError, "`estimator` is 'exact'; expected one of 'minibatch', 'per_example'"),
+    "decay": (1.0, ValueError, "`decay` is 1.0; expected a finite number of at least 0 and below 1"),
+    "statistics_every": (0, ValueError, "`statistics_every` is 0; expected a finite number of at least 1"),
+    "refresh_every": ("often", TypeError, "`refresh_every` is 'often'; expected a finite number of at least 1"),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_a_setting_that_makes_no_sense_is_refused_when_it_is_given(option):
+    value, error, sentence = BAD[option]
+    with pytest.raises(error, match=sentence):
+        ng.scale_by_tnt(**{"damping": 0.1, option: value})
+    with pytest.raises(error, match=sentence):
+        ng.tnt(0.1, **{option: value})
+
+
+@pytest.mark.parametrize("layers", [{"w": np.ones(2)}, (), "dense"])
+def test_layers_of_another_kind_of_object_are_refused(layers):
+    with pytest.raises(
+        TypeError, match=r"`layers` is .*expected what `capture.layers\(variables, x\)` returns, or None"
+    ):
+        ng.scale_by_tnt(layers, damping=0.1)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("without", ["layers", "curvature"])
+def test_statistics_of_examples_need_layers_and_curvature(without):
+    lacking = {"layers": None} if without == "layers" else {"layers": dense().layers, "statistics": "gradient"}
+    with pytest.raises(ValueError, match=r"`estimator` is 'per_example'.*the `layers` of the model.*minibatch"):
+        ng.scale_by_tnt(damping=0.1, estimator="per_example", **lacking)
+    ng.scale_by_tnt(dense().layers, damping=0.1, estimator="per_example")
