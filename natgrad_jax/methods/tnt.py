@@ -1,26 +1,29 @@
 """TNT: the gradient as a tensor-normal variable, whose covariance is one Kronecker factor for each mode.
 
-    1  H_i <- EMA(E[G_(i) G_(i)^T]) for every mode i, G the sampled-label gradient, one weight for all   observe
-    2  T <- tr H_1 ( = tr H_i),  c <- (T / N)^(1/k),  N = n_1 ... n_k                                    refresh
-    3  U_i <- H_i / (c^(k-1) N / n_i), so that the mean eigenvalue of every U_i is c                     refresh
+    1  H_i <- EMA(G_(i) G_(i)^T / W) for every mode i, G the gradient of sampled labels, summed          observe
+    2  t <- tr H_1 ( = tr H_i),  c <- (t / n)^(1/k),  n = n_1 ... n_k                                    refresh
+    3  U_i <- H_i / (c^(k-1) n / n_i), so that the mean eigenvalue of every U_i is c                     refresh
     4  P_i <- (U_i + e I)^-1,  e = damping^(1/k)                                                         refresh
     5  direction <- dW x_1 P_1 ... x_k P_k                                                               apply
 
-With `split="per_mode"` e is the damping itself, as in the authors' code: a total of damping^k, which differs between
-kernels and biases. With `normalise=False` lines 3 and 5 are
+G_(i) is the unfolding [n_i, all other modes] of a tensor of k modes, x_i the product with a matrix in mode i; `modes`
+has both. With `split="per_mode"` e is the damping itself, as in the authors' code: a total of damping^k, which differs
+between kernels and biases. With `normalise=False` lines 3 and 5 are
 
     3' U_i <- H_i
-    5' direction <- T^(k-1) dW x_1 P_1 ... x_k P_k
+    5' direction <- t^(k-1) dW x_1 P_1 ... x_k P_k
 
-Ren and Goldfarb (2021), https://arxiv.org/abs/2106.02925; the exact covariance where it is a Kronecker product. Every
-parameter array is a tensor by itself: a dense kernel has the modes (I, O), that of a convolution (window, C, O), and a
-bias or a norm's parameters one. The H_i are partial traces of F; adding e to factors of equal mean eigenvalue is the pi
-damping of K-FAC, for k factors.
+Ren and Goldfarb (2021), https://arxiv.org/abs/2106.02925. The product of the U_i is the covariance itself where that is
+a Kronecker product. Every parameter array is a tensor by itself: a dense kernel has the modes (I, O), that of a
+convolution (window, C, O), and a bias or a norm's parameters one. In expectation the H_i are partial traces of F;
+adding e to factors of equal mean eigenvalue is the pi damping of K-FAC, for k factors.
 
 The paper's experiments take the gradient of the batch's MEAN loss and never multiply by its size W, which is F / W in
 the place of F (`scale="batch"`). With one learning rate a, damping e in each mode and weight decay d this is
 
-    a, e, d  of the scale of a batch  =  a W, e W^(1/k), d / W  of the scale of an example.
+    a, e, d  of the scale of a batch  =  a W, e W^(1/k), d / W  of the scale of an example,
+
+and with `split="total"` the damping itself is multiplied by W, whatever k is.
 """
 
 from collections.abc import Callable
@@ -47,7 +50,7 @@ SPLITS = get_args(Split)
 
 
 class TNTState(NamedTuple):
-    """The average of all H_i together, and the P_i that `apply` reads, the factor T^(k-1) in the first of them."""
+    """The average of all H_i together, and the P_i that `apply` reads; t^(k-1) of line 5' is within the first."""
 
     factors: Average
     inverses: tuple[Factor, ...]
@@ -98,7 +101,7 @@ def tnt_block(
 
 
 def _scales(total: Array, sizes: tuple[int, ...]) -> list[Array]:
-    """n_i / (c^(k-1) N) [S] of each mode; 1 where the trace is zero."""
+    """n_i / (c^(k-1) n) [S] of each mode; 1 where the trace is zero."""
     whole, count = prod(sizes), len(sizes)
     mean = (jnp.where(total > 0, total, whole) / whole) ** (1 / count)
     return [jnp.where(total > 0, size / (mean ** (count - 1) * whole), 1) for size in sizes]
@@ -127,17 +130,17 @@ def scale_by_tnt(
     """The TNT direction, dW x_1 P_1 ... x_k P_k for every parameter array.
 
     Args:
-        layers: from `capture.layers`; without them the shapes of the parameter arrays are all that is known: groups of
-            a convolution, and the stack of a scanned layer, are then modes like others.
+        layers: from `capture.layers`; without them the shapes of the parameter arrays are all that is known: the groups
+            of a convolution are then not told apart, and the copies of a scanned layer are a mode.
         damping: strength in the units of F, the Fisher block of one example; its schedule, if a function.
         split: "total": the k-th root of the damping in each of k modes; "per_mode": the damping itself in each, as in
             the authors' code, in units of the k-th root of F.
         kernels: the modes of a convolution's kernel: "flatten_spatial", (window, C, O); "matrix", (window C, O), as in
-            K-FAC; "all", each of its axes. Without `layers`, of any array of three axes or more.
+            K-FAC; "all", each of its axes. The same of any array of three axes or more that is of no known layer.
         statistics: "curvature": from the labels of the capture, sampled by default; "gradient": from the gradient
             itself, true labels and all: `curvature` is then not needed, nor asked if it is there.
         scale: "example": the statistics, and the damping, are in the units of F; "batch": of F / W, as in the paper's
-            experiments. A gradient has the units that it has, those of a batch.
+            experiments. Statistics of the gradient have its own units, whatever this says: those of a batch.
         estimator: "minibatch": from the gradient summed over the batch; "per_example": from the gradient of each
             example, which has the same mean, less noise, and the cost of TKFAC's factors, and needs `layers`.
         normalise: whether the factors are brought to equal mean eigenvalues before they are damped.
@@ -197,8 +200,8 @@ def tnt(
     """TNT as in its paper's experiments: heavy-ball momentum in FRONT of the direction, decoupled weight decay behind.
 
     Decay, momentum and periods are those of the paper's convolutional nets; its autoencoders took statistics at every
-    step and refreshed every 20. The damping is ours: theirs, 0.01 in each mode of a batch of 128, comes to 1e-4 in
-    all on a convolution, 0.01 on a dense kernel and 1 on a bias.
+    step and refreshed every 20. The damping is ours: theirs, 0.01 in each mode on the scale of a batch of 128, is a
+    total of 1e-4 for a convolution, of 0.01 for a dense kernel and of 1 for a bias in the units of F.
 
     Args:
         learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
