@@ -333,6 +333,40 @@ def test_an_array_of_a_vmapped_update_is_stepped_as_it_is_alone():
     assert_differs(together, defined(gradients["w"][None], gradients["w"]))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_the_gradients_of_examples_are_those_of_every_copy_and_of_no_known_layer_that_of_the_batch():
+    model, x, y = Mixed(), normal(4, 3, 3, 4), jnp.arange(4) % 3
+    layers, params = mixed()
+    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy, labels="true")
+    tx = ng.scale_by_tnt(layers, estimator="per_example", decay=0.0, **AT_ONCE)
+
+    @jax.jit
+    def run(params):
+        def loss(params, x, y):
+            return jnp.sum(reference.LOSSES["softmax_cross_entropy"](model.apply({"params": params}, x[None]), y[None]))
+
+        out = capture.value_and_grad({"params": params}, x, y)
+        _, state = tx.update(out.grad, tx.init(params), curvature=out.curvature)
+        factors = {name: state.factors.total for name, state in state.layers.items()}
+        return flat(jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)), factors
+
+    gradients, factors = run(params)
+    gradients = {name: np.asarray(gradient) for name, gradient in gradients.items()}
+    of_batch = {name: gradient.sum(0, keepdims=True) / 2 for name, gradient in gradients.items()}  # of W = 4
+    for role in ("kernel", "bias"):
+        name = f"stack/dense/{role}"
+        for copy in range(3):
+            expected, others = moments(gradients[name][:, copy]), moments(of_batch[name][:, copy])
+            for ours, theirs, other in zip(factors[name], expected, others, strict=True):
+                assert_equal(ours[copy], theirs)
+                assert_differs(other, theirs)
+    for name in ("cube", "scale"):
+        array = of_batch[name].reshape(1, *(SHAPES[name] or (1,)))
+        for ours, theirs in zip(factors[name], moments(array), strict=True):
+            assert_equal(ours, theirs)
+
+
 @pytest.mark.usefixtures("x64")
 def test_evidence_alone_does_not_say_what_layers_it_is_of():
     net = dense()

@@ -281,16 +281,16 @@ class Enumerated(NamedTuple):
 
 @cache
 def enumerated() -> Enumerated:
-    """A linear softmax model of three classes on two examples."""
-    model, x = reference.MLP(widths=(3,)), normal(2, 4)
-    net = watched(model, random_params(model, x), x, "softmax_cross_entropy")
+    """A linear softmax model of three classes on two examples of unequal weight."""
+    model, x, weights = reference.MLP(widths=(3,)), normal(2, 4), jnp.array([1.0, 2.0])
+    net = watched(model, random_params(model, x), x, "softmax_cross_entropy", weights=weights)
     labels = jnp.array(list(product(range(3), repeat=2)))
     capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy, labels="true")
 
     @jax.jit
     def of_labels(params, x, labels):
         def one(y, estimator):
-            out = capture.value_and_grad({"params": params}, x, y)
+            out = capture.value_and_grad({"params": params}, x, y, weights=weights)
             return _statistics(net.layers, (("estimator", estimator),), params, out.curvature())
 
         return {name: jax.vmap(lambda y: one(y, name))(labels) for name in ("minibatch", "per_example")}  # noqa: B023
@@ -328,7 +328,7 @@ def test_the_gradients_of_examples_have_less_variance_than_that_of_the_batch():
     for name, of_batch in factors["minibatch"].items():
         for mini, single in zip(of_batch, factors["per_example"][name], strict=True):
             variances = [expectations(probabilities, draws)[1].sum() for draws in (mini, single)]
-            assert variances[1] < 0.75 * variances[0]
+            assert variances[1] < 0.9 * variances[0]
 
 
 class Sharing(nn.Module):
@@ -369,39 +369,39 @@ def sharing(labels):
     return net, {name: (rows.T * weights) @ rows / weights.sum() for name, rows in vectors.items()}
 
 
+def every_factor(net, blocks, **settings):
+    """The H_i of the gradients of examples by the package and by definition, one after the other."""
+    found = statistics(net.layers, net.params, net.evidence, **settings)
+    for name, block in blocks.items():
+        for role, expected in zip(("kernel", "bias"), expected_factors(name, np.asarray(block)), strict=True):
+            yield from zip(found[f"{name}/{role}"], expected, strict=True)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_c78_gradients_of_examples_are_those_of_autodiff_whatever_shares_the_weights(labels):
     net, blocks = sharing(labels)
-    found = statistics(net.layers, net.params, net.evidence, estimator="per_example")
-    unlike = found if labels == "true" else statistics(net.layers, net.params, net.evidence)
-    for name, block in blocks.items():
-        for role, expected in zip(("kernel", "bias"), expected_factors(name, np.asarray(block)), strict=True):
-            address = f"{name}/{role}"
-            assert len(found[address]) == len(expected)
-            for factor, definition, other in zip(found[address], expected, unlike[address], strict=True):
-                assert_equal(factor, definition)
-                assert labels == "true" or error(other, definition) > 0.02  # that of the batch, by random signs
+    for found, expected in every_factor(net, blocks, estimator="per_example"):
+        assert_equal(found, expected)
+    if labels == "true":
+        for found, expected in every_factor(net, blocks):
+            assert_differs(found, expected)  # that of the batch
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_modes_that_are_too_long_keep_the_diagonals_of_the_gradients_of_examples():
     net, blocks = sharing("exact")
-    for most in (3, 1):
-        found = statistics(net.layers, net.params, net.evidence, estimator="per_example", max_factor_dim=most)
-        for name, block in blocks.items():
-            for role, expected in zip(("kernel", "bias"), expected_factors(name, np.asarray(block)), strict=True):
-                for factor, definition in zip(found[f"{name}/{role}"], expected, strict=True):
-                    whole = definition.shape[-1] <= most
-                    entries = definition if whole else np.diagonal(definition, axis1=-2, axis2=-1)
-                    (values,) = jax.tree.leaves(factor)
-                    assert_equal(values, entries)
+    for most in (3, 0):
+        for factor, expected in every_factor(net, blocks, estimator="per_example", max_factor_dim=most):
+            is_whole = expected.shape[-1] <= most
+            (values,) = jax.tree.leaves(factor)
+            assert_equal(values, expected if is_whole else np.diagonal(expected, axis1=-2, axis2=-1))
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.slow
+@pytest.mark.usefixtures("x64")
 def test_c38_of_true_labels_the_product_is_that_of_the_second_moments_of_gradients_over_their_trace():
     model, x = reference.MLP(widths=(3,), use_bias=False), normal(6, 4)
     params, y = random_params(model, x), normal(6, 3, seed=3)
