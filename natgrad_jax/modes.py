@@ -109,7 +109,7 @@ def _of_examples(
         rows = jnp.moveaxis(sum(sums[1:], sums[0]), 0, -3).astype(layer.dtype)  # [S, K, N, O]
         count, examples = rows.shape[-3:-1]
         moment = second_moment(rows.reshape(*source.stack, count * examples, -1), full=full[0])
-        return _over((moment,), count * total(evidence, examples))
+        return _over((moment,), count * jnp.maximum(total(evidence, examples), 1e-30))
     inputs, outputs = partial_traces(source, evidence, (any(full[:-1]), full[-1]))
     if len(split) == 2:
         return inputs, outputs
