@@ -402,6 +402,26 @@ def test_modes_that_are_too_long_keep_the_diagonals_of_the_gradients_of_examples
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("estimator", ["minibatch", "per_example"])
+def test_a_batch_in_which_no_example_has_weight_shows_zeros(estimator):
+    model, x, y = reference.MLP(widths=(3,)), normal(4, 4), jnp.arange(4) % 3
+    args = (model, ng.losses.softmax_cross_entropy, random_params(model, x), x, y)
+
+    @partial(jax.jit, static_argnums=0)
+    def update(layers, evidence):
+        tx = ng.scale_by_tnt(layers, damping=1.0, decay=0.5, estimator=estimator, **AT_ONCE)
+        return tx.update(args[2], tx.init(args[2]), curvature=evidence)[1]
+
+    for weights, is_zero in ((jnp.zeros(4), True), (jnp.array([0.0, 1.0, 0.0, 0.0]), False)):
+        state = update(*evidence_of(*args, labels="true", weights=weights))
+        assert state.metrics.rejected_statistics == 0
+        for factors, weight in (state.layers[f"layer_b/{role}"].factors for role in ("kernel", "bias")):
+            assert weight == 0.5
+            assert all(jnp.all(factor == 0) == is_zero for factor in factors)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
 def test_c38_of_true_labels_the_product_is_that_of_the_second_moments_of_gradients_over_their_trace():
     model, x = reference.MLP(widths=(3,), use_bias=False), normal(6, 4)
     params, y = random_params(model, x), normal(6, 3, seed=3)
