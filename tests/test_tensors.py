@@ -191,6 +191,7 @@ def flat(tree):
     return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kernels", MODES)
 def test_every_array_is_a_tensor_by_itself_and_comes_back_as_it_was(kernels):
@@ -367,6 +368,7 @@ def test_the_gradients_of_examples_are_those_of_every_copy_and_of_no_known_layer
             assert_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_evidence_alone_does_not_say_what_layers_it_is_of():
     net = dense()
@@ -375,6 +377,7 @@ def test_evidence_alone_does_not_say_what_layers_it_is_of():
         tx.update(net.params, tx.init(net.params), curvature=net.evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_missing_curvature_is_asked_for_with_both_remedies():
     for layers in (dense().layers, None):
@@ -385,6 +388,7 @@ def test_missing_curvature_is_asked_for_with_both_remedies():
             tx.update(dense().params, tx.init(dense().params))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("other", [{"v": jnp.ones(3)}, {"layer_b": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}])
 def test_curvature_or_gradient_of_another_model_is_refused_by_name(other):
@@ -396,6 +400,7 @@ def test_curvature_or_gradient_of_another_model_is_refused_by_name(other):
         of_gradient.update(net.params, of_gradient.init(net.params), gradient=other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_evidence_has_no_gradient():
     net = captured(reference.MLP(widths=(3,)), 4, 4, labels="forward")
@@ -531,6 +536,7 @@ def test_a_warm_start_of_statistics_of_the_gradient_takes_gradients(gives):
         assert_differs(ours, of_the_last)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_warm_start_from_what_the_statistics_are_not_of_is_refused_with_the_remedy():
     out, params = stream()[0], dense().params
@@ -576,6 +582,7 @@ def test_c17_the_first_step_after_a_warm_start_leaves_the_statistics_as_they_are
 # Precision and bad input ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_half_precision_parameters_have_single_precision_statistics():
     gradient, tx = {"w": normal(4, 3, dtype="bfloat16"), "s": jnp.full((), 0.5, "bfloat16")}, GRADIENT
     found, state = jax.jit(lambda gradient: tx.update(gradient, tx.init(gradient)))(gradient)
@@ -618,6 +625,7 @@ def test_layers_of_another_kind_of_object_are_refused(layers):
         ng.scale_by_tnt(layers, damping=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("without", ["layers", "curvature"])
 def test_statistics_of_examples_need_layers_and_curvature(without):

@@ -436,6 +436,7 @@ def test_c38_of_true_labels_the_product_is_that_of_the_second_moments_of_gradien
     assert_differs(kron([batch @ batch.T, batch.T @ batch]) / np.sum(batch**2) / 6, found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_the_gradient_are_its_own_square_and_ask_for_no_curvature():
     gradient = {"kernel": normal(4, 3), "bias": normal(3, seed=1), "scale": normal(seed=2)}
