@@ -122,6 +122,7 @@ def controlled(
         count, last = state.count, state.last
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
         strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
+        extra = {"gradient": updates} | extra  # without the penalty, for statistics that are of it
         penalty = jnp.zeros((), wide)
         if l2 is not None:
             penalty = jnp.asarray(at_step(l2, count), wide)
