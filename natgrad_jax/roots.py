@@ -4,7 +4,7 @@ By eigendecomposition, of any exponent; or, for 1 / p, by the coupled Newton ite
 is matrix products alone and so runs well where eigendecompositions do not:
 
     1  a <- M + damping I,  z <- (1 + p) / (2 |a|),  m <- z a,  x <- z^(1/p) I
-    2  t <- (1 + 1/p) I - m / p,  x <- x t,  m <- t^p m               until m is the identity
+    2  t <- (1 + 1/p) I - m / p,  x <- x t,  m <- t^p m               until m is the identity, up to rounding
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from natgrad_jax.linalg import Diagonal, Factor, eigh, floored, matmul, transpos
 
 Root = Literal["eigh", "newton"]
 ROOTS = get_args(Root)
-_CLOSE, _ITERATIONS, _GROWTH, _FAR = 1e-6, 100, 1.2, 0.1
+_ITERATIONS, _GROWTH, _FAR = 100, 1.2, 0.1
 
 
 def inverse_root(factor: Factor, damping: Scalar, exponent: float, root: Root = "eigh") -> Factor:
@@ -27,7 +27,8 @@ def inverse_root(factor: Factor, damping: Scalar, exponent: float, root: Root = 
 
     Args:
         factor: positive semidefinite [S, n, n].
-        damping: strength [] or [S], in the units of the factor; floored relative to its largest eigenvalue.
+        damping: strength [] or [S], in the units of the factor; floored relative to its largest eigenvalue, or, for
+            "newton", to its Frobenius norm.
         exponent: positive; 1 / p with a whole p if the root is found by "newton".
         root: "eigh" or "newton".
 
@@ -77,15 +78,23 @@ def _newton(matrix: Array, power: int) -> Array:
 
 
 def _newton_one(matrix: Array, power: int) -> Array:
-    """Of one matrix [n, n]: until the error is small or grows; if it has grown, the root before that."""
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    """Of one matrix [n, n].
+
+    The error is the Frobenius norm |m - I|, which bounds that of every eigenvalue and in exact arithmetic falls from
+    step to step (the largest entry does not: of the all-ones matrix it first grows). So the iteration ends where the
+    error is that of rounding, or no longer falls and is small; then the root before that is the better one. It has
+    failed, and the root is NaN, where an error that is not small grows.
+    """
+    size, identity = matrix.shape[-1], jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    close = 8 * jnp.finfo(matrix.dtype).eps * size**0.5
 
     def error(found):
-        return jnp.max(jnp.abs(found - identity))
+        return jnp.linalg.norm(found - identity)
 
     def goes_on(carry):
         count, _, _, _, now, before = carry
-        return (now > _CLOSE) & (count < _ITERATIONS) & (now < _GROWTH * before)
+        falls = (now < before) | ((now > _FAR) & (now < _GROWTH * before))  # a small change may drown in rounding
+        return (now > close) & falls & (count < _ITERATIONS)
 
     def step(carry):  # 2
         count, x, m, _, now, _ = carry
@@ -97,9 +106,8 @@ def _newton_one(matrix: Array, power: int) -> Array:
     x, m = z ** (1 / power) * identity, z * matrix
     carry = (0, x, m, x, error(m), jnp.asarray(jnp.inf, matrix.dtype))
     _, x, _, x_before, now, before = lax.while_loop(goes_on, step, carry)
-    grown = ~(now < before)
-    residual = jnp.where(grown, before, now)
-    return jnp.where(residual < _FAR, jnp.where(grown, x_before, x), jnp.nan)
+    fallen = now < before
+    return jnp.where(jnp.where(fallen, now, before) < _FAR, jnp.where(fallen, x, x_before), jnp.nan)
 
 
 def _power(matrix: Array, power: int) -> Array:
