@@ -208,8 +208,9 @@ def shampoo(
         kernels: see `scale_by_shampoo`.
         merge: see `scale_by_shampoo`.
         block_size: see `scale_by_shampoo`.
-        graft_to: whose length the direction of each parameter array is given: "sgd", that of the gradient; "rmsprop",
-            that of the gradient over the root of its average square; "adam", the same without bias. None for its own.
+        graft_to: whose length the direction of each parameter array is given: "sgd", that of the momentum, or of the
+            gradient without one; "rmsprop", that of the same over the root of the gradient's average square; "adam",
+            with that average unbiased. None for its own.
         graft_decay: weight of the old value in that average.
         statistics: see `scale_by_shampoo`.
         decay: see `scale_by_shampoo`.
