@@ -168,6 +168,12 @@ direction = cache(build)
 """The same, but one object for one question, so that what was compiled for it is found again."""
 
 
+@cache
+def update_of(tx: Transformation) -> Any:
+    """The jitted `update` of a transformation, compiled once for all tests that ask for the same object."""
+    return jax.jit(tx.update)
+
+
 def row(method: str) -> Row:
     """The row of that name."""
     return METHODS[NAMES.index(method)]

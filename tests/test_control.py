@@ -1,5 +1,6 @@
 """The step that the quadratic model chooses against the dense model, the damping that adapts against the true loss."""
 
+from functools import cache
 from itertools import pairwise
 
 import jax
@@ -64,31 +65,17 @@ def dense_weights(curvature, slope, damping, pair, given):
     return weights
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("l2", [None, L2])
-@pytest.mark.parametrize(("learning_rate", "momentum"), CHOICES)
-def test_what_is_not_given_minimises_the_dense_quadratic_model(learning_rate, momentum, l2):
-    method, penalty = "kfac pi", l2 or 0.0
+def mask(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
-    def mask(tree):
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
-    def make(layers):
-        return ng.controlled(
-            row(method).scale_by(layers, **SETTINGS),
-            learning_rate,
-            damping=DAMPING,
-            momentum=momentum,
-            l2=l2,
-            l2_mask=mask,
-        )
-
-    net, records = watched(make)
-    direction = row(method).scale_by(net.layers, **SETTINGS | {"damping": DAMPING + penalty})
+@cache
+def descent(penalty):
+    """What decays, the first state of the direction, and a function: params, state -> slope, direction, state."""
+    net = mlp("tanh", LOSS)
+    direction = row("kfac pi").scale_by(net.layers, **SETTINGS | {"damping": DAMPING + penalty})
     capture = ng.linen.capture(net.model, LIKELIHOODS[LOSS], labels="exact")
     decayed = flat(jax.tree.map(lambda leaf, kept: jnp.full_like(leaf, kept), net.params, mask(net.params)))
-    inner, last = direction.init(net.params), np.zeros_like(decayed)
 
     @jax.jit
     def descend(params, inner):
@@ -97,6 +84,29 @@ def test_what_is_not_given_minimises_the_dense_quadratic_model(learning_rate, mo
         slope += penalty * decayed * ravel_pytree(params)[0]
         return slope, *direction.update(unravel(slope), inner, params, curvature=out.curvature)
 
+    return decayed, direction.init(net.params), descend
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("l2", [None, L2])
+@pytest.mark.parametrize(("learning_rate", "momentum"), CHOICES)
+def test_what_is_not_given_minimises_the_dense_quadratic_model(learning_rate, momentum, l2):
+    penalty = l2 or 0.0
+
+    def make(layers):
+        return ng.controlled(
+            row("kfac pi").scale_by(layers, **SETTINGS),
+            learning_rate,
+            damping=DAMPING,
+            momentum=momentum,
+            l2=l2,
+            l2_mask=mask,
+        )
+
+    net, records = watched(make)
+    decayed, inner, descend = descent(penalty)
+    last = np.zeros_like(decayed)
     for count, (params, _, _, updates, state) in enumerate(records):
         dense = np.asarray(reference.fisher(net.model, params, LOSS, net.x, net.y)) + penalty * np.diag(decayed)
         slope, u, inner = descend(params, inner)
