@@ -8,9 +8,13 @@ import scipy.linalg
 from jax import lax
 from reference import assert_differs, assert_equal, normal
 from test_grouping import lapack_calls
-from test_mbf import LAPACK
+from test_mbf import AT_ONCE, DAMPING
 
+import natgrad_jax as ng
 from natgrad_jax import linalg
+
+LAPACK = 'custom_call_target="lapack'
+"""How a library call shows in compiled text."""
 
 
 def positive_definite(count, size, condition=10.0, seed=0):
@@ -99,3 +103,19 @@ def test_single_matrices_under_vmap_are_inverted_like_stacks():
     one_by_one, together = jax.jit(jax.vmap(linalg.inverse))(given), jax.jit(linalg.inverse)(given)
     assert_equal(one_by_one, together)
     assert_differs(one_by_one, together[::-1])
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_blocks_are_inverted_without_a_call_of_lapack():
+    kernel = normal(3, 3, 250, 400, dtype="float32")
+    tx = ng.scale_by_mbf(**AT_ONCE)
+
+    def first(kernel):
+        return tx.update({"kernel": kernel}, tx.init({"kernel": kernel}))[0]["kernel"]
+
+    run = jax.jit(first).lower(kernel).compile()
+    assert LAPACK not in run.as_text()
+    assert lapack_calls(first, kernel[..., :7, :9])  # so few are left to the library
+    g = np.asarray(kernel, np.float64).reshape(9, -1).T
+    expected = np.linalg.solve(np.einsum("bi,bj->bij", g, g) + DAMPING * np.eye(9), g[..., None])[..., 0]
+    assert_equal(run(kernel).reshape(9, -1).T, expected)

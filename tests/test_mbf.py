@@ -11,7 +11,6 @@ import reference
 from flax import linen as nn
 from jax import lax
 from reference import assert_differs, assert_equal, damped, error, normal
-from test_grouping import lapack_calls
 from watching import LIKELIHOODS, evidence_of
 
 import natgrad_jax as ng
@@ -506,26 +505,3 @@ def test_c17_the_first_step_after_a_warm_start_adds_to_its_statistics():
     mean = sum(of_the_pass) / 2
     assert_equal(whole(found), g @ np.linalg.inv(damped(0.9 * mean + 0.1 * new, DAMPING)))
     assert_differs(whole(found), g @ np.linalg.inv(damped(mean, DAMPING)))
-
-
-# Many blocks ----------------------------------------------------------------------------------------------------------
-
-
-LAPACK = 'custom_call_target="lapack'
-"""How a library call shows in compiled text."""
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_blocks_are_inverted_without_a_call_of_lapack():
-    kernel = normal(3, 3, 250, 400, dtype="float32")
-    tx = ng.scale_by_mbf(**AT_ONCE)
-
-    def first(kernel):
-        return tx.update({"kernel": kernel}, tx.init({"kernel": kernel}))[0]["kernel"]
-
-    run = jax.jit(first).lower(kernel).compile()
-    assert LAPACK not in run.as_text()
-    assert lapack_calls(first, kernel[..., :7, :9])  # so few are left to the library
-    g = np.asarray(kernel, np.float64).reshape(9, -1).T
-    expected = np.linalg.solve(np.einsum("bi,bj->bij", g, g) + DAMPING * np.eye(9), g[..., None])[..., 0]
-    assert_equal(run(kernel).reshape(9, -1).T, expected)
