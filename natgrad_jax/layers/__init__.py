@@ -15,7 +15,7 @@ from natgrad_jax.base import Array, Evidence, Kind, Layer, Scalar
 from natgrad_jax.layers.conv import CONV, ConvGeometry
 from natgrad_jax.layers.dense import DENSE
 from natgrad_jax.layers.views import as_matrix, as_tensor
-from natgrad_jax.linalg import Diagonal, Factor, trace
+from natgrad_jax.linalg import Diagonal, Factor, einsum, trace
 from natgrad_jax.losses import example_weights
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "output_moment",
     "output_rows",
     "partial_traces",
+    "summed_gradient",
     "to_matrix",
     "total",
 ]
@@ -167,6 +168,19 @@ def partial_traces(
         rows, columns = _pooled(rows, evidence, mean=False), _pooled(columns, evidence, mean=True)
     moments = paired_moments if sharing == "expand" else gradient_moments
     return _divided(moments(rows, columns, full), total(evidence, rows.shape[-3]))
+
+
+def summed_gradient(layer: Layer, evidence: Evidence) -> Array:
+    """The sum over examples of D = sum_t a g^T, from the rows.
+
+    Args:
+        layer: the layer.
+        evidence: inputs and cotangents of a batch.
+
+    Returns:
+        [S, K, I, O].
+    """
+    return einsum("...nti,...knto->...kio", input_rows(layer, evidence), output_rows(layer, evidence))
 
 
 def total(evidence: Evidence, examples: int) -> Scalar:
