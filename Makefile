@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo errors control race test bench lint format
+.PHONY: help demo errors control race autoencoder test bench lint format
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -29,6 +29,9 @@ control: $(VENV)/test.stamp ## which ways of choosing the step survive a small b
 
 race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
+
+autoencoder: $(VENV)/test.stamp ## the papers' MNIST autoencoder at their authors' settings and at ours; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
 
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)

@@ -5,11 +5,11 @@ convolutional classifier, and an autoencoder with a code of 12 numbers, a narrow
 
 Expected: on the autoencoder K-FAC and its relatives reach Adam's final loss in less than half of its steps, K-FAC and
 TKFAC in some half of its seconds, EKFAC and TEKFAC, whose steps are dearer, in more. "Adaptive" is K-FAC with learning
-rate, momentum and damping from the quadratic model, and nothing tuned. On the classifier it ends far below Adam; on the
-autoencoder it is soon down and then stays at what the noise of a third of the data allows, since nothing makes its steps
-decay. The others of the family gain little or nothing over Adam on the classifier, where its step is the cheapest.
-SOAP, and Shampoo at the length of Adam's steps, end below Adam on both. Only the training loss is compared: everything
-here overfits, as the test column says.
+rate, momentum and damping from the quadratic model, and nothing tuned. On the classifier it ends far below Adam; on
+the autoencoder it is soon down and then stays at what the noise of a third of the data allows, since nothing makes its
+steps decay. The others of the family gain little or nothing over Adam on the classifier, where its step is the
+cheapest. SOAP, and Shampoo at the length of Adam's steps, end below Adam on both; TNT and MBF do not. Only the training
+loss is compared: everything here overfits, as the test column says.
 
 Every method has the same initial parameters, the same batches in the same order and, but for the adaptive one, a linear
 warm-up and a cosine decay of the learning rate to zero. On the autoencoder Adam trains for twice the steps, about as

@@ -303,3 +303,29 @@ def test_curvature_at_other_parameters_keeps_the_labels_that_were_drawn(loss):
         assert_equal(there[name].gradient[0], expected[name].sum(0))
     if loss == "squared_error":
         assert_differs(gradients(layer, fresh[name])[0], expected[name])
+
+
+# Convolutions in branches ---------------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_the_branch_of_the_evidence_has_no_convolution_for_the_gradient_of_a_kernel():
+    model, x = nn.Conv(3, (3, 3)), reference.normal(4, 6, 6, 2, dtype="float32")
+    params = reference.random_params(model, x, dtype="float32")
+    capture = ng.linen.capture(model, ng.losses.squared_error)
+
+    def convolutions(of_curvature):
+        def step(params, due):
+            out = capture.value_and_grad({"params": params}, x, jnp.zeros((4, 6, 6, 3)), key=jax.random.key(0))
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            found = jax.lax.cond(due, lambda: of_curvature(out, params), lambda: zeros)
+            return out.grad, found
+
+        return jax.jit(step).lower(params, True).compile().as_text().count(" convolution(")
+
+    def evidence(out, params):
+        (gradient,) = (evidence.gradient[0] for evidence in out.curvature().values())
+        return {"kernel": gradient[:-1].reshape(params["kernel"].shape), "bias": gradient[-1]}
+
+    assert convolutions(lambda out, params: params) == convolutions(evidence) > 0
+    pulled = jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x) ** 3))
+    assert convolutions(lambda out, params: pulled(params)) > convolutions(evidence)  # the control
