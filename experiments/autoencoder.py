@@ -24,7 +24,7 @@ Expected: "authors" near what was logged (SGD-m 120 to 130 after ten epochs, TNT
 the authors of K-BFGS near 62). Found: SGD-m, Adam and both K-FACs end within a unit of their logs; TNT and Shampoo
 leave the plateau half an epoch later, and end at 80 and 119 beside 76 and 110. Below all that was logged are K-FAC
 adaptive and SOAP, 57 after ten epochs; Shampoo at the length of Adam's steps is there sooner, but does not settle at a
-constant rate. MBF, in whatever setting tried, is no better than SGD-m.
+constant rate. MBF is as good as SGD-m with sampled labels, and worse with the true ones.
 
 Units: the authors of TNT take statistics of the gradient of the mean loss, without the batch size; that is our
 `scale="batch"`, and its damping enters each mode by itself, `split="per_mode"`. Momentum stands in front of every
