@@ -34,10 +34,10 @@ having more to choose. TKFAC has the settings of K-FAC and TEKFAC those of EKFAC
                          no momentum
 
 The others had fewer trials. Classifier: TNT (rate, damping) (0.05, 0.1) (0.1, 0.3) [0.03, 0.03]; MBF (0.001, 0.01)
-[0.003, 0.01] (0.01, 0.01: diverges); Shampoo's rate [0.01] 0.03 (diverges); SOAP's 0.01 0.02 0.03 [0.05].
-Autoencoder: TNT, damping falling from 3, [0.1 to 0.03] 0.05 to 0.01 (0.1 to 0.01 or 0.003 diverges); MBF (0.01, 0.3)
-[0.003, 0.1] (0.001, 0.01) (0.003, 0.03) (0.01, 0.1), the last three stuck; Shampoo [0.003] 0.005 0.01 (stuck); SOAP
-0.01 [0.02] 0.03.
+[0.003, 0.01] (0.01, 0.01: diverges); Shampoo's rate [0.003] 0.005 0.01 0.03 (diverges); SOAP's [0.01] 0.02 0.05.
+Shampoo at 0.01 and SOAP at 0.05 end lower still, but leap up to 0.1 halfway through. Autoencoder: TNT, damping falling
+from 3, [0.1 to 0.03] 0.05 to 0.01 (0.1 to 0.01 or 0.003 diverges); MBF (0.01, 0.3) [0.003, 0.1], stuck at (0.001, 0.01)
+(0.003, 0.03) (0.01, 0.1); Shampoo [0.003] 0.005 0.01 (stuck); SOAP 0.01 [0.02] 0.03.
 """
 
 import time
@@ -122,8 +122,8 @@ METHODS = {
         Setting(1000, 0.1, KFAC | {"damping": falling(3, 0.03, 500)}),
     ),
     "MBF": Entry(ng.mbf, Setting(300, 0.003, KFAC | {"damping": 0.01}), Setting(1000, 0.003, KFAC | {"damping": 0.1})),
-    "Shampoo": Entry(ng.shampoo, Setting(300, 0.01, SHAMPOO), Setting(1000, 0.003, SHAMPOO)),
-    "SOAP": Entry(ng.soap, Setting(300, 0.05), Setting(1000, 0.02)),
+    "Shampoo": Entry(ng.shampoo, Setting(300, 0.003, SHAMPOO), Setting(1000, 0.003, SHAMPOO)),
+    "SOAP": Entry(ng.soap, Setting(300, 0.01), Setting(1000, 0.02)),
     "adaptive": Entry(adaptive, Setting(150, None, OFTEN), Setting(300, None, OFTEN)),
 }
 BASELINE = "Adam"
