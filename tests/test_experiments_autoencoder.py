@@ -40,7 +40,7 @@ def test_runs_are_kept_and_not_repeated_and_are_shown_beside_the_logs(config, mo
 
 
 def test_an_unknown_run_or_trial_is_refused_before_any_work(config):
-    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'K-FAC'"):
+    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'Adam'"):
         autoencoder.wanted(autoencoder.Config(**{**vars(config), "only": ("KFAC",)}))
     with pytest.raises(ValueError, match=r"'TNT:0\.1' is none of"):
         autoencoder.wanted(autoencoder.Config(**{**vars(config), "trials": ("TNT:0.1",)}))

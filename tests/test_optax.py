@@ -34,7 +34,7 @@ def once(method):
 
 
 def close(one, other):
-    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)  # of updates whose largest entries are near 1
 
 
 # --- init without arrays ----------------------------------------------------------------------------------------------
