@@ -383,6 +383,14 @@ def test_an_unknown_graft_is_refused():
         ng.shampoo(0.1, graft_to="adagrad")
 
 
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_coupled_factors_of_a_sum_are_refused():
+    with pytest.raises(ValueError, match="coupled factors fit an average"):
+        ng.scale_by_shampoo(damping=0.1, coupled=True, accumulate="sum")
+
+
 # Warm start -----------------------------------------------------------------------------------------------------------
 
 

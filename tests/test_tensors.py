@@ -398,6 +398,18 @@ def is_ours(node):
     return isinstance(node, ng.NaturalGradientState)
 
 
+# Trees ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
+def test_the_parameters_may_be_one_array(shape):
+    gradient = normal(*shape, dtype="float32")
+    bare, _ = GRADIENT.update(gradient, GRADIENT.init(gradient))
+    named, _ = GRADIENT.update({"it": gradient}, GRADIENT.init({"it": gradient}))
+    assert_equal(bare, named["it"])
+    assert jnp.any(bare != gradient)
+
+
 # Precision and bad input ----------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,10 @@ def scale_by_shampoo(
     for name, value, least in (("exponent", exponent, 1e-3), ("merge", merge, 1), ("block_size", block_size, 1)):
         if value is not None:
             checks.number(name, value, least=least)
+    if coupled and accumulate == "sum":
+        raise ValueError(
+            '`coupled` is True and `accumulate` "sum", but coupled factors fit an average; leave one away.'
+        )
     if root == "newton" and exponent is not None:
         whole(exponent)
     return lift_tensors(
