@@ -38,18 +38,6 @@ def empty(layer: Layer, most: int) -> Pair:
     return Pair(*map(side, layer.shape))
 
 
-def identities(layer: Layer, most: int) -> tuple[Factor, Factor]:
-    """Identity matrices in the place of A and G, or their diagonals; each in a buffer of its own."""
-
-    def side(size):
-        if size <= most:
-            return jnp.zeros((*layer.stack, size, size), layer.dtype) + jnp.eye(size, dtype=layer.dtype)
-        return Diagonal(jnp.ones((*layer.stack, size), layer.dtype))
-
-    rows, columns = layer.shape
-    return side(rows), side(columns)
-
-
 def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing: Sharing = "expand") -> Pair:
     """The pair with one more batch.
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from natgrad_jax.base import Array, Layer, Scalar
 from natgrad_jax.damping import Split, split_damping
 from natgrad_jax.eigenbasis import Basis, damped_solve, eigenbasis, standard
-from natgrad_jax.factors import identities
 from natgrad_jax.linalg import Factor, damped_inverse, sandwich
+from natgrad_jax.modes import identities
 
 
 class Inverses(NamedTuple):

@@ -37,6 +37,7 @@ from natgrad_jax.damping import Damping
 from natgrad_jax.eigenbasis import Basis, standard
 from natgrad_jax.factors import Pair
 from natgrad_jax.layers import SHARINGS, Sharing
+from natgrad_jax.modes import identities
 from natgrad_jax.scales import ESTIMATORS, REFRESHES, SPLITS, Estimator, Refresh, Split
 from natgrad_jax.transform import Schedule, lift
 
@@ -72,7 +73,7 @@ def ekfac_block(
     """
 
     def init(layer):
-        pair, basis = factors.empty(layer, max_factor_dim), standard(*factors.identities(layer, max_factor_dim))
+        pair, basis = factors.empty(layer, max_factor_dim), standard(*identities(layer, max_factor_dim))
         return EKFACState(pair, basis, averages.empty(layer.stack, layer.shape, layer.dtype))
 
     def observe(layer, state, evidence):

@@ -33,6 +33,7 @@ from natgrad_jax.control import Quadratic
 from natgrad_jax.damping import Damping
 from natgrad_jax.eigenbasis import Basis, standard
 from natgrad_jax.layers import PAIRINGS, Pairing
+from natgrad_jax.modes import identities
 from natgrad_jax.scales import ESTIMATORS, REFRESHES, SPLITS, Estimator, Refresh, Split
 from natgrad_jax.transform import Schedule, lift
 
@@ -72,7 +73,7 @@ def tekfac_block(
 
     def init(layer):
         traces = factors.empty_traces(layer, max_factor_dim)
-        basis = standard(*factors.identities(layer, max_factor_dim))
+        basis = standard(*identities(layer, max_factor_dim))
         return TEKFACState(traces, basis, averages.empty(layer.stack, layer.shape, layer.dtype))
 
     def observe(layer, state, evidence):
