@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax import averages
+from natgrad_jax import averages, modes
 from natgrad_jax.averages import Average
 from natgrad_jax.base import Evidence, Layer, Scalar
 from natgrad_jax.layers import Pairing, Sharing, input_moment, output_moment, partial_traces
@@ -28,14 +28,7 @@ def empty(layer: Layer, most: int) -> Pair:
     Returns:
         Averages of weight 0.
     """
-
-    def side(size):
-        if size <= most:
-            return averages.empty(layer.stack, (size, size), layer.dtype)
-        average = averages.empty(layer.stack, (size,), layer.dtype)
-        return average._replace(total=Diagonal(average.total))
-
-    return Pair(*map(side, layer.shape))
+    return Pair(*(Average(side, jnp.zeros(layer.stack, layer.dtype)) for side in modes.empty(layer, most).total))
 
 
 def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing: Sharing = "expand") -> Pair:
@@ -83,8 +76,8 @@ def empty_traces(layer: Layer, most: int) -> Average:
     Returns:
         An average of weight 0.
     """
-    pair = empty(layer, most)
-    return Average(Traces(pair.inputs.total, pair.outputs.total), pair.inputs.weight)
+    average = modes.empty(layer, most)
+    return average._replace(total=Traces(*average.total))
 
 
 def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: Pairing) -> Average:

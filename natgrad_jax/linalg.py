@@ -190,7 +190,7 @@ def damped_inverse(factor: Factor, damping: Array) -> Factor:
 
     Args:
         factor: positive semidefinite [..., n, n].
-        damping: strengths [...], in the units of `factor`; floored relative to its Frobenius norm.
+        damping: strengths [...], or one for all [], in the units of `factor`; floored relative to its Frobenius norm.
 
     Returns:
         Of the kind of `factor`; NaN where the factorisation fails.

@@ -31,13 +31,8 @@ def empty(layer: Layer, most: int) -> Average:
     Returns:
         An average of weight 0, of a tuple of [S, n_i, n_i], or `Diagonal`s.
     """
-
-    def factor(size):
-        if size <= most:
-            return jnp.zeros((*layer.stack, size, size), layer.dtype)
-        return Diagonal(jnp.zeros((*layer.stack, size), layer.dtype))
-
-    return Average(tuple(map(factor, layer.shape)), jnp.zeros(layer.stack, layer.dtype))
+    zeros = jax.tree.map(jnp.zeros_like, identities(layer, most))
+    return Average(zeros, jnp.zeros(layer.stack, layer.dtype))
 
 
 def identities(layer: Layer, most: int) -> tuple[Factor, ...]:

@@ -91,11 +91,14 @@ def of_gradient(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, *, gradient=None, **extra):
-        if gradient is not None:
-            updates = addresses.replace(updates, addresses.flatten(gradient))
-        return inner.update(updates, state, params, **extra)
+        return inner.update(_seen(updates, gradient), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _seen(updates: Any, gradient: Any) -> Any:
+    """The gradient where there is one, its leaves in a tree that a mask may have thinned; else the updates."""
+    return updates if gradient is None else addresses.replace(updates, addresses.flatten(gradient))
 
 
 class RMSState(NamedTuple):
@@ -125,12 +128,8 @@ def divide_by_rms(decay: Scalar, *, debias: bool, eps: Scalar = 1e-8) -> optax.G
 
     def update(updates, state, params=None, *, gradient=None, **extra):
         del params, extra
-        if gradient is None:
-            gradient = updates
-        else:
-            gradient = addresses.replace(updates, addresses.flatten(gradient))
         count = jnp.asarray(optax.safe_increment(state.count))
-        squares = optax.tree.update_moment_per_elem_norm(gradient, state.squares, decay, 2)
+        squares = optax.tree.update_moment_per_elem_norm(_seen(updates, gradient), state.squares, decay, 2)
         fair = optax.tree.bias_correction(squares, decay, count) if debias else squares
         found = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), updates, fair)
         return found, RMSState(count, squares)

@@ -21,7 +21,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, ScalarOrSchedule
 from natgrad_jax.damping import Damping
 from natgrad_jax.layers import from_matrix, to_matrix
-from natgrad_jax.layers.views import sources
+from natgrad_jax.layers.views import MODES, Modes, in_modes, merged, sources, view
 from natgrad_jax.transform import Schedule, lift
 
 Statistics = Literal["curvature", "gradient"]
@@ -95,6 +95,27 @@ def lift_tensors(
         return lifted(blocks).update(updates, state, params, curvature=evidence, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def cut_in_modes(kernels: Modes, merge: int | None, block_size: int | None) -> Callable[[Layer], Layer]:
+    """How an array is seen in modes of more than one entry, the short ones joined and the long ones cut.
+
+    Args:
+        kernels: the modes of a kernel, as `layers.views.in_modes` takes them.
+        merge: neighbouring modes are joined while their product is at most this; None to join none.
+        block_size: modes longer than this are cut into blocks; None to cut none.
+
+    Returns:
+        The `see` of `lift_tensors`.
+
+    Raises:
+        ValueError: if the word is unknown or a number out of its range.
+    """
+    checks.choice("kernels", kernels, MODES)
+    for name, value in (("merge", merge), ("block_size", block_size)):
+        if value is not None:
+            checks.number(name, value, least=1)
+    return lambda source: view(source, merged(in_modes(source, kernels), merge), block=block_size)
 
 
 def _of_gradient(blocks: tuple[Layer, ...], gradient: Tree) -> dict[str, Evidence]:

@@ -88,7 +88,7 @@ def mbf_block(decay: Scalar, max_factor_dim: int = 8192) -> Method:
 
     def refresh(layer, state, damping):
         del layer
-        strength = jnp.broadcast_to(damping, state.blocks.weight.shape).astype(state.blocks.weight.dtype)
+        strength = jnp.asarray(damping, state.blocks.weight.dtype)
         return state._replace(inverses=damped_inverse(averages.mean(state.blocks), strength))  # 2
 
     def apply(layer, state, gradient, damping):

@@ -29,11 +29,11 @@ from natgrad_jax.base import Array, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.chain import complete
 from natgrad_jax.control import Quadratic
 from natgrad_jax.damping import Damping
-from natgrad_jax.layers.views import MODES, Modes, in_modes, merged, view
+from natgrad_jax.layers.views import Modes
 from natgrad_jax.linalg import Factor
 from natgrad_jax.roots import ROOTS, Root, inverse_root, whole
 from natgrad_jax.steps import divide_by_rms, graft
-from natgrad_jax.tensor_transform import Statistics, lift_tensors
+from natgrad_jax.tensor_transform import Statistics, cut_in_modes, lift_tensors
 from natgrad_jax.transform import Schedule
 
 Accumulate = Literal["average", "sum"]
@@ -146,10 +146,8 @@ def scale_by_shampoo(
     """
     checks.choice("root", root, ROOTS)
     checks.choice("accumulate", accumulate, ACCUMULATES)
-    checks.choice("kernels", kernels, MODES)
-    for name, value, least in (("exponent", exponent, 1e-3), ("merge", merge, 1), ("block_size", block_size, 1)):
-        if value is not None:
-            checks.number(name, value, least=least)
+    if exponent is not None:
+        checks.number("exponent", exponent, least=1e-3)
     if coupled and accumulate == "sum":
         raise ValueError(
             '`coupled` is True and `accumulate` "sum", but coupled factors fit an average; leave one away.'
@@ -158,7 +156,7 @@ def scale_by_shampoo(
         whole(exponent)
     return lift_tensors(
         lambda decay: shampoo_block(decay, exponent, root, accumulate, coupled, max_factor_dim),
-        lambda source: view(source, merged(in_modes(source, kernels), merge), block=block_size),
+        cut_in_modes(kernels, merge, block_size),
         layers,
         damping=damping,
         decay=decay,

@@ -30,10 +30,10 @@ from natgrad_jax.chain import complete
 from natgrad_jax.control import Quadratic
 from natgrad_jax.damping import Damping
 from natgrad_jax.eigenbasis import iterated
-from natgrad_jax.layers.views import MODES, Modes, in_modes, merged, view
+from natgrad_jax.layers.views import Modes
 from natgrad_jax.linalg import Diagonal, eigh, matmul, transpose
 from natgrad_jax.scales import REFRESHES, Refresh
-from natgrad_jax.tensor_transform import Statistics, lift_tensors
+from natgrad_jax.tensor_transform import Statistics, cut_in_modes, lift_tensors
 from natgrad_jax.transform import Schedule
 
 _NOISE = 100  # of what was turned, roots of V below this many eps of the largest are rounding; so is what they divide
@@ -167,13 +167,9 @@ def scale_by_soap(
         ValueError: if a word is unknown or a number out of its range.
     """
     checks.choice("refresh", refresh, REFRESHES)
-    checks.choice("kernels", kernels, MODES)
-    for name, value in (("merge", merge), ("block_size", block_size)):
-        if value is not None:
-            checks.number(name, value, least=1)
     return lift_tensors(
         lambda decay: soap_block(decay, refresh, max_factor_dim),
-        lambda source: view(source, merged(in_modes(source, kernels), merge), block=block_size),
+        cut_in_modes(kernels, merge, block_size),
         layers,
         damping=damping,
         decay=decay,

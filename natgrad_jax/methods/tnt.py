@@ -89,7 +89,7 @@ def tnt_block(
         total = trace(factors[0])  # 2
         scales = _scales(total, layer.shape) if normalise else [jnp.ones_like(total)] * count
         units = [_times(factor, scale) for factor, scale in zip(factors, scales, strict=True)]  # 3
-        first, *others = (damped_inverse(unit, jnp.broadcast_to(strength, total.shape)) for unit in units)  # 4
+        first, *others = (damped_inverse(unit, strength) for unit in units)  # 4
         first = first if normalise else _times(first, total ** (count - 1))
         return state._replace(inverses=(first, *others))
 
