@@ -12,9 +12,10 @@ from natgrad_jax.methods.mbf import mbf, scale_by_mbf
 from natgrad_jax.methods.shampoo import scale_by_shampoo, shampoo
 from natgrad_jax.methods.soap import scale_by_soap, soap
 from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
+from natgrad_jax.methods.tengrad import scale_by_tengrad, tengrad
 from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
 from natgrad_jax.methods.tnt import scale_by_tnt, tnt
-from natgrad_jax.steps import clip_by_kl, graft
+from natgrad_jax.steps import clip_by_kl, graft, spring
 from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
 __all__ = [
@@ -40,11 +41,14 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "scale_by_tekfac",
+    "scale_by_tengrad",
     "scale_by_tkfac",
     "scale_by_tnt",
     "shampoo",
     "soap",
+    "spring",
     "tekfac",
+    "tengrad",
     "tkfac",
     "tnt",
     "warm_start",

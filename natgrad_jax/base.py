@@ -25,6 +25,10 @@ ScalarOrSchedule = optax.ScalarOrSchedule
 """A number, an array without axes, or a schedule: a function of the int32 step count."""
 
 
+Matrix = Any
+"""The weight matrix of a layer [S, I, O]; of a block of several layers a mapping {layer: its matrix}."""
+
+
 class Leaf(NamedTuple):
     """One parameter array of a layer: what part it plays, where it stands in the tree, its shape."""
 
@@ -46,6 +50,7 @@ class Layer:
         dtype: dtype of the curvature, "float32" or "float64".
         geometry: the options of the layer's kind that its rows depend on, hashable.
         grouped: whether the last stack axis is the groups of a convolution, an axis that its arrays do not have.
+        positions: T, over all calls of the layer.
         note: why the parameter has no layer, for the coverage report.
     """
 
@@ -57,6 +62,7 @@ class Layer:
     dtype: str = "float32"
     geometry: Any = None
     grouped: bool = False
+    positions: int = 1
     note: str = ""
 
     @property
@@ -85,6 +91,8 @@ class Evidence(NamedTuple):
             is the identity.
         weights: weights of the examples [N], or of their positions [N, T]. None if all are 1.
         count: W, the total weight of the examples. None stands for N.
+        slopes: squared norm of the derivative of each example's loss by the outputs of the model [K, N], times the
+            weight of the example. None where g is the identity.
     """
 
     inputs: tuple[Array, ...] | Array | None = None
@@ -92,6 +100,7 @@ class Evidence(NamedTuple):
     gradient: Array | None = None
     weights: Array | None = None
     count: Array | None = None
+    slopes: Array | None = None
 
 
 class Kind(NamedTuple):
@@ -103,8 +112,8 @@ class Kind(NamedTuple):
     output_rows: layer, cotangents of one call -> [S, K, N, T, O]
     """
 
-    to_matrix: Callable[[Layer, Mapping[str, Array]], Array]
-    from_matrix: Callable[[Layer, Array], dict[str, Array]]
+    to_matrix: Callable[[Layer, Mapping[str, Array]], Matrix]
+    from_matrix: Callable[[Layer, Matrix], dict[str, Array]]
     input_rows: Callable[[Layer, Array], Array]
     output_rows: Callable[[Layer, Array], Array]
 
@@ -126,7 +135,7 @@ class Method(NamedTuple):
     init: Callable[[Layer], Any]
     observe: Callable[[Layer, Any, Evidence], Any]
     refresh: Callable[[Layer, Any, Scalar], Any]
-    apply: Callable[[Layer, Any, Array, Scalar], Array]
+    apply: Callable[[Layer, Any, Matrix, Scalar], Matrix]
     rescale: Callable[[Layer, Any, Evidence], Any] | None = None
 
 
@@ -139,10 +148,14 @@ class Layers(Mapping[str, Layer]):
     Attributes:
         known: the layers that a method preconditions.
         rest: the parameters that belong to no known layer, each with the reason in its `note`.
+        examples: N of the inputs that the layers were found with; 0 if that is not known.
+        draws: K that the evidence will have; 0 if it will have no cotangents.
     """
 
     known: tuple[Layer, ...]
     rest: tuple[Layer, ...] = ()
+    examples: int = 0
+    draws: int = 1
     _index: dict[str, Layer] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self):
@@ -166,23 +179,45 @@ class Layers(Mapping[str, Layer]):
         return "\n".join(_report(self))
 
 
+def sample_sizes(layer: Layer, examples: int, draws: int, positions: int | None = None) -> tuple[int, int]:
+    """How many numbers a batch takes in sample space, for all copies of a layer.
+
+    Args:
+        layer: the layer.
+        examples: N.
+        draws: K.
+        positions: T, if it is not that of the layer.
+
+    Returns:
+        Of the rows a and g, N T (I + K O); of the gradients of the examples, K N I O.
+    """
+    rows, columns = layer.shape
+    copies = prod(layer.stack) * examples
+    return copies * (positions or layer.positions) * (rows + draws * columns), copies * draws * rows * columns
+
+
 def _report(layers: Layers) -> list[str]:
     """The lines of the coverage report."""
     lines = []
     if layers.known:
-        rows = [("parameter", "shape", "kind", "factors", "state")]
+        sampled = layers.examples * layers.draws
+        rows = [("parameter", "shape", "kind", "factors", "state", "in sample space")]
         for layer in layers.known:
             copies = "".join(f"{size} x " for size in layer.stack)
-            state = _bytes(prod(layer.stack) * 8 * (layer.shape[0] ** 2 + layer.shape[1] ** 2))
+            state = prod(layer.stack) * 8 * (layer.shape[0] ** 2 + layer.shape[1] ** 2)
+            batch = 4 * (min(sample_sizes(layer, layers.examples, layers.draws)) + prod(layer.stack) * sampled**2)
             first, *others = layer.leaves
-            rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", state))
-            rows.extend((leaf.address, str(leaf.shape), "", "", "") for leaf in others)
+            sizes = (_bytes(state), _bytes(batch) if sampled else "")
+            rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
+            rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         lines.append(
             "(factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)"
         )
+        if sampled:
+            lines.append(f"(in sample space: {_rows_of(layers)}, with the inverse of their kernel, as TENGraD has it)")
     if layers.rest:
         lines.append("Not covered, hence a diagonal Fisher block each, same damping and learning rate:")
         width = max(len(layer.name) for layer in layers.rest)
@@ -190,6 +225,12 @@ def _report(layers: Layers) -> list[str]:
     elif layers.known:
         lines.append("Every parameter is covered.")
     return lines
+
+
+def _rows_of(layers: Layers) -> str:
+    """How many rows a batch has, in words."""
+    draws = f" of {layers.draws} draws" if layers.draws > 1 else ""
+    return f"{layers.examples} examples{draws}"
 
 
 def _bytes(count: float) -> str:

@@ -146,6 +146,8 @@ def lazy_evidence(curvature: Any, blocks: tuple[Layer, ...]) -> Callable[[], Map
 def _fits(layer: Layer, evidence: Evidence) -> None:
     """Refuse an evidence whose shapes are not those of the layer."""
     advice = "Capture the model that the `layers` of the transformation were found in."
+    if layer.kind == "joint":  # its members were compared one by one
+        return
     if layer.kind in ("parameter", "tensor"):
         if evidence.gradient is None or evidence.count is None:
             raise ValueError(f"The evidence for {layer.name!r}, a parameter of no layer, needs `gradient` and `count`.")

@@ -73,6 +73,8 @@ class Schedule(NamedTuple):
         rescale_every: steps between rescalings; they also follow every refresh. Ignored by methods without one.
         early_refresh: whether to refresh at every statistics step until the first refresh period is over.
         keep_warm_start: whether the first step leaves the statistics of a warm start as they are.
+        as_one: whether statistics and refreshes are of one date, so that a refresh which fails takes the statistics of
+            its step back; for methods that apply both.
     """
 
     statistics_every: Period
@@ -80,6 +82,7 @@ class Schedule(NamedTuple):
     rescale_every: Period = 1
     early_refresh: bool = False
     keep_warm_start: bool = False
+    as_one: bool = False
 
 
 def lift(
@@ -183,8 +186,10 @@ def _advance(
     def observe(state, evidence=None):
         return _observe_all(at, blocks, evidence_of() if evidence is None else evidence, state)  # 1
 
+    former = state.layers
+
     def refresh(state):
-        return _refresh_all(at, blocks, damping, state)  # 2
+        return _refresh_all(at, blocks, damping, state, former if schedule.as_one else state.layers)  # 2
 
     if not any(at(layer).rescale for layer in blocks):
         return _when(refresh_due, refresh, _when(statistics_due, observe, state))
@@ -221,12 +226,17 @@ def _observe_all(
 
 
 def _refresh_all(
-    at: Callable[[Layer], Method], blocks: tuple[Layer, ...], damping: Array, state: NaturalGradientState
+    at: Callable[[Layer], Method],
+    blocks: tuple[Layer, ...],
+    damping: Array,
+    state: NaturalGradientState,
+    former: States,
 ) -> NaturalGradientState:
+    """Line 2; a layer whose refresh is not finite goes back to its former state."""
     fresh = map_states(
         lambda layer, old, damping: at(layer).refresh(layer, old, damping), blocks, state.layers, damping
     )
-    state = _keep_finite_refreshes(blocks, fresh, state.layers, state)
+    state = _keep_finite_refreshes(blocks, fresh, former, state)
     return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + 1))
 
 

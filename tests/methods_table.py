@@ -1,7 +1,7 @@
 """The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`."""
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ class Row(NamedTuple):
         smoothing: the momentum that the complete optimizer has in front of the direction; None for one behind it.
         learning: settings with which the complete optimizer learns in fifteen steps.
         power: the power of 1 / damping that the direction has where the damping is large.
+        apart: whether statistics have a period of their own; else they come with each refresh.
+        application: flops of a step's application that grow with the batch, for a problem of that many examples.
     """
 
     name: str
@@ -40,18 +42,40 @@ class Row(NamedTuple):
     smoothing: Callable[..., Any] | None = None
     learning: Mapping[str, Any] = {"learning_rate": 0.05}
     power: float = 1.0
+    apart: bool = True
+    application: Callable[[ng.Layers, int], int] = lambda layers, examples: 0
 
 
 def _row(
     name: str, scale_by: Callable, optimizer: Callable, rate: float, law: Mapping[str, Any] = {}, **variant: Any
 ) -> Row:
     """A row: what is special about it by the laws, and the settings of its variant."""
+    if not law.get("apart", True):
+        scale_by, optimizer = _without_periods_of_statistics(scale_by), _without_periods_of_statistics(optimizer)
     return Row(name, partial(scale_by, **variant), partial(optimizer, **variant), rate, **law)
+
+
+def _without_periods_of_statistics(make: Callable) -> Callable:
+    """The same for a method that measures where it refreshes; the laws name both periods."""
+
+    @wraps(make)
+    def made(*args, statistics_every=None, early_refresh=None, **settings):
+        del statistics_every, early_refresh
+        return make(*args, **settings)
+
+    return made
+
+
+def _in_sample_space(layers: ng.Layers, examples: int) -> int:
+    """Flops of J D and J^T v from rows, and of the product with a matrix of the size of the batch."""
+    shapes = (layer.shape for layer in layers.known)
+    return sum(4 * examples * (rows + 1) * columns + 2 * examples**2 for rows, columns in shapes)
 
 
 _TWICE = {"rescales": True, "factorisations": 4}
 _TENSORS = {"smoothing": optax.trace}
 _ROOTS = {"power": 0.5}
+_SAMPLES = {"averages": False, "factorisations": 1, "apart": False, "application": _in_sample_space}
 
 
 _SOAP_LEARNS = {"learning_rate": 0.1, "statistics": "gradient", "rescale_every": 1}
@@ -86,6 +110,7 @@ METHODS = (
         statistics="curvature",
         rescale_every=10,
     ),
+    _row("tengrad", ng.scale_by_tengrad, ng.tengrad, 1.0, _SAMPLES),
 )
 NAMES = tuple(row.name for row in METHODS)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
@@ -157,6 +182,11 @@ def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples:
     variables = nets[model].init(keys[2], x[0])
     capture = ng.linen.capture(nets[model], ng.losses.softmax_cross_entropy, labels=labels)
     return Task(capture, variables, capture.layers(variables, x[0]), x, y)
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """The test settings that the direction of a row has."""
+    return {k: v for k, v in SETTINGS.items() if row(method).apart or k not in ("statistics_every", "early_refresh")}
 
 
 def build(method: str, where: str = "mlp", **settings: Any) -> Transformation:

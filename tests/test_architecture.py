@@ -24,6 +24,7 @@ ROOMS = (
     "factors",
     "inverses",
     "scales",
+    "samples",
     "diagonal",
     "checks",
     "capture",

@@ -208,13 +208,13 @@ def plain(params, t):
     return out.value, out.grad
 
 
-def skips_the_second_backward(tx):
+def skips_the_second_backward(tx, extra=0):
     """Outside of its branches, a step has the products of a plain gradient and of the application, and no more."""
     params, state = start(task("mlp wide"), tx)
     jaxpr = jax.make_jaxpr(partial(step, task("mlp wide"), tx))((params, state), 1).jaxpr
     skipped, measured = product_flops(jaxpr, min), product_flops(jaxpr, max)
     gradient = product_flops(jax.make_jaxpr(plain)(params, 1).jaxpr, min)
-    assert skipped <= gradient + application()
+    assert skipped <= gradient + max(application(), extra)
     assert measured >= 1.5 * gradient
 
 
@@ -229,7 +229,7 @@ def application():
 @pytest.mark.slow
 @every_method
 def test_a_step_without_statistics_has_no_second_backward(method):
-    skips_the_second_backward(direction(method, "mlp wide"))
+    skips_the_second_backward(direction(method, "mlp wide"), applying(method))
 
 
 @pytest.mark.slow
@@ -244,7 +244,12 @@ def compiled_flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
-def compiles_without_a_second_backward(tx):
+def applying(method):
+    """Flops of what a method applies at every step that grow with the batch."""
+    return table.row(method).application(task("mlp wide").layers, 1024)
+
+
+def compiles_without_a_second_backward(tx, extra=0, due=2):
     """XLA's own count: at a step that is due for nothing, what is compiled is a gradient and little else."""
     params, state = start(task("mlp wide"), tx)
 
@@ -252,14 +257,15 @@ def compiles_without_a_second_backward(tx):
         return step(task("mlp wide"), tx, (params, state._replace(count=jnp.int32(count))), count)
 
     gradient = compiled_flops(partial(plain, t=1), params)
-    assert compiled_flops(partial(at, 1), params, state) < 1.1 * gradient
-    assert compiled_flops(partial(at, 2), params, state) > 1.5 * gradient
+    assert compiled_flops(partial(at, 1), params, state) < 1.1 * (gradient + extra)
+    assert compiled_flops(partial(at, due), params, state) > 1.5 * (gradient + extra)
 
 
 @pytest.mark.slow
 @every_method
 def test_the_compiled_step_without_statistics_costs_a_gradient(method):
-    compiles_without_a_second_backward(direction(method, "mlp wide"))
+    due = 2 if table.row(method).apart else 4
+    compiles_without_a_second_backward(direction(method, "mlp wide"), applying(method), due)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
 @every_method
 def test_every_direction_takes_injected_hyperparameters(method):
     gradient, evidence = measured("mlp")
-    injected = optax.inject_hyperparams(row(method).scale_by)(task("mlp").layers, **table.SETTINGS)
+    injected = optax.inject_hyperparams(row(method).scale_by)(task("mlp").layers, **table.settings_of(method))
     updates, state = jax.jit(injected.update)(gradient, injected.init(params_of()), curvature=evidence)
     expected, expected_state = once(method)
     close(updates, expected)

@@ -11,7 +11,8 @@ Hessian of the likelihood by the outputs.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +92,12 @@ class Problem:
             return self.objective(outputs, targets, weights)
         return self.likelihood(self.readout(outputs), targets, weights)
 
+    def rows_of(self, outputs: Any) -> int:
+        """K, how many cotangents each example has; `outputs` of the model may be shapes. 0 if g is the identity."""
+        if self.labels == "exact":  # whether the likelihood can read the outputs is asked when it has to
+            return prod(getattr(jax.eval_shape(self.readout, outputs), "shape", ())[1:])
+        return 0 if self.labels == "forward" else self.draws
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curvature:
@@ -114,6 +121,11 @@ class Curvature:
         """The layers that the evidence is of."""
         return self._forward.layers
 
+    @property
+    def labels(self) -> str:
+        """Whose cotangents the evidence has: "sampled", "exact", "true" or "forward"."""
+        return self._problem.labels
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch.
 
@@ -126,10 +138,11 @@ class Curvature:
         passed = self._passed if params is None else _run(self._forward, params)
         if self._problem.labels == "forward":
             return self._forward_only(passed)
+        seeds, slopes = self._seeds(passed)
         if self._ordinary is not None and params is None:
             ordinary = jax.tree.map(lambda x: x[None] * self._forward.examples, self._ordinary)
-            return self._evidence(passed, *ordinary, pulled_outside=True)
-        return self._evidence(passed, *_pull_each(passed.pullback, self._seeds(passed)))
+            return self._evidence(passed, *ordinary, slopes=slopes, pulled_outside=True)
+        return self._evidence(passed, *_pull_each(passed.pullback, seeds), slopes=slopes)
 
     def along(self, direction: Tree) -> Array:
         """J times a direction at the outputs of the batch, with R^T of the likelihood applied.
@@ -170,8 +183,8 @@ class Curvature:
         outputs = self._forward.run(params, self._forward.probes)[0]
         return self._problem.value(outputs, self._batch.targets, self._batch.weights)
 
-    def _seeds(self, passed: "_Pass") -> Any:
-        """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots."""
+    def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
+        """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
         outputs, back = jax.vjp(self._problem.readout, passed.outputs)
         wide = _wide(outputs)
         scale = jnp.sqrt(spread(self._batch.weights, outputs.ndim))
@@ -179,7 +192,8 @@ class Curvature:
             seeds = self._exact_seeds(wide)
         else:
             seeds = jax.vmap(lambda targets: _score(self._problem.likelihood, wide, targets))(self._targets())
-        return jax.vmap(lambda seed: back((scale * seed).astype(outputs.dtype))[0])(seeds)
+        slopes = jnp.sum((scale * seeds) ** 2, axis=range(2, seeds.ndim))
+        return jax.vmap(lambda seed: back((scale * seed).astype(outputs.dtype))[0])(seeds), slopes
 
     def _targets(self) -> Array:
         """The targets of each draw [K, ...]: the true ones, or labels drawn at the parameters of this step."""
@@ -204,7 +218,13 @@ class Curvature:
         return jax.vmap(lambda vector: self._problem.likelihood.root(outputs, vector))(vectors)
 
     def _evidence(
-        self, passed: "_Pass", gradients: Tree, cotangents: Tree | None, *, pulled_outside: bool = False
+        self,
+        passed: "_Pass",
+        gradients: Tree,
+        cotangents: Tree | None,
+        *,
+        slopes: Array | None = None,
+        pulled_outside: bool = False,
     ) -> dict[str, Evidence]:
         """The evidence of every block; `gradients` leads with K."""
         weights, examples = self._batch.weights, self._forward.examples
@@ -224,7 +244,7 @@ class Curvature:
                 evidence[layer.name] = Evidence(calls, weights=weights, count=count)
                 continue
             seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
-            found = Evidence(calls, seen, gradient, weights, count)
+            found = Evidence(calls, seen, gradient, weights, count, slopes)
             evidence[layer.name] = found if pulled_outside else _without_convolutions(layer, found)
         return evidence
 
@@ -281,6 +301,25 @@ def evaluate(
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
+
+
+def sized(layers: Layers, outlines: Mapping[str, tuple[Any, ...]], examples: int, draws: int) -> Layers:
+    """The layers, and how many rows their evidence will have.
+
+    Args:
+        layers: as they were found.
+        outlines: {layer: shapes of the output of each call}.
+        examples: N.
+        draws: K.
+
+    Returns:
+        The layers with `positions`, `examples` and `draws`.
+    """
+    known = []
+    for layer in layers.known:
+        rows = sum(prod(outline.shape[layer.module_axes : -1]) for outline in outlines[layer.name])
+        known.append(replace(layer, positions=rows // examples))
+    return replace(layers, known=tuple(known), examples=examples, draws=draws)
 
 
 def _run(forward: Forward, params: Tree) -> _Pass:

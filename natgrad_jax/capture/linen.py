@@ -88,10 +88,11 @@ class Capture:
         >>> x = jnp.ones((8, 4))
         >>> watched = capture(model, ng.losses.softmax_cross_entropy)
         >>> print(watched.layers(model.init(jax.random.key(0), x), x))
-        parameter  shape   kind   factors  state
-        kernel     (4, 3)  dense  (5, 3)   272 B
+        parameter  shape   kind   factors  state  in sample space
+        kernel     (4, 3)  dense  (5, 3)   272 B  512 B
         bias       (3,)
         (factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)
+        (in sample space: 8 examples, with the inverse of their kernel, as TENGraD has it)
         Every parameter is covered.
 
         Args:
@@ -168,11 +169,12 @@ class Capture:
         outputs, mutated = _shapes(lambda *traced: apply(*traced, watch=watch_all, mutable=[_PROBES]), traced)
         examples = _examples(jax.eval_shape(self.problem.readout, outputs))
         calls = _by_path(mutated.get(_INPUTS, {}))
-        layers = classify(params, sightings, calls, examples, self.exclude)
+        found = classify(params, sightings, calls, examples, self.exclude)
         paths = {name_of(path, sighting): path for path, sighting in sightings.items()}
-        paths = {name: paths[name] for name in layers}
+        paths = {name: paths[name] for name in found}
         outputs_of = _by_path(mutated.get(_PROBES, {}))
         outlines = {name: outputs_of[path] for name, path in paths.items()}
+        layers = common.sized(found, outlines, examples, self.problem.rows_of(outputs))
         probes = jax.tree.map(lambda outline: jnp.zeros(outline.shape, outline.dtype), outlines)
         watched = frozenset(paths.values())
         watch_known = _watch(lambda path, module, x: path in watched)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.averages import gradient_moments, paired_moments, second_moment
-from natgrad_jax.base import Array, Evidence, Kind, Layer, Scalar
+from natgrad_jax.base import Array, Evidence, Kind, Layer, Matrix, Scalar
 from natgrad_jax.layers.conv import CONV, ConvGeometry
 from natgrad_jax.layers.dense import DENSE
+from natgrad_jax.layers.joint import members
 from natgrad_jax.layers.views import as_matrix, as_tensor
 from natgrad_jax.linalg import Diagonal, Factor, einsum, trace
 from natgrad_jax.losses import example_weights
@@ -30,6 +31,7 @@ __all__ = [
     "input_rows",
     "output_moment",
     "output_rows",
+    "paired_rows",
     "partial_traces",
     "summed_gradient",
     "to_matrix",
@@ -52,6 +54,20 @@ _TENSOR = Kind(
     ),
 )
 
+_JOINT = Kind(
+    to_matrix=lambda layer, leaves: {
+        member.name: to_matrix(member, {leaf.role: leaves[leaf.address] for leaf in member.leaves})
+        for member in members(layer)
+    },
+    from_matrix=lambda layer, matrices: {
+        leaf.address: from_matrix(member, matrices[member.name])[leaf.role]
+        for member in members(layer)
+        for leaf in member.leaves
+    },
+    input_rows=lambda layer, inputs: inputs,
+    output_rows=lambda layer, cotangents: cotangents,
+)
+
 Sharing = Literal["expand", "reduce"]
 """How factors see the positions that share the weights: each by itself, or pooled within an example."""
 SHARINGS = ("expand", "reduce")
@@ -59,15 +75,15 @@ Pairing = Literal["example", "expand", "reduce"]
 """The same for the partial traces of F: of examples as they are, position by position, or of pooled positions."""
 PAIRINGS = ("example", "expand", "reduce")
 
-KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER, "tensor": _TENSOR}
+KINDS: dict[str, Kind] = {"dense": DENSE, "conv": CONV, "parameter": _PARAMETER, "tensor": _TENSOR, "joint": _JOINT}
 
 
-def to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+def to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Matrix:
     """The parameter arrays {role: array} of a layer as one matrix [S, I, O] in the dtype of its curvature."""
     return KINDS[layer.kind].to_matrix(layer, leaves)
 
 
-def from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
+def from_matrix(layer: Layer, matrix: Matrix) -> dict[str, Array]:
     """The inverse of `to_matrix`: {role: array} from [S, I, O]."""
     return KINDS[layer.kind].from_matrix(layer, matrix)
 
@@ -163,11 +179,27 @@ def partial_traces(
             jax.tree.map(lambda leaf: leaf * layer.shape[-1], inputs),
             jax.tree.map(lambda leaf: leaf * spread.reshape(spread.shape + (1,) * (leaf.ndim - spread.ndim)), outputs),
         )
+    rows, columns = paired_rows(layer, evidence, sharing)
+    moments = paired_moments if sharing == "expand" else gradient_moments
+    return _divided(moments(rows, columns, full), total(evidence, rows.shape[-3]))
+
+
+def paired_rows(layer: Layer, evidence: Evidence, sharing: Pairing = "example") -> tuple[Array, Array]:
+    """Rows a and g whose products, summed over the positions, are the gradients of the examples.
+
+    Args:
+        layer: the layer.
+        evidence: inputs and cotangents of a batch.
+        sharing: "reduce" for pooled positions, T = 1: the sum of a beside the mean of g, which is exact where g is the
+            same at all of them.
+
+    Returns:
+        a [S, N, T, I] and g [S, K, N, T, O].
+    """
     rows, columns = input_rows(layer, evidence), output_rows(layer, evidence)
     if sharing == "reduce":
         rows, columns = _pooled(rows, evidence, mean=False), _pooled(columns, evidence, mean=True)
-    moments = paired_moments if sharing == "expand" else gradient_moments
-    return _divided(moments(rows, columns, full), total(evidence, rows.shape[-3]))
+    return rows, columns
 
 
 def summed_gradient(layer: Layer, evidence: Evidence) -> Array:
