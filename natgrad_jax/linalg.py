@@ -42,24 +42,29 @@ def transpose(matrix: Array) -> Array:
     return jnp.swapaxes(matrix, -1, -2)
 
 
-def _one_at_a_time(routine: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Lift a routine of one matrix [n, n] to stacks [..., n, n]; on a CPU it only ever sees single matrices."""
+def _one_at_a_time(routine: Callable[..., Any]) -> Callable[..., Any]:
+    """Lift a routine of one matrix [n, n] (and more) to stacks [..., n, n]; on a CPU it only sees single matrices."""
 
     @jax.custom_batching.custom_vmap
-    def single(matrix):
-        return routine(matrix)
+    def single(*arrays):
+        return routine(*arrays)
 
     @single.def_vmap
-    def stack(size, batched, matrices):
-        del size, batched
-        result = lax.platform_dependent(matrices, cpu=partial(lax.map, single), default=jax.vmap(routine))
+    def stack(size, batched, *arrays):
+        arrays = tuple(
+            array if there else jnp.broadcast_to(array, (size, *array.shape))
+            for array, there in zip(arrays, batched, strict=True)
+        )
+        result = lax.platform_dependent(
+            *arrays, cpu=lambda *arrays: lax.map(lambda each: single(*each), arrays), default=jax.vmap(routine)
+        )
         return result, jax.tree.map(lambda _: True, result)
 
-    def lifted(matrix):
+    def lifted(*arrays):
         function = single
-        for _ in range(matrix.ndim - 2):
+        for _ in range(arrays[0].ndim - 2):
             function = jax.vmap(function)
-        return function(matrix)
+        return function(*arrays)
 
     return lifted
 
@@ -109,6 +114,18 @@ def _orthonormal(matrix: Array) -> Array:
 
 
 _inverse_by_cholesky = _one_at_a_time(_inverse)
+
+cholesky = _one_at_a_time(partial(lax.linalg.cholesky, symmetrize_input=False))
+"""The lower triangular L of M = L L^T for a positive definite stack [..., n, n]; NaN where it is not."""
+
+
+def _solve(lower: Array, vector: Array) -> Array:
+    half = lax.linalg.triangular_solve(lower, vector[:, None], left_side=True, lower=True)
+    return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)[:, 0]
+
+
+cholesky_solve = _one_at_a_time(_solve)
+"""(L L^T)^-1 v from L [..., n, n] and v [..., n]. For one vector as cheap as a product with the inverse, and stable."""
 
 
 def inverse(matrix: Array) -> Array:

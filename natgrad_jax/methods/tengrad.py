@@ -1,7 +1,7 @@
 """TENGraD: the exact Fisher block of a batch, inverted in sample space.
 
     1  J <- the gradients of the examples as rows, over sqrt(number of rows), kept as factors a, g   observe
-    2  K <- J J^T,  M <- (K + damping I)^-1                                                          refresh
+    2  K <- J J^T,  L L^T = K + damping I,  M = (L L^T)^-1                                           refresh
     3  direction <- dW / damping - J^T M J dW / damping  =  (J^T J + damping I)^-1 dW                apply
 
 by Woodbury's identity: F = J^T J is not approximated, it is that of one batch, which serves until the next refresh:
@@ -47,17 +47,17 @@ BLOCKS, SHARINGS, TARGETS = get_args(Blocks), get_args(Sharing), get_args(Target
 
 
 class TENGraDState(NamedTuple):
-    """What a batch left behind: J of each layer of the block, M [S, R, R], its damping [S], right-hand side [S, R].
+    """What a batch left behind.
 
     Attributes:
         jacobians: J of the layer; of every layer in turn if the block is a joint one.
-        inverse: M; zeros as long as there is none of the date of J.
-        strength: the damping in M; 0 before the first refresh.
-        target: slope / sqrt(N) of each row; None for `target="gradient"`.
+        factor: L [S, R, R]; with `energy` a root of M, M = L L^T.
+        strength: the damping in M [S]; 0 as long as there is no M of the date of J.
+        target: slope / sqrt(N) of each row [S, R]; None for `target="gradient"`.
     """
 
     jacobians: tuple[Jacobian, ...]
-    inverse: Array
+    factor: Array
     strength: Array
     target: Array | None
 
@@ -87,9 +87,9 @@ def tengrad_block(
 
     def init(layer):
         jacobians = tuple(samples.empty(member, examples, draws, sharing) for member in members(layer))
-        zeros = jnp.zeros((*layer.stack, rows, rows), layer.dtype)
+        factor = jnp.tile(jnp.eye(rows, dtype=layer.dtype), (*layer.stack, 1, 1))
         goal = jnp.zeros((*layer.stack, rows), layer.dtype) if target == "ief" else None
-        return TENGraDState(jacobians, zeros, jnp.zeros(layer.stack, layer.dtype), goal)
+        return TENGraDState(jacobians, factor, jnp.zeros(layer.stack, layer.dtype), goal)
 
     def observe(layer, state, evidence):
         found = _by_member(layer, evidence)
@@ -100,22 +100,22 @@ def tengrad_block(
         goal = state.target
         if goal is not None:
             goal = jnp.broadcast_to(samples.slopes(found[0], goal.shape[-1]).astype(goal.dtype), goal.shape)
-        return TENGraDState(jacobians, jnp.zeros_like(state.inverse), state.strength, goal)
+        return TENGraDState(jacobians, state.factor, jnp.zeros_like(state.strength), goal)
 
     def refresh(layer, state, damping):
         kernel = _over_members(layer, [samples.kernel(jacobian, workspace) for jacobian in state.jacobians], 2)  # 2
         strength = linalg.floored(damping, jnp.linalg.norm(kernel, axis=(-2, -1)))
-        inverse = linalg.damped_inverse(kernel, strength) if energy is None else _truncated(kernel, strength, energy)
-        return state._replace(inverse=inverse, strength=strength)
+        return state._replace(factor=_factor(kernel, strength, energy), strength=strength)
 
     def apply(layer, state, gradient, damping):
-        strength = jnp.where(state.strength > 0, state.strength, damping)
+        known = state.strength > 0
+        strength = jnp.where(known, state.strength, damping)
         parts = _by_member(layer, gradient)
         shown = [samples.project(one, part) for one, part in zip(state.jacobians, parts, strict=True)]
         residual = -_over_members(layer, shown, 1) / strength[..., None]
         if state.target is not None:
             residual += state.target  # 3'
-        weights = linalg.einsum("...rs,...s->...r", state.inverse, residual)
+        weights = jnp.where(known[..., None], _solved(state.factor, residual, energy), 0)
         found = {
             member.name: part / strength[..., None, None] + samples.back(jacobian, _to_member(layer, weights, member))
             for member, jacobian, part in zip(members(layer), state.jacobians, parts, strict=True)
@@ -142,14 +142,23 @@ def _to_member(layer: Layer, weights: Array, member: Layer) -> Array:
     return jnp.broadcast_to(weights, (*member.stack, weights.shape[-1])) if layer.kind == "joint" else weights
 
 
-def _truncated(kernel: Array, damping: Array, energy: float) -> Array:
-    """Line 2': singular values are kept from the largest on, as long as their sum is within the energy."""
+def _factor(kernel: Array, damping: Array, energy: float | None) -> Array:
+    """Lines 2, 2': singular values are kept from the largest on, as long as their sum is within the energy."""
+    if energy is None:
+        return linalg.cholesky(kernel + damping[..., None, None] * jnp.eye(kernel.shape[-1], dtype=kernel.dtype))
     values, vectors = linalg.eigh(kernel)
+    assert vectors is not None, "the kernel is no diagonal"
     singular = jnp.sqrt(values)[..., ::-1]
     kept = jnp.cumsum(singular, axis=-1) <= energy * jnp.sum(singular, axis=-1, keepdims=True)
     kept = kept.at[..., 0].set(True)[..., ::-1]
-    weights = jnp.where(kept, 1 / (values + damping[..., None]), 0)
-    return linalg.einsum("...ri,...i,...si->...rs", vectors, weights, vectors)
+    return vectors * jnp.where(kept, (values + damping[..., None]) ** -0.5, 0)[..., None, :]
+
+
+def _solved(factor: Array, vector: Array, energy: float | None) -> Array:
+    """M v."""
+    if energy is None:
+        return linalg.cholesky_solve(factor, vector)
+    return linalg.einsum("...ri,...si,...s->...r", factor, factor, vector)
 
 
 def scale_by_tengrad(
