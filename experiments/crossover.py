@@ -1,0 +1,238 @@
+"""From which width of a layer, and up to which batch, is TENGraD cheaper than K-FAC?
+
+One dense layer with as many inputs I as outputs O, and a batch of N examples. At every step K-FAC multiplies the
+gradient by two inverses, 2 I O (I + O) flops; TENGraD meets it with the N examples of its last refresh and comes back,
+4 N I O flops. So TENGraD's step should be the cheaper one where
+
+    N < (I + O) / 2,
+
+the line in the picture. What it keeps grows with N (I + O) + N^2, for K-FAC with 4 I^2; a refresh with N^2 (I + O) and
+N^3, for K-FAC with N I^2 and I^3.
+
+Measured, as TENGraD over K-FAC: (a) a step that is due for neither statistics nor a refresh, (b) what statistics and a
+refresh add to it, (c) the bytes of the state. Evidence and gradients are noise: a step costs the same on noise. Both
+methods run in turn in one process, and a figure is the median of a few ratios.
+
+Expected: the ratio of (a) crosses one near the line, up to what is not flops: N examples are read twice a step, and
+small products do not fill the cores. That of (b) crosses it above the line, since a Cholesky factor of N x N stands
+against two inverses.
+
+    make crossover                                  (some two minutes)
+    make crossover ARGS="--pair TENGraD EKFAC"
+    make crossover ARGS="--smoke"
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import natgrad_jax as ng
+
+NEVER = 1_000_000
+PERIODS = {"statistics_every": NEVER, "refresh_every": NEVER, "early_refresh": False}
+
+
+def natural(method: str, **options: Any) -> Callable[[ng.Layers], optax.GradientTransformationExtraArgs]:
+    """The direction of a method of this package, by the name of its function; due at the first step and not again."""
+    return lambda layers: getattr(ng, f"scale_by_{method}")(layers, damping=0.1, **options)
+
+
+METHODS = {
+    "TENGraD": natural("tengrad", refresh_every=NEVER),
+    "K-FAC": natural("kfac", **PERIODS),
+    "EKFAC": natural("ekfac", rescale_every=NEVER, **PERIODS),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every number of the experiment.
+
+    Attributes:
+        output: folder of the records and of the picture.
+        pair: the two methods; the figures are those of the first over those of the second.
+        widths: inputs, and outputs, of the layer.
+        batches: examples.
+        rounds: how often both are timed in turn.
+        block: least seconds of steps between two looks at the clock.
+        seed: of the noise.
+        smoke: two small cells, to see that everything runs.
+    """
+
+    output: Path = Path("results")
+    pair: tuple[str, str] = ("TENGraD", "K-FAC")
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    batches: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    rounds: int = 5
+    block: float = 0.01
+    seed: int = 0
+    smoke: bool = False
+
+
+class Bench:
+    """One method on one layer: its steps, with and without a refresh, and its state."""
+
+    def __init__(self, name: str, width: int, batch: int, config: Config):
+        """Compile the step, and take one with a refresh and one without."""
+        x = jnp.zeros((batch, width))
+        model = nn.Dense(width, use_bias=False)
+        variables = model.init(jax.random.key(0), x)
+        layers = ng.linen.capture(model, ng.losses.squared_error).layers(variables, x)
+        a, g = jax.random.normal(jax.random.key(config.seed), (2, batch, width))
+        ((layer, _),) = layers.items()
+        evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient=(a.T @ g)[None])}
+        gradient = jax.tree.map(lambda leaf: (a.T @ g / batch).reshape(leaf.shape), variables["params"])
+        tx = METHODS[name](layers)
+
+        @partial(jax.jit, donate_argnums=1)
+        def step(gradient, state, evidence):
+            return tx.update(gradient, state, curvature=evidence)
+
+        self._state: Any = tx.init(variables["params"])
+        compiled = step.lower(gradient, self._state, evidence).compile()
+        self._step = lambda state: compiled(gradient, state, evidence)
+        self.due()
+        self.steps(1)
+
+    @property
+    def bytes(self) -> int:
+        """Of the state."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+
+    def steps(self, count: int) -> float:
+        """Seconds a step of so many that are due for nothing."""
+        before, update = time.perf_counter(), None
+        for _ in range(count):
+            update, self._state = self._step(self._state)
+        jax.block_until_ready((update, self._state))
+        return (time.perf_counter() - before) / count
+
+    def due(self) -> float:
+        """Seconds of a step with statistics and a refresh."""
+        self._state = self._state._replace(count=jnp.zeros((), jnp.int32))
+        return self.steps(1)
+
+
+def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
+    """One width and one batch: medians of both methods in turn."""
+    benches = [Bench(name, width, batch, config) for name in config.pair]
+    counts = [int(np.clip(np.ceil(config.block / bench.steps(1)), 1, 100)) for bench in benches]
+    plain = np.array([[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in range(config.rounds)])
+    rounds = range(min(config.rounds, 3))
+    extra = np.array([[bench.due() for bench in benches] for _ in rounds]) - np.median(plain, axis=0)
+    extra = np.maximum(extra, 1e-6)
+    return {
+        "pair": list(config.pair),
+        "width": width,
+        "batch": batch,
+        "step_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(plain, axis=0)],
+        "refresh_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(extra, axis=0)],
+        "bytes": [bench.bytes for bench in benches],
+        "step": round(float(np.median(plain[:, 0] / plain[:, 1])), 4),
+        "refresh": round(float(np.median(extra[:, 0] / extra[:, 1])), 4),
+        "state": round(benches[0].bytes / benches[1].bytes, 4),
+    }
+
+
+RATIOS = {"step": "a step", "refresh": "statistics and refresh", "state": "bytes of the state"}
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Every cell.
+
+    Args:
+        config: the numbers.
+
+    Returns:
+        A record for each width and batch.
+
+    Raises:
+        ValueError: if there is no method of a name.
+    """
+    if unknown := set(config.pair) - set(METHODS):
+        raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
+    cells = [(width, batch) for width in config.widths for batch in config.batches]
+    records = [cell(width, batch, config) for width, batch in track(cells, description="measuring")]
+    config.output.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record) + "\n" for record in records)
+    (config.output / "crossover.jsonl").write_text("".join(lines))
+    return records
+
+
+def table(records: list[dict[str, Any]], config: Config) -> Table:
+    """The three ratios, and what they are ratios of."""
+    first, second = config.pair
+    result = Table(
+        title=f"{first} over {second}, one dense layer",
+        caption=f"In brackets: {first} / {second}, in milliseconds and megabytes.",
+        caption_justify="left",
+    )
+    for heading in ("I = O", "N", "N / ((I + O) / 2)", *RATIOS.values()):
+        result.add_column(heading, justify="right")
+    for record in records:
+        pairs = (record["step_ms"], record["refresh_ms"], [count / 1e6 for count in record["bytes"]])
+        cells = (
+            f"{record[name]:.2f} ({one:.3g} / {other:.3g})" for name, (one, other) in zip(RATIOS, pairs, strict=True)
+        )
+        width, batch = record["width"], record["batch"]
+        result.add_row(f"{width}", f"{batch}", f"{batch / width:g}", *cells)
+    return result
+
+
+def picture(records: list[dict[str, Any]], config: Config) -> Figure:
+    """The three ratios as maps over width and batch, with the line N = (I + O) / 2."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
+    widths, batches = np.log2(config.widths), np.log2(config.batches)
+    for axis, (name, title) in zip(axes, RATIOS.items(), strict=True):
+        values = np.array([record[name] for record in records]).reshape(len(widths), len(batches)).T
+        norm = TwoSlopeNorm(0.0, -4.0, 4.0)
+        axis.pcolormesh(widths, batches, np.log2(values), cmap="RdBu_r", norm=norm, shading="nearest")
+        for (row, column), value in np.ndenumerate(values):
+            dark = abs(np.log2(value)) > 2.5
+            place = (widths[column], batches[row])
+            axis.annotate(f"{value:.2g}", place, ha="center", va="center", color="white" if dark else "black")
+        limits = axis.axis()
+        axis.plot(widths, widths, "k--", linewidth=1.5, label="N = (I + O) / 2")
+        axis.axis(limits)
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_xticks(widths, config.widths)
+        axis.set_yticks(batches, config.batches)
+        axis.set_xlabel("width of the layer, I = O")
+    axes[0].set_ylabel("batch, N")
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"{config.pair[0]} over {config.pair[1]} (blue: {config.pair[0]} has less)", x=0.01, ha="left")
+    return figure
+
+
+def main(config: Config) -> None:
+    """Measure, print the table, write the picture."""
+    if config.smoke:
+        config = replace(config, output=config.output / "smoke", widths=(8, 16), batches=(4, 8), rounds=2)
+    records = run(config)
+    console = Console(width=160)
+    console.print(table(records, config))
+    path = config.output / "crossover.png"
+    picture(records, config).savefig(path, dpi=110)
+    console.print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    plt.switch_backend("agg")
+    main(tyro.cli(Config, description=__doc__))
