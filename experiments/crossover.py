@@ -9,9 +9,9 @@ gradient by two inverses, 2 I O (I + O) flops; TENGraD meets it with the N examp
 the line in the picture. What it keeps grows with N (I + O) + N^2, for K-FAC with 4 I^2; a refresh with N^2 (I + O) and
 N^3, for K-FAC with N I^2 and I^3.
 
-Measured, as TENGraD over K-FAC: (a) a step that is due for neither statistics nor a refresh, (b) what statistics and a
-refresh add to it, (c) the bytes of the state. Evidence and gradients are noise: a step costs the same on noise. Both
-methods run in turn in one process, and a figure is the median of a few ratios.
+Measured, as TENGraD over K-FAC: (a) a step that is due for neither statistics nor a refresh, (b) statistics and a
+refresh, without the step, (c) the bytes of the state. Evidence and gradients are noise: a step costs the same on noise.
+Both methods run in turn in one process, and a figure is the median of a few ratios.
 
 Expected: the ratio of (a) crosses one near the line, up to what is not flops: N examples are read twice a step, and
 small products do not fill the cores. That of (b) crosses it above the line, since a Cholesky factor of N x N stands
@@ -26,7 +26,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +36,32 @@ import numpy as np
 import optax
 import tyro
 from flax import linen as nn
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import natgrad_jax as ng
 
+Make = Callable[[ng.Layers, int], optax.GradientTransformationExtraArgs]
+"""Layers, steps between refreshes -> the direction."""
 NEVER = 1_000_000
-PERIODS = {"statistics_every": NEVER, "refresh_every": NEVER, "early_refresh": False}
 
 
-def natural(method: str, **options: Any) -> Callable[[ng.Layers], optax.GradientTransformationExtraArgs]:
-    """The direction of a method of this package, by the name of its function; due at the first step and not again."""
-    return lambda layers: getattr(ng, f"scale_by_{method}")(layers, damping=0.1, **options)
+def natural(method: str, *periods: str, **options: Any) -> Make:
+    """The direction of a method of this package, by the name of its function; all `periods` as long as asked for."""
+
+    def make(layers: ng.Layers, every: int) -> optax.GradientTransformationExtraArgs:
+        return getattr(ng, f"scale_by_{method}")(layers, damping=0.1, **dict.fromkeys(periods, every), **options)
+
+    return make
 
 
 METHODS = {
-    "TENGraD": natural("tengrad", refresh_every=NEVER),
-    "K-FAC": natural("kfac", **PERIODS),
-    "EKFAC": natural("ekfac", rescale_every=NEVER, **PERIODS),
+    "TENGraD": natural("tengrad", "refresh_every"),
+    "K-FAC": natural("kfac", "statistics_every", "refresh_every", early_refresh=False),
+    "EKFAC": natural("ekfac", "statistics_every", "rescale_every", "refresh_every", early_refresh=False),
 }
 
 
@@ -87,10 +91,10 @@ class Config:
 
 
 class Bench:
-    """One method on one layer: its steps, with and without a refresh, and its state."""
+    """One method on one layer: steps without a refresh, refreshes without a step, and its state."""
 
     def __init__(self, name: str, width: int, batch: int, config: Config):
-        """Compile the step, and take one with a refresh and one without."""
+        """Compile, and do each once."""
         x = jnp.zeros((batch, width))
         model = nn.Dense(width, use_bias=False)
         variables = model.init(jax.random.key(0), x)
@@ -99,59 +103,62 @@ class Bench:
         ((layer, _),) = layers.items()
         evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient=(a.T @ g)[None])}
         gradient = jax.tree.map(lambda leaf: (a.T @ g / batch).reshape(leaf.shape), variables["params"])
-        tx = METHODS[name](layers)
+        self._fixed = gradient, evidence
 
-        @partial(jax.jit, donate_argnums=1)
-        def step(gradient, state, evidence):
-            return tx.update(gradient, state, curvature=evidence)
+        def compiled(every: int, chosen: slice) -> Callable[..., Any]:
+            tx = METHODS[name](layers, every)
+            step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[chosen], donate_argnums=0)
+            return step.lower(self.state, *self._fixed).compile()
 
-        self._state: Any = tx.init(variables["params"])
-        compiled = step.lower(gradient, self._state, evidence).compile()
-        self._step = lambda state: compiled(gradient, state, evidence)
-        self.due()
+        self.state: Any = METHODS[name](layers, NEVER).init(variables["params"])
+        self._refresh = compiled(1, slice(1, 2))  # the state alone: what only the update needs is not computed
+        self._step = compiled(NEVER, slice(0, 2))
+        self.refresh()
         self.steps(1)
 
     @property
     def bytes(self) -> int:
         """Of the state."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
 
     def steps(self, count: int) -> float:
         """Seconds a step of so many that are due for nothing."""
         before, update = time.perf_counter(), None
         for _ in range(count):
-            update, self._state = self._step(self._state)
-        jax.block_until_ready((update, self._state))
+            update, self.state = self._step(self.state, *self._fixed)
+        jax.block_until_ready((update, self.state))
         return (time.perf_counter() - before) / count
 
-    def due(self) -> float:
-        """Seconds of a step with statistics and a refresh."""
-        self._state = self._state._replace(count=jnp.zeros((), jnp.int32))
-        return self.steps(1)
+    def refresh(self) -> float:
+        """Seconds of statistics and a refresh."""
+        before = time.perf_counter()
+        (self.state,) = self._refresh(self.state, *self._fixed)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - before
 
 
 def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
     benches = [Bench(name, width, batch, config) for name in config.pair]
     counts = [int(np.clip(np.ceil(config.block / bench.steps(1)), 1, 100)) for bench in benches]
-    plain = np.array([[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in range(config.rounds)])
-    rounds = range(min(config.rounds, 3))
-    extra = np.array([[bench.due() for bench in benches] for _ in rounds]) - np.median(plain, axis=0)
-    extra = np.maximum(extra, 1e-6)
+    rounds = range(config.rounds)
+    steps = np.array([[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in rounds])
+    refreshes = np.array([[bench.refresh() for bench in benches] for _ in rounds])
+    sizes = [bench.bytes for bench in benches]
     return {
         "pair": list(config.pair),
         "width": width,
         "batch": batch,
-        "step_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(plain, axis=0)],
-        "refresh_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(extra, axis=0)],
-        "bytes": [bench.bytes for bench in benches],
-        "step": round(float(np.median(plain[:, 0] / plain[:, 1])), 4),
-        "refresh": round(float(np.median(extra[:, 0] / extra[:, 1])), 4),
-        "state": round(benches[0].bytes / benches[1].bytes, 4),
+        "step_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(steps, axis=0)],
+        "refresh_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(refreshes, axis=0)],
+        "bytes": sizes,
+        "step": round(float(np.median(steps[:, 0] / steps[:, 1])), 4),
+        "refresh": round(float(np.median(refreshes[:, 0] / refreshes[:, 1])), 4),
+        "state": round(sizes[0] / sizes[1], 4),
     }
 
 
-RATIOS = {"step": "a step", "refresh": "statistics and refresh", "state": "bytes of the state"}
+RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -202,22 +209,23 @@ def picture(records: list[dict[str, Any]], config: Config) -> Figure:
     widths, batches = np.log2(config.widths), np.log2(config.batches)
     for axis, (name, title) in zip(axes, RATIOS.items(), strict=True):
         values = np.array([record[name] for record in records]).reshape(len(widths), len(batches)).T
-        norm = TwoSlopeNorm(0.0, -4.0, 4.0)
-        axis.pcolormesh(widths, batches, np.log2(values), cmap="RdBu_r", norm=norm, shading="nearest")
+        mesh = axis.pcolormesh(widths, batches, np.log2(values), cmap="RdBu_r", vmin=-5, vmax=5, shading="nearest")
         for (row, column), value in np.ndenumerate(values):
-            dark = abs(np.log2(value)) > 2.5
+            dark = abs(np.log2(value)) > 3.3
             place = (widths[column], batches[row])
-            axis.annotate(f"{value:.2g}", place, ha="center", va="center", color="white" if dark else "black")
+            halo = [withStroke(linewidth=4, foreground=mesh.to_rgba(np.log2(value)))]  # the line passes behind
+            color = "white" if dark else "black"
+            axis.annotate(f"{value:.2g}", place, ha="center", va="center", color=color, path_effects=halo)
         limits = axis.axis()
-        axis.plot(widths, widths, "k--", linewidth=1.5, label="N = (I + O) / 2")
+        axis.plot(widths, widths, "k--", linewidth=1.5)
         axis.axis(limits)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_xticks(widths, config.widths)
         axis.set_yticks(batches, config.batches)
         axis.set_xlabel("width of the layer, I = O")
     axes[0].set_ylabel("batch, N")
-    axes[0].legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"{config.pair[0]} over {config.pair[1]} (blue: {config.pair[0]} has less)", x=0.01, ha="left")
+    first, second = config.pair
+    figure.suptitle(f"{first} over {second} (blue: {first} has less; dashed: N = (I + O) / 2)", x=0.01, ha="left")
     return figure
 
 

@@ -28,12 +28,12 @@ def test_every_cell_is_measured_and_shown(config):
 
 
 @pytest.mark.slow
-def test_a_step_is_due_for_a_refresh_only_when_asked_for_one(config):
+def test_a_step_is_due_for_no_refresh_and_a_refresh_does_both(config):
     bench = crossover.Bench("K-FAC", 4, 3, config)
     bench.steps(5)
-    assert int(bench._state.metrics.refreshes) == int(bench._state.metrics.statistics) == 1
-    bench.due()
-    assert int(bench._state.metrics.refreshes) == int(bench._state.metrics.statistics) == 2
+    assert int(bench.state.metrics.refreshes) == int(bench.state.metrics.statistics) == 1
+    bench.refresh()
+    assert int(bench.state.metrics.refreshes) == int(bench.state.metrics.statistics) == 2
 
 
 def test_an_unknown_method_is_refused(config):
