@@ -49,19 +49,19 @@ Make = Callable[[ng.Layers, int], optax.GradientTransformationExtraArgs]
 NEVER = 1_000_000
 
 
-def natural(method: str, *periods: str, **options: Any) -> Make:
-    """The direction of a method of this package, by the name of its function; all `periods` as long as asked for."""
+def natural(method: Callable[..., optax.GradientTransformationExtraArgs], *periods: str, **options: Any) -> Make:
+    """A direction of this package, with all these periods as long as asked for."""
 
     def make(layers: ng.Layers, every: int) -> optax.GradientTransformationExtraArgs:
-        return getattr(ng, f"scale_by_{method}")(layers, damping=0.1, **dict.fromkeys(periods, every), **options)
+        return method(layers, damping=0.1, **dict.fromkeys(periods, every), **options)
 
     return make
 
 
 METHODS = {
-    "TENGraD": natural("tengrad", "refresh_every"),
-    "K-FAC": natural("kfac", "statistics_every", "refresh_every", early_refresh=False),
-    "EKFAC": natural("ekfac", "statistics_every", "rescale_every", "refresh_every", early_refresh=False),
+    "TENGraD": natural(ng.scale_by_tengrad, "refresh_every"),
+    "K-FAC": natural(ng.scale_by_kfac, "statistics_every", "refresh_every", early_refresh=False),
+    "EKFAC": natural(ng.scale_by_ekfac, "statistics_every", "rescale_every", "refresh_every", early_refresh=False),
 }
 
 

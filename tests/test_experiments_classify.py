@@ -3,16 +3,21 @@
 import gzip
 from dataclasses import replace
 
+import jax
 import numpy as np
+import optax
 import pytest
 
+import natgrad_jax as ng
 from experiments import classify
+
+METHODS = dict(classify.METHODS)
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A tiny net on a few of the digits; two methods, two trials each."""
-    methods = {name: classify.METHODS[name] for name in ("K-FAC", "SGD-m")}
+    methods = {name: classify.METHODS[name] for name in ("TENGraD", "SGD-m")}
     for name, entry in methods.items():
         methods[name] = entry._replace(tried=entry.tried[:2])
     monkeypatch.setattr(classify, "METHODS", methods)
@@ -30,7 +35,7 @@ def test_a_run_goes_on_where_it_stopped_and_nothing_is_done_twice(config, monkey
     monkeypatch.setattr(classify, "load", lambda config: data)
     found = classify.run(config, said.append)
     assert "Left: 4 trials" in said[0]
-    assert [record["name"] for record in found.trials] == ["K-FAC", "K-FAC", "SGD-m", "SGD-m"]
+    assert [record["name"] for record in found.trials] == ["TENGraD", "TENGraD", "SGD-m", "SGD-m"]
     assert [row["epoch"] for rows in found.runs.values() for row in rows] == [0, 1, 0, 1]
     path = config.output / "classify.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # as if stopped before the last line
@@ -58,14 +63,26 @@ def test_a_run_goes_on_where_it_stopped_and_nothing_is_done_twice(config, monkey
     monkeypatch.undo()
     path.unlink()
     (config.output / "classify_states").rename(config.output / "elsewhere")
-    runner = classify.Runner(classify.METHODS["K-FAC"], data, config)
-    setting = classify.best("K-FAC", found.trials)
-    straight = classify.train("K-FAC", setting, lambda name: runner, data, replace(config, epochs=2))
-    assert without_seconds(straight) == without_seconds(longer.runs["K-FAC"])
+    runner = classify.Runner(classify.METHODS["TENGraD"], data, config)
+    setting = classify.best("TENGraD", found.trials)
+    straight = classify.train("TENGraD", setting, lambda name: runner, data, replace(config, epochs=2))
+    assert without_seconds(straight) == without_seconds(longer.runs["TENGraD"])
+
+
+@pytest.mark.parametrize("name", classify.METHODS)
+def test_every_method_is_made_of_its_settings_and_those_of_all(name, config):
+    model, x = classify.net(config), np.zeros((2, 28, 28, 1), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    layers = ng.linen.capture(model, classify.LIKELIHOOD).layers(variables, x)
+    for kl_clip in (0.0, 0.01):
+        entry = METHODS[name]
+        tx = entry.make(entry.tried[0], layers, replace(config, kl_clip=kl_clip))
+        state = jax.eval_shape(tx.init, variables["params"])
+        assert bool(optax.tree.get_all_with_path(state, "clip_factor")) == (entry.natural and kl_clip > 0)
 
 
 def test_all_methods_have_as_many_trials():
-    assert {len(entry.tried) for entry in classify.METHODS.values()} == {9}
+    assert {len(entry.tried) for entry in METHODS.values()} == {9}
 
 
 def test_the_best_setting_is_of_a_trial_that_did_not_diverge():
@@ -79,7 +96,7 @@ def test_the_best_setting_is_of_a_trial_that_did_not_diverge():
 
 
 def test_an_unknown_method_is_refused(config):
-    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'K-FAC'"):
+    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'TENGraD'"):
         classify.run(replace(config, only=("KFAC",)))
 
 
