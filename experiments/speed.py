@@ -21,6 +21,7 @@ keep it.
 
 import importlib
 import importlib.util
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -140,10 +141,10 @@ def natural(method: Callable[..., Any], every: tuple[int, int]) -> Callable[[Pro
     def build(given, params, config):
         capture = ng.linen.capture(given.model, given.likelihood)
         layers = capture.layers({"params": params}, given.inputs)
-        options = {"statistics_every": every[0], "refresh_every": every[1], "early_refresh": False}
-        if method in (ng.ekfac, ng.tekfac):
-            options["rescale_every"] = every[0]
-        tx = method(config.learning_rate, layers, damping=config.damping, **options)
+        periods = dict(zip(("statistics_every", "refresh_every", "rescale_every"), (*every, every[0]), strict=True))
+        options = {"damping": config.damping, "early_refresh": False, **periods}
+        own = inspect.signature(method).parameters
+        tx = method(config.learning_rate, layers, **{name: options[name] for name in options if name in own})
 
         def step(params, state, x, y, key):
             out = capture.value_and_grad({"params": params}, x, y, key=key)
@@ -214,6 +215,7 @@ METHODS: dict[str, Callable[[Problem, Any, Config], Runner | Peer]] = {
     **{f"tkfac {every}": natural(ng.tkfac, every) for every in ((1, 10), (10, 100))},
     **{f"ekfac {every}": natural(ng.ekfac, every) for every in ((1, 10), (10, 100))},
     **{f"tekfac {every}": natural(ng.tekfac, every) for every in ((1, 10), (10, 100))},
+    **{f"tengrad {every}": natural(ng.tengrad, every) for every in ((10, 10), (100, 100))},
     **({"kfac-jax (1, 10)": Peer} if importlib.util.find_spec("kfac_jax") else {}),
 }
 

@@ -77,6 +77,12 @@ def test_c2_inputs_times_cotangents_are_the_gradient_of_the_summed_loss(option):
     reference.assert_differs(pairs(one.rows, of_the_next_example), expected)
 
 
+@pytest.mark.parametrize("option", LAYERS)
+def test_the_layer_knows_beforehand_how_many_positions_its_rows_have(option):
+    one = seen(option)
+    assert one.layer.positions == one.rows.shape[-2] == one.columns.shape[-2]
+
+
 @pytest.mark.parametrize("option", ["dense", "conv", "groups"])
 def test_c2_holds_in_float32(option):
     one = seen(option, "float32")

@@ -101,6 +101,7 @@ def test_a_module_called_twice_is_one_layer_whose_calls_are_positions():
     model, x, y = Twice(), normal(4, 6), normal(4, 2, seed=1)
     params = random_params(model, x)
     layers, evidence = evidence_of(model, ng.losses.squared_error, params, x, y, labels="true")
+    assert (layers["shared"].positions, layers["head"].positions, layers.examples) == (2, 1, 4)
     found = gradients(layers["shared"], evidence["shared"])[0]
     expected = reference.example_gradients(model, params, ("shared",), "squared_error", x, y)["shared"]
     assert_equal(found, expected)
@@ -202,7 +203,7 @@ def test_c3_evidence_of_a_scan_is_that_of_the_unrolled_layers(body):
     layers, found = observed(Scanned(body), in_a_stack(params), x)
     for name in ("Dense_0", "Dense_1"):
         layer, stacked = layers[f"block/{name}"], found[f"block/{name}"]
-        assert layer.stack == (3,)
+        assert (layer.stack, layer.positions) == ((3,), 2)
         one_by_one = [gradients(unrolled[f"block_{i}/{name}"], expected[f"block_{i}/{name}"]) for i in range(3)]
         assert_equal(gradients(layer, stacked), np.stack(one_by_one))
         assert_equal(stacked.gradient[:, 0], np.stack(one_by_one).sum((1, 2)))
@@ -269,5 +270,6 @@ def test_an_axis_of_merged_examples_and_positions_is_taken_apart():
     params = random_params(model, x)
     y = normal(4, 3, seed=1)
     layers, evidence = evidence_of(model, ng.losses.squared_error, params, x, y, labels="true")
+    assert layers["merged"].positions == 2
     expected = reference.example_gradients(model, params, ("merged",), "squared_error", x, y)["merged"]
     assert_equal(gradients(layers["merged"], evidence["merged"])[0], expected)

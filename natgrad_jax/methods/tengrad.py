@@ -110,6 +110,7 @@ def tengrad_block(
     def apply(layer, state, gradient, damping):
         known = state.strength > 0
         strength = jnp.where(known, state.strength, damping)
+        strength = jnp.where(strength > 0, strength, 1)  # nothing measured and no damping: the gradient
         parts = _by_member(layer, gradient)
         shown = [samples.project(one, part) for one, part in zip(state.jacobians, parts, strict=True)]
         residual = -_over_members(layer, shown, 1) / strength[..., None]
