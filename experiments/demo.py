@@ -8,8 +8,8 @@ TKFAC in some half of its seconds, EKFAC and TEKFAC, whose steps are dearer, in 
 rate, momentum and damping from the quadratic model, and nothing tuned. On the classifier it ends far below Adam; on
 the autoencoder it is soon down and then stays at what the noise of a third of the data allows, since nothing makes its
 steps decay. The others of the family gain little or nothing over Adam on the classifier, where its step is the
-cheapest. SOAP, and Shampoo at the length of Adam's steps, end below Adam on both; TNT and MBF do not. Only the training
-loss is compared: everything here overfits, as the test column says.
+cheapest. SOAP, and Shampoo at the length of Adam's steps, end below Adam on both; TENGraD, TNT and MBF do not. Only the
+training loss is compared: everything here overfits, as the test column says.
 
 Every method has the same initial parameters, the same batches in the same order and, but for the adaptive one, a linear
 warm-up and a cosine decay of the learning rate to zero. On the autoencoder Adam trains for twice the steps, about as
@@ -33,11 +33,14 @@ having more to choose. TKFAC has the settings of K-FAC and TEKFAC those of EKFAC
                          [0.02], 0.01 (diverges); decay 0.95 [0.98]; both estimators; refreshes every 10 20 [50] 100;
                          no momentum
 
-The others had fewer trials. Classifier: TNT (rate, damping) (0.05, 0.1) (0.1, 0.3) [0.03, 0.03]; MBF (0.001, 0.01)
-[0.003, 0.01] (0.01, 0.01: diverges); Shampoo's rate [0.003] 0.005 0.01 0.03 (diverges); SOAP's [0.01] 0.02 0.05.
-Shampoo at 0.01 and SOAP at 0.05 end lower still, but leap up to 0.1 halfway through. Autoencoder: TNT, damping falling
-from 3, [0.1 to 0.03] 0.05 to 0.01 (0.1 to 0.01 or 0.003 diverges); MBF (0.01, 0.3) [0.003, 0.1], stuck at (0.001, 0.01)
-(0.003, 0.03) (0.01, 0.1); Shampoo [0.003] 0.005 0.01 (stuck); SOAP 0.01 [0.02] 0.03.
+The others had fewer trials. Classifier: TENGraD (rate, damping, refreshes every 5 or 20) (0.05, 0.1) [0.05, falling
+from 1 to 0.1 in 40 steps, 5] (0.1, the same), stuck at (0.1, 0.15) and at (0.1, 0.3, 5); TNT (rate, damping) (0.05,
+0.1) (0.1, 0.3) [0.03, 0.03]; MBF (0.001, 0.01) [0.003, 0.01] (0.01, 0.01: diverges); Shampoo's rate [0.003] 0.005 0.01
+0.03 (diverges); SOAP's [0.01] 0.02 0.05. Shampoo at 0.01 and SOAP at 0.05 end lower still, but leap up to 0.1 halfway
+through. Autoencoder, damping falling from 3: TENGraD [0.1 to 0.3] 0.3 to 1, 0.03 to 0.1, 0.1 to 0.03 with kl_clip 0.01,
+while 0.1 to 0.1, 0.05 to 0.01 and 0.2 to 0.03 diverge; TNT [0.1 to 0.03] 0.05 to 0.01 (0.1 to 0.01 or 0.003 diverges);
+MBF (0.01, 0.3) [0.003, 0.1], stuck at (0.001, 0.01) (0.003, 0.03) (0.01, 0.1); Shampoo [0.003] 0.005 0.01 (stuck); SOAP
+0.01 [0.02] 0.03.
 """
 
 import time
@@ -116,6 +119,11 @@ METHODS = {
     "TKFAC": Entry(ng.tkfac, *KFAC_SETTINGS),
     "EKFAC": Entry(ng.ekfac, *EKFAC_SETTINGS),
     "TEKFAC": Entry(ng.tekfac, *EKFAC_SETTINGS),
+    "TENGraD": Entry(
+        ng.tengrad,
+        Setting(300, 0.05, {"refresh_every": 5, "damping": falling(1, 0.1, 40)}),
+        Setting(1000, 0.1, {"refresh_every": 5, "damping": falling(3, 0.3, 500)}),
+    ),
     "TNT": Entry(
         ng.tnt,
         Setting(300, 0.03, KFAC | {"damping": 0.03}),
