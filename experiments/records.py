@@ -1,0 +1,93 @@
+"""What an experiment has found, line by line, and the states from which its runs go on.
+
+A record is a dictionary, and a line of JSON; what tells it from all others is its key, a part of it. Whoever is about
+to do some work looks with `kept` for a record that has the key, and adds one with `keep` when it is done.
+
+A process can be killed at any moment. In the middle of a line: then the half line is left out, with a warning, and the
+next record begins on a line of its own. In the middle of a state: then the one before it is still whole, since a state
+is written beside it and takes its place in one stroke.
+"""
+
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Records = list[dict[str, Any]]
+
+
+def kept(path: Path, key: Mapping[str, Any] = MappingProxyType({})) -> Records:
+    """The records of a file that have these entries; none if there is no file."""
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            warnings.warn(f"{path}, line {number}, is not whole and is left out: {line[:60]!r}", stacklevel=2)
+            continue
+        if key.items() <= record.items():
+            records.append(record)
+    return records
+
+
+def keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file; below half a line, should there be one."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if not text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = ("" if file.read() == b"\n" else "\n") + text
+        file.write(text.encode())
+
+
+def finite(number: float, digits: int) -> float | None:
+    """A number for a line of JSON; None if it is not finite."""
+    return round(float(number), digits) if np.isfinite(number) else None
+
+
+class State(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        leaves: the arrays of it.
+        rows: its records up to there.
+    """
+
+    leaves: list[np.ndarray]
+    rows: Records
+
+
+def state_path(path: Path, key: Mapping[str, Any]) -> Path:
+    """Where the state of a run is, beside the file of its records."""
+    return path.with_name(f"{path.stem}_states") / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
+
+
+def save(path: Path, state: State) -> None:
+    """Write down where a run stands, in the place of where it stood, in one stroke."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    with fresh.open("wb") as file:
+        np.savez(file, *map(np.asarray, state.leaves), rows=np.array(json.dumps(state.rows)))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def saved(path: Path) -> State | None:
+    """Where a run stood, if it was written down."""
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        leaves = [arrays[f"arr_{index}"] for index in range(len(arrays.files) - 1)]
+        return State(leaves, json.loads(str(arrays["rows"])))
