@@ -1,0 +1,333 @@
+"""The data sets of the papers' experiments, one function each.
+
+    mnist, fashion_mnist     60,000 + 10,000 images [28, 28, 1], ten classes
+    cifar10                  50,000 + 10,000 images [32, 32, 3], ten classes; a folder may have them as JPEG of quality
+                             75, whose pixels are off by 6/255 in the mean: these are called "cifar10_jpeg75"
+    digits                   1,500 + 297 images [8, 8, 1] of scikit-learn, or enlarged to the size of another set
+    curves                   20,000 + 10,000 rows of 784 pixels: one curve through three random points
+    faces                    10,000 + 4,000 rows of 625 pixels: turned and enlarged pieces of the Olivetti faces
+    table                    a small regression of the UCI repository
+
+Pixels are float32 in [0, 1], except those of `faces`, which are centred; labels are int32. `curves` and `faces` follow
+the sets known as CURVES and FACES, but are not the same images: their figures compare with no published ones.
+
+Where the data come from is never chosen silently. If a folder is given (`folder()`, from NATGRAD_DATA), it is read, and
+what is missing there, truncated or another file than the published one is an error. If none is given, scikit-learn
+downloads the data once into its own folder, and says so. If that fails too, it is an error that says what to do:
+nothing puts the digits in the place of another set but whoever calls `digits`.
+"""
+
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable
+from hashlib import sha256
+from http.client import HTTPException
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich import print as say
+from scipy.io import loadmat
+from scipy.ndimage import map_coordinates, zoom
+from sklearn.datasets import fetch_olivetti_faces, fetch_openml, get_data_home, load_digits
+
+Report = Callable[[str], None]
+
+
+class Part(NamedTuple):
+    """Images [N, H, W, C], float32 in [0, 1], and their labels [N], int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def first(self, count: int) -> "Part":
+        """So many of them."""
+        return Part(self.images[:count], self.labels[:count])
+
+
+class Rows(NamedTuple):
+    """What an autoencoder is trained and tested on: rows of pixels [N, D], float32."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+
+
+class Data(NamedTuple):
+    """What a classifier is trained and tested on."""
+
+    name: str
+    train: Part
+    test: Part
+
+    def rows(self) -> Rows:
+        """The images alone, flat."""
+        return Rows(self.name, *(part.images.reshape(len(part.images), -1) for part in (self.train, self.test)))
+
+
+class Table(NamedTuple):
+    """A regression: inputs [N, D] and targets [N], float32, in the units of the file."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+PUBLISHED = {
+    "mnist/train-images-idx3-ubyte.gz": (
+        47040016,
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "mnist/train-labels-idx1-ubyte.gz": (
+        60008,
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "mnist/t10k-images-idx3-ubyte.gz": (
+        7840016,
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "mnist/t10k-labels-idx1-ubyte.gz": (
+        10008,
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    "fashion_mnist/train-images-idx3-ubyte.gz": (
+        47040016,
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "fashion_mnist/train-labels-idx1-ubyte.gz": (
+        60008,
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "fashion_mnist/t10k-images-idx3-ubyte.gz": (
+        7840016,
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "fashion_mnist/t10k-labels-idx1-ubyte.gz": (
+        10008,
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+    "cifar10/cifar10_jpeg75_full.npz": (
+        18069875,
+        "abc644b0495a94840fcd3aa46e1b80eda693eab05cf1c1681838faadd592946a",
+    ),
+    "olivetti/olivettifaces.mat": (
+        1432511,
+        "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
+    ),
+    "uci/concrete/data.txt": (57858, "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
+    "uci/energy/data.txt": (35309, "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
+    "uci/power-plant/data.txt": (308680, "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
+    "uci/wine-quality-red/data.txt": (84027, "3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1"),
+    "uci/yacht/data.txt": (11487, "00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1"),
+}
+"""{file: (bytes, SHA-256)} of the content; of what a .gz holds, since the same file may be packed in several ways."""
+CIFAR_LABELS = "3edb456524d5918aefded81f5aef7c32efab2a788211df998a4eb0c8957baa1f"
+"""SHA-256 of the labels of CIFAR-10 as bytes, in the order in which it was published."""
+
+
+def folder() -> Path | None:
+    """The folder that NATGRAD_DATA names, if it names one."""
+    return Path(named) if (named := os.environ.get("NATGRAD_DATA")) else None
+
+
+def mnist(given: Path | None, report: Report = say) -> Data:
+    """MNIST, from mnist/ in a folder or from openml.org."""
+    return _idx("mnist", "mnist_784", given, report)
+
+
+def fashion_mnist(given: Path | None, report: Report = say) -> Data:
+    """Fashion-MNIST, from fashion_mnist/ in a folder or from openml.org; called "fashion"."""
+    return _idx("fashion_mnist", "Fashion-MNIST", given, report)._replace(name="fashion")
+
+
+def cifar10(given: Path | None, report: Report = say) -> Data:
+    """CIFAR-10: as JPEG of quality 75 from cifar10/ in a folder, or from openml.org."""
+    if given is None:
+        name, (pixels, labels) = "cifar10", _openml("CIFAR_10", report)
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        if _sum(labels) != CIFAR_LABELS:
+            raise ValueError("What openml.org has as CIFAR_10 is not in the order in which CIFAR-10 was published.")
+    else:
+        report("Unpacking the images of CIFAR-10 (JPEG of quality 75)")
+        name, packed = "cifar10_jpeg75", np.load(io.BytesIO(content(given, "cifar10/cifar10_jpeg75_full.npz")))
+        header, bodies, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
+        images, labels = np.empty((len(ends) - 1, 32, 32, 3), np.uint8), packed["labels"]
+        for index, (start, end) in enumerate(pairwise(ends)):
+            images[index] = np.asarray(Image.open(io.BytesIO(header + bodies[start:end])))
+    return Data(name, _part(images[:50000], labels[:50000]), _part(images[50000:], labels[50000:]))
+
+
+def digits(size: int = 8, channels: int = 1) -> Data:
+    """The digits that scikit-learn brings along, enlarged to images [size, size, channels]."""
+    found: Any = load_digits()
+    images = np.clip(zoom(found.images / 16, (1, size / 8, size / 8), order=1), 0, 1).astype(np.float32)[..., None]
+    images, labels = images.repeat(channels, axis=-1), found.target.astype(np.int32)
+    return Data("digits", Part(images[:1500], labels[:1500]), Part(images[1500:], labels[1500:]))
+
+
+def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Rows:
+    """Images of curves, in the manner of CURVES: called "curves-like"; 28x28 pixels in 256 grey levels.
+
+    Three points uniform in [3, 24]^2, the quadratic curve through them at 64 values of its parameter, and a pen that
+    falls off as a Gaussian of deviation 0.7 pixels around the nearest of these.
+
+    Args:
+        train: how many images, from the seed.
+        test: how many, from the next seed.
+        seed: of the points.
+
+    Returns:
+        Rows of pixels in [0, 1].
+    """
+    return Rows("curves-like", _drawn(train, seed), _drawn(test, seed + 1))
+
+
+def _drawn(count: int, seed: int) -> np.ndarray:
+    t, grid = np.linspace(0, 1, 64), np.arange(28)
+    basis = np.stack([2 * (t - 0.5) * (t - 1), -4 * t * (t - 1), 2 * t * (t - 0.5)])
+    points = np.random.default_rng(seed).uniform(3, 24, (count, 3, 2))
+    pixels = np.empty((count, 784), np.float32)
+    for first in range(0, count, 100):  # what fits into the cache
+        x, y = np.einsum("npc,pt->ctn", points[first : first + 100], basis)[..., None]
+        nearest = np.full((x.shape[1], 28, 28), np.inf)
+        for across, down in zip((x - grid) ** 2, (y - grid) ** 2, strict=True):
+            np.minimum(nearest, down[:, :, None] + across[:, None, :], out=nearest)
+        pixels[first : first + 100] = np.round(255 * np.exp(-nearest / (2 * 0.7**2))).reshape(-1, 784) / 255
+    return pixels
+
+
+def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = say) -> Rows:
+    """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; 25x25 pixels.
+
+    A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
+    pixels in the middle every other one is taken. Every pixel has zero mean over the training set, and all are divided
+    by one number, their standard deviation. The first 25 people are for training, the last 10 for testing.
+
+    Args:
+        given: a folder with olivetti/; without one they are downloaded.
+        pieces: of each of the ten images of a person; FACES has 414.
+        seed: of angles and factors.
+        report: told of a download.
+
+    Returns:
+        Rows of pixels.
+    """
+    rng, images = np.random.default_rng(seed), olivetti(given, report)
+    angles = np.radians(rng.uniform(-90, 90, (len(images), pieces, 1, 1)))
+    factors = rng.uniform(1.4, 1.8, angles.shape)
+    found = np.empty((len(images), pieces * 625), np.float32)
+    for row, image, angle, factor in zip(found, images, angles, factors, strict=True):
+        down, across = np.mgrid[-24:25:2, -24:25:2][:, None] / factor
+        turned = np.cos(angle) * down - np.sin(angle) * across, np.sin(angle) * down + np.cos(angle) * across
+        row[:] = map_coordinates(image, 31.5 + np.stack(turned).reshape(2, -1), order=1)
+    train, test = found[:250].reshape(-1, 625), found[300:].reshape(-1, 625)
+    mean = train.mean(axis=0)
+    scale = (train - mean).std()
+    return Rows("faces-like", (train - mean) / scale, (test - mean) / scale)
+
+
+def olivetti(given: Path | None, report: Report = say) -> np.ndarray:
+    """The Olivetti faces [400, 64, 64], ten of each person in turn, from olivetti/ in a folder or by scikit-learn."""
+    if given is None:
+        return _fetched("the Olivetti faces", report, fetch_olivetti_faces).images
+    pixels = loadmat(io.BytesIO(content(given, "olivetti/olivettifaces.mat")))["faces"]
+    return (pixels.T.reshape(400, 64, 64).transpose(0, 2, 1) / np.float32(pixels.max())).astype(np.float32)
+
+
+def table(name: str, given: Path | None) -> Table:
+    """A table of the UCI repository, from uci/ in a folder: concrete, energy, power-plant, wine-quality-red, yacht."""
+    if given is None:
+        raise ValueError(f"Nothing downloads {name}; {_REMEDY} uci/{name}/data.txt.")
+    numbers = np.loadtxt(io.BytesIO(content(given, f"uci/{name}/data.txt")), np.float32)
+    return Table(numbers[:, :-1], numbers[:, -1])
+
+
+_REMEDY = "NATGRAD_DATA, or --data, names a folder with"
+
+
+def content(given: Path, file: str) -> bytes:
+    """What a file of the folder holds, unpacked, if it is what was published.
+
+    Args:
+        given: the folder.
+        file: one of `PUBLISHED`.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, damaged or another file.
+    """
+    path = given / file
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; {_REMEDY} {file}. Without a folder it is downloaded, if it can be."
+        )
+    found = path.read_bytes()
+    try:
+        found = gzip.decompress(found) if path.suffix == ".gz" else found
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); {_AGAIN}") from error
+    return _checked(found, file, str(path))
+
+
+_AGAIN = f"fetch it again: {_REMEDY} the files as they were published."
+
+
+def _checked(found: bytes, file: str, where: str) -> bytes:
+    size, known = PUBLISHED[file]
+    if len(found) < size:
+        raise ValueError(f"{where} is truncated: {len(found)} bytes of {size}; {_AGAIN}")
+    if (own := _sum(found)) != known:
+        raise ValueError(f"{where} is another file: its SHA-256 is {own}, expected {known}; {_AGAIN}")
+    return found
+
+
+def _sum(found: bytes | np.ndarray) -> str:
+    return sha256(found if isinstance(found, bytes) else found.tobytes()).hexdigest()
+
+
+def _idx(name: str, online: str, given: Path | None, report: Report) -> Data:
+    """A data set in four files of the format IDX; what is downloaded must have the same bytes."""
+    if given is None:
+        pixels, classes = _openml(online, report)
+        for part, chosen in (("train", slice(60000)), ("t10k", slice(60000, None))):
+            for kind, array in (("images-idx3", pixels[chosen].reshape(-1, 28, 28)), ("labels-idx1", classes[chosen])):
+                packed = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+                _checked(packed, f"{name}/{part}-{kind}-ubyte.gz", f"{part}-{kind} of {online} at openml.org")
+        return Data(
+            name,
+            _part(pixels[:60000].reshape(-1, 28, 28, 1), classes[:60000]),
+            _part(pixels[60000:].reshape(-1, 28, 28, 1), classes[60000:]),
+        )
+    parts = []
+    for part in ("train", "t10k"):
+        images, labels = (content(given, f"{name}/{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)
+        parts.append(_part(pixels, np.frombuffer(labels, np.uint8, offset=8)))
+    return Data(name, *parts)
+
+
+def _part(pixels: np.ndarray, labels: np.ndarray) -> Part:
+    return Part((pixels / np.float32(255)).astype(np.float32), labels.astype(np.int32))
+
+
+def _openml(name: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, D] and labels [N] of openml.org, uint8."""
+    options = {"name": name, "version": 1, "as_frame": False, "parser": "liac-arff"}  # the other one needs pandas
+    found = _fetched(f"{name} of openml.org", report, fetch_openml, **options)
+    return found.data.astype(np.uint8), found.target.astype(np.uint8)
+
+
+def _fetched(what: str, report: Report, fetch: Callable[..., Any], **options: Any) -> Any:
+    report(f"Reading {what} from {get_data_home()}; if it is not there it is downloaded first, which takes minutes")
+    try:
+        return fetch(**options)
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(
+            f"{what} could not be downloaded ({error}). Let {_REMEDY} the published files, or ask for the digits."
+        ) from error
