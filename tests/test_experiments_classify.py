@@ -1,6 +1,5 @@
 """The convnet of the TENGraD paper, in small: what is kept, what is not run twice, what goes on, and what is shown."""
 
-import gzip
 from dataclasses import replace
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 
 import natgrad_jax as ng
 from experiments import classify
+from experiments.report import runs_picture, runs_table, trials_table
 
 METHODS = dict(classify.METHODS)
 
@@ -55,15 +55,15 @@ def test_a_run_goes_on_where_it_stopped_and_nothing_is_done_twice(config, monkey
     assert again == longer
     with pytest.raises(AssertionError, match="ran again"):
         classify.run(replace(config, seed=1))
-    assert classify.tuning(again, config).row_count == 2
-    assert classify.table(again, replace(config, epochs=2)).row_count == 2
-    upper, *_ = classify.picture(again, config).axes
+    assert trials_table(classify.comparable(again.trials, config)).row_count == 2
+    assert runs_table(again.runs, again.pace, "a net").row_count == 2
+    upper, *_ = runs_picture(again.runs, again.pace, "a net", list(classify.METHODS)).axes
     assert len(upper.lines) == 4  # of two methods the batches and the epochs
 
     monkeypatch.undo()
     path.unlink()
     (config.output / "classify_states").rename(config.output / "elsewhere")
-    runner = classify.Runner(classify.METHODS["TENGraD"], data, config)
+    runner = classify.compiled("TENGraD", data, config)
     setting = classify.best("TENGraD", found.trials)
     straight = classify.train("TENGraD", setting, lambda name: runner, data, replace(config, epochs=2))
     assert without_seconds(straight) == without_seconds(longer.runs["TENGraD"])
@@ -71,12 +71,12 @@ def test_a_run_goes_on_where_it_stopped_and_nothing_is_done_twice(config, monkey
 
 @pytest.mark.parametrize("name", classify.METHODS)
 def test_every_method_is_made_of_its_settings_and_those_of_all(name, config):
-    model, x = classify.net(config), np.zeros((2, 28, 28, 1), np.float32)
+    model, x = classify.chosen(config).net, np.zeros((2, 28, 28, 1), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     layers = ng.linen.capture(model, classify.LIKELIHOOD).layers(variables, x)
     for kl_clip in (0.0, 0.01):
         entry = METHODS[name]
-        tx = entry.make(entry.tried[0], layers, replace(config, kl_clip=kl_clip))
+        tx = entry.make(replace(config, kl_clip=kl_clip))(entry.tried[0], layers)
         state = jax.eval_shape(tx.init, variables["params"])
         assert bool(optax.tree.get_all_with_path(state, "clip_factor")) == (entry.natural and kl_clip > 0)
 
@@ -100,45 +100,24 @@ def test_an_unknown_method_is_refused(config):
         classify.run(replace(config, only=("KFAC",)))
 
 
-def idx_bytes(array):
-    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-
-
-def write_fashion(folder, images):
-    (folder / "fashion_mnist").mkdir(exist_ok=True)
-    for part, count in images.items():
-        pixels = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
-        for kind, array in (("images-idx3", pixels), ("labels-idx1", np.arange(count, dtype=np.uint8))):
-            (folder / "fashion_mnist" / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(idx_bytes(array)))
-
-
-def test_the_published_files_are_read(config, tmp_path):
-    write_fashion(tmp_path, {"train": 3, "t10k": 2})
-    data = classify.load(replace(config, data=tmp_path))
-    assert data.train.images.shape == (3, 28, 28, 1) and data.test.images.shape == (2, 28, 28, 1)
-    assert data.train.images.dtype == np.float32 and data.train.images.max() == 1
-    assert list(data.train.labels) == [0, 1, 2]
-
-
-def test_a_missing_or_broken_file_is_named_with_what_to_do(config, tmp_path):
-    config = replace(config, data=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.gz is missing; NATGRAD_DATA"):
-        classify.load(config)
-    write_fashion(tmp_path, {"train": 3, "t10k": 2})
-    path = tmp_path / "fashion_mnist" / "t10k-labels-idx1-ubyte.gz"
-    whole = path.read_bytes()
-    for broken in (
-        whole[:-9],
-        whole[:9],
-        b"",
-        b"<html>",
-        gzip.compress(b""),
-        gzip.compress(gzip.decompress(whole)[:-1]),
-    ):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.gz .*; fetch it again: NATGRAD_DATA"):
-            classify.load(config)
-    write_fashion(tmp_path, {"t10k": 1})
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"has 1 images and 2 labels in its files t10k-\*"):
-        classify.load(config)
+def test_records_of_fashion_mnist_are_as_they_were_and_no_other_problem_finds_them(config):
+    setting, found = classify.Setting(0.1), {}
+    for problem in ("fashion", "cifar10", "digits"):
+        chosen = replace(config, problem=problem)
+        found[problem] = classify.identity("SGD-m", setting, 60, classify.Data("digits", None, None), chosen)
+    assert list(found["fashion"].items()) == [
+        ("name", "SGD-m"),
+        ("rate", 0.1),
+        ("damping", 0.0),
+        ("data", "digits"),
+        ("images", 60),
+        ("channels", 3),
+        ("units", 8),
+        ("batch", 30),
+        ("periods", [3, 2]),
+        ("weight_decay", 0.001),
+        ("kl_clip", 0.0),
+        ("seed", 0),
+    ]
+    for one in found:
+        assert [other for other in found if found[one].items() <= found[other].items()] == [one]

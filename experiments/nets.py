@@ -1,0 +1,110 @@
+"""The nets of the experiments on classification.
+
+All take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm takes the
+moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class ThreeConvolutions(nn.Module):
+    """The convnet of TENGraD for Fashion-MNIST, "3C1F"; weights and biases uniform in +-1/sqrt(fan in)."""
+
+    channels: int
+    units: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, 28, 28, 1] -> logits [N, 10]."""
+        for _ in range(3):
+            x = nn.relu(nn.Conv(self.channels, (3, 3), **uniform(9 * x.shape[-1]))(x))
+        x = x[:, :27, :27].reshape(-1, 9, 3, 9, 3, self.channels).max((2, 4))  # on a CPU faster than `nn.max_pool`
+        x = x.reshape(len(x), -1)
+        x = nn.relu(nn.Dense(self.units, **uniform(x.shape[-1]))(x))
+        return nn.Dense(10, **uniform(self.units))(x)
+
+
+class SmallConvnet(nn.Module):
+    """Two convolutions, the second of stride 2 and twice the channels, and a dense layer of logits."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, H, W, C] -> logits [N, 10]."""
+        x = nn.relu(nn.Conv(self.channels, (3, 3), **uniform(9 * x.shape[-1]))(x))
+        x = nn.relu(nn.Conv(2 * self.channels, (3, 3), 2, **uniform(9 * self.channels))(x))
+        x = x.reshape(len(x), -1)
+        return nn.Dense(10, **uniform(x.shape[-1]))(x)
+
+
+class ResNet(nn.Module):
+    """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
+
+    A convolution, three stages of n blocks with 1, 2 and 4 times the channels, each stage after the first at half the
+    resolution, the mean over positions, and logits. Convolutions have no bias, batch norms have scale and bias; weights
+    are normal with variance 2 / fan in. Pixels are normalised by the moments of CIFAR-10, within the net.
+
+    He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
+
+    Attributes:
+        depth: 8, 14, 20, 32, 44, ...
+        channels: of the first stage; 16 in the paper.
+    """
+
+    depth: int = 20
+    channels: int = 16
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, 32, 32, 3] -> logits [N, 10]."""
+        blocks, rest = divmod(self.depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"A ResNet of depth {self.depth} has no three equal stages; expected 6 n + 2: 20, 32, ...")
+        x = (x - jnp.array(CIFAR_MEAN)) / jnp.array(CIFAR_DEVIATION)
+        x = nn.relu(_norm(train)(_convolution(self.channels)(x)))
+        for stage in range(3):
+            for block in range(blocks):
+                x = Block(self.channels * 2**stage, 2 if stage and not block else 1)(x, train)
+        return nn.Dense(10, kernel_init=KAIMING, bias_init=uniform(x.shape[-1])["bias_init"])(x.mean((1, 2)))
+
+
+CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class Block(nn.Module):
+    """Two convolutions with a shortcut around them, which skips pixels and adds channels of zeros where it must."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Images [N, H, W, C] -> images [N, H / stride, W / stride, channels]."""
+        y = nn.relu(_norm(train)(_convolution(self.channels, self.stride)(x)))
+        y = _norm(train)(_convolution(self.channels)(y))
+        before, after = (more := self.channels - x.shape[-1]) // 2, more - more // 2
+        shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, after)))
+        return nn.relu(y + shortcut)
+
+
+def _convolution(channels: int, stride: int = 1) -> nn.Conv:
+    return nn.Conv(channels, (3, 3), stride, padding=1, use_bias=False, kernel_init=KAIMING)
+
+
+def _norm(train: bool) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
+
+
+def uniform(fan_in: int) -> dict[str, Any]:
+    """The initializers of a layer: weights and biases uniform in +-1/sqrt(fan in)."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return {"kernel_init": draw, "bias_init": draw}

@@ -1,0 +1,111 @@
+"""The problems of classification: data, a net, and how well it tells the images.
+
+fashion     Fashion-MNIST, and the convnet of TENGraD
+cifar10     CIFAR-10, and a ResNet: batch norm, random crops, mirrored images
+digits      the digits of scikit-learn, and a small convnet: nothing to fetch, seconds an epoch
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import natgrad_jax as ng
+from experiments.data import Data, Part, cifar10, digits, fashion_mnist
+from experiments.nets import ResNet, SmallConvnet, ThreeConvolutions
+from experiments.records import finite
+from experiments.training import batches, shifted_and_flipped
+
+LIKELIHOOD = ng.losses.softmax_cross_entropy
+Name = Literal["fashion", "cifar10", "digits"]
+
+
+class Problem(NamedTuple):
+    """A data set and its net.
+
+    Attributes:
+        load: folder -> data.
+        size: of an image: pixels of a side, channels.
+        net: images [N, H, W, C] -> logits [N, 10].
+        title: of the net, for people.
+        stem: of the names of pictures.
+        fields: of a record, that tell the net. No two problems have the same; that of Fashion-MNIST has no "problem".
+        crops: whether it is trained on random crops and mirrored images.
+    """
+
+    load: Callable[[Path | None], Data]
+    size: tuple[int, int]
+    net: nn.Module
+    title: str
+    stem: str
+    fields: Mapping[str, Any]
+    crops: bool = False
+
+    def enlarged_digits(self) -> Data:
+        """The digits of scikit-learn in the size of the images, to see that everything runs."""
+        return digits(*self.size)
+
+    def stream(self, part: Part, size: int, seed: int, epoch: int) -> Iterable[Part]:
+        """The batches of an epoch, counted from 0, in an order of its own."""
+        found = batches(part, size, seed, epoch)
+        return shifted_and_flipped(found, seed, epoch) if self.crops else found
+
+    def score(self, variables: Mapping[str, Any], part: Part, size: int = 2000) -> "Score":
+        """The score of all images."""
+        sums = np.zeros(2)
+        for first in range(0, len(part.labels), size):
+            sums += np.array(_sums(variables, *(array[first : first + size] for array in part), self.net))
+        loss, right = sums / len(part.labels)
+        return Score(float(loss), float(right))
+
+    def measured(self, variables: Mapping[str, Any], data: Data) -> dict[str, Any]:
+        """Losses and accuracies for a record."""
+        train, test = self.score(variables, data.train), self.score(variables, data.test)
+        return {
+            "train_loss": finite(train.loss, 5),
+            "train_accuracy": round(train.accuracy, 5),
+            "test_loss": finite(test.loss, 5),
+            "test_accuracy": round(test.accuracy, 5),
+        }
+
+
+class Score(NamedTuple):
+    """Mean loss in nats an image, and the share of the images that are told right."""
+
+    loss: float
+    accuracy: float
+
+
+@partial(jax.jit, static_argnames="model")
+def _sums(variables, x, y, model):
+    logits = model.apply(variables, x)
+    return LIKELIHOOD(logits, y) * len(y), jnp.sum(jnp.argmax(logits, axis=-1) == y)
+
+
+def problem(name: Name, channels: int, units: int | None = None, depth: int = 20) -> Problem:
+    """A problem by its name.
+
+    Args:
+        name: of the problem.
+        channels: of the convolutions, of the first ones if there are more later.
+        units: of the hidden dense layer of "fashion"; None for 500 at 128 channels, and 128 at fewer.
+        depth: of the ResNet.
+
+    Returns:
+        The problem.
+    """
+    if name == "fashion":
+        units = units or (500 if channels == 128 else 128)
+        net, told = ThreeConvolutions(channels, units), {"channels": channels, "units": units}
+        return Problem(fashion_mnist, (28, 1), net, f"3C1F, {channels} channels", f"{channels}", told)
+    told = {"problem": name, "width": channels}
+    if name == "digits":
+        heading = f"A small convnet, {channels} channels"
+        return Problem(lambda _: digits(), (8, 1), SmallConvnet(channels), heading, f"digits_{channels}", told)
+    heading, stem = f"ResNet-{depth}, {channels} channels", f"resnet{depth}_{channels}"
+    return Problem(cifar10, (32, 3), ResNet(depth, channels), heading, stem, told | {"depth": depth}, crops=True)

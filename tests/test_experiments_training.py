@@ -1,0 +1,140 @@
+"""What the experiments train with: batches, crops, runs that go on, a net with batch norm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgrad_jax as ng
+from experiments.data import Part
+from experiments.nets import Block, ResNet
+from experiments.problems import problem
+from experiments.training import Runner, Setting, Task, batches, in_turn, shifted_and_flipped, timed
+
+
+def part(count, size=32, channels=3):
+    rng = np.random.default_rng(0)
+    images = rng.random((count, size, size, channels), np.float32)
+    return Part(images, np.arange(count, dtype=np.int32) % 10)
+
+
+def test_an_epoch_shows_every_image_once_with_its_label_and_each_has_its_own_order():
+    given = part(10, 2, 1)
+    seen = [list(batches(given, 3, 0, epoch)) for epoch in (0, 0, 1)]
+    assert [len(batch.labels) for batch in seen[0]] == [3, 3, 3]
+    orders = [np.concatenate([batch.labels for batch in epoch]) for epoch in seen]
+    assert len(set(orders[0])) == 9
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2])
+    for batch in seen[0]:
+        np.testing.assert_array_equal(batch.images, given.images[batch.labels])
+    alone = np.concatenate(list(batches(given.images, 3, 0, 0)))
+    np.testing.assert_array_equal(alone, given.images[orders[0]])
+
+
+def test_crops_are_pieces_of_the_image_with_its_margin_and_half_are_mirrored():
+    given = part(200, 6, 2)
+    (found,) = shifted_and_flipped([given], 0, 0, by=2)
+    padded = np.pad(given.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    where = []
+    for image, source in zip(found.images, padded, strict=True):
+        hits = [
+            (row, column, mirrored)
+            for row in range(5)
+            for column in range(5)
+            for mirrored in (False, True)
+            if np.array_equal(image[:, ::-1] if mirrored else image, source[row : row + 6, column : column + 6])
+        ]
+        assert len(hits) == 1
+        where += hits
+    assert {row for row, _, _ in where} == {column for _, column, _ in where} == set(range(5))
+    assert 60 < sum(mirrored for _, _, mirrored in where) < 140  # 100, and 5.6 deviations
+    (again,) = shifted_and_flipped([given], 0, 0, by=2)
+    np.testing.assert_array_equal(found.images, again.images)
+    (other,) = shifted_and_flipped([given], 0, 1, by=2)
+    assert not np.array_equal(found.images, other.images)
+
+
+@pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154)])  # He et al.: 0.27M, 0.46M
+def test_a_resnet_has_the_parameters_of_the_paper(depth, count):
+    variables = jax.eval_shape(ResNet(depth).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+    with pytest.raises(ValueError, match=r"depth 21 has no three equal stages; expected 6 n \+ 2"):
+        jax.eval_shape(ResNet(21).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
+    block, x = Block(8, 2), jnp.asarray(part(2, 6, 4).images)
+    variables = block.init(jax.random.key(0), x, False)
+    variables["params"] = jax.tree.map(jnp.zeros_like, variables["params"])  # nothing but the shortcut is left
+    found = block.apply(variables, x, False)
+    np.testing.assert_array_equal(found[..., 2:6], x[:, ::2, ::2])
+    assert not np.any(found[..., :2]) and not np.any(found[..., 6:])
+
+
+@pytest.mark.slow
+def test_the_digits_have_a_net_of_their_own_size():
+    chosen = problem("digits", 4)
+    data = chosen.load(None)
+    variables = chosen.net.init(jax.random.key(0), data.test.images[:1])
+    score = chosen.score(variables, data.test, size=100)
+    logits = chosen.net.apply(variables, data.test.images)
+    assert score.accuracy == pytest.approx(np.mean(np.argmax(logits, axis=-1) == data.test.labels))
+    own = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
+    assert score.loss == pytest.approx(float(own), rel=1e-5)  # float32, in another order
+
+
+def test_all_take_their_turn():
+    said = []
+    found = in_turn({"a": lambda: said.append("a") or 1.0, "b": lambda: said.append("b") or 2.0}, 3)
+    assert said == ["a", "b"] * 3
+    assert [list(seconds) for seconds in found.values()] == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_a_pace_is_in_units_of_the_baseline_by_periods():
+    class Clock:
+        def __init__(self, early, late):
+            self.turn, self.costs = 0, [early] * 5 + [late] * 10
+
+        def run(self, stream):
+            self.turn += 1
+            return None, self.costs[self.turn - 1] * len(stream)
+
+    pace = timed({"a": Clock(6.0, 3.0), "b": Clock(2.0, 2.0)}, [None, None], 25, 2, "b")
+    assert pace == (2.0, {"a": 3.0, "b": 1.0}, {"a": 1.5, "b": 1.0})
+    assert pace.seconds("a", 20, 25) == 2 * 20 * 3
+    assert pace.seconds("a", 35, 25) == 2 * (25 * 3 + 10 * 1.5)
+
+
+@pytest.mark.slow
+def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_saved():
+    chosen = problem("cifar10", 2, depth=8)
+    given = part(12)
+    task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4), 0, {"train": True})
+    runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
+    before = jax.tree.map(np.array, runner.variables["batch_stats"])
+    runner.run(chosen.stream(given, 4, 0, 0))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, runner.variables["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+    saved = [np.array(leaf) for leaf in jax.tree.leaves(runner.carry)]
+    losses, _ = runner.run(chosen.stream(given, 4, 0, 1))
+    runner.begin(Setting(0.1))
+    assert runner.restore(saved, 3)
+    again, _ = runner.run(chosen.stream(given, 4, 0, 1))
+    np.testing.assert_array_equal(losses, again)
+    assert not runner.restore(saved[1:], 3)
+
+
+@pytest.mark.slow
+def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
+    chosen = problem("digits", 2)
+    given = part(8, 8, 1)
+    task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4))
+    runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
+    before = jax.tree.map(np.array, runner.carry)
+    runner.warm(batches(given, 4, 0, 0))
+    jax.tree.map(np.testing.assert_array_equal, before[0], runner.carry[0])
+    assert not all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[1], runner.carry[1])), strict=True)
+    )
