@@ -126,6 +126,8 @@ def _solve(lower: Array, vector: Array) -> Array:
 
 cholesky_solve = _one_at_a_time(_solve)
 """(L L^T)^-1 v from L [..., n, n] and v [..., n]. For one vector as cheap as a product with the inverse, and stable."""
+triangular_inverse = _one_at_a_time(_triangular_inverse)
+"""L^-1 of a stack of lower triangular L [..., n, n]; what stands above their diagonals is not read."""
 
 
 def inverse(matrix: Array) -> Array:

@@ -14,6 +14,7 @@ ROOMS = (
     "addresses",
     "linalg",
     "roots",
+    "bfgs",
     "averages",
     "eigenbasis",
     "damping",
