@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +78,14 @@ class Entry(NamedTuple):
         warm: whether a pass over the data fills the statistics first.
         logged: {epoch: training loss} of the authors.
         cost: of an epoch, over SGD-m's, as the authors logged it.
+        labels: those of the curvature, as `ng.linen.capture` takes them.
     """
 
     make: Make
     warm: bool = False
     logged: Mapping[int, float] = {}
     cost: float | None = None
+    labels: Literal["sampled", "true"] = "sampled"
 
 
 def heavy_ball_before(direction: Any, rate: float) -> optax.GradientTransformation:
@@ -135,6 +137,11 @@ def soap(rate: float, damping: float) -> Make:
     return lambda layers: ng.soap(rate, layers, damping=damping)
 
 
+def kbfgs(rate: float, damping: float, **options: Any) -> Make:
+    """K-BFGS as its authors run it, but for the rate and the damping."""
+    return lambda layers: ng.kbfgs(rate, layers, damping=damping, l2=1e-5, **options)
+
+
 def adam(rate: float, eps: float) -> Make:
     """Adam."""
     return lambda layers: optax.adam(rate, eps=eps)
@@ -165,14 +172,18 @@ FAMILIES = {
     "Shampoo": shampoo,
     "Shampoo, grafted": grafted,
     "SOAP": soap,
+    "K-BFGS": kbfgs,
+    "K-BFGS(L)": partial(kbfgs, memory=100),
 }
 """(learning rate, damping) -> optimizer; Adam's damping is its eps."""
-WARM = ("K-FAC", "EKFAC", "TNT", "MBF", "MBF, sampled labels", "Shampoo")
+WARM = ("K-FAC", "EKFAC", "TNT", "MBF", "MBF, sampled labels", "Shampoo", "K-BFGS", "K-BFGS(L)")
+TRUE_LABELS = ("K-BFGS", "K-BFGS(L)")
 
 
 def at_best(name: str, rate: float, damping: float) -> Entry:
     """A method at the settings found best."""
-    return Entry(FAMILIES[name](rate, damping), name in WARM)
+    labels = "true" if name in TRUE_LABELS else "sampled"
+    return Entry(FAMILIES[name](rate, damping), name in WARM, labels=labels)
 
 
 ENTRIES = {
@@ -183,6 +194,9 @@ ENTRIES = {
     "Shampoo (authors)": Entry(shampoo(3e-4, 3e-4), True, {1: 433.5, 3: 211.3, 5: 188.0, 10: 110.3}, 1.96),
     "K-FAC (TNT authors)": Entry(kfac(3e-3, 0.3), True, {1: 504.4, 3: 202.1, 5: 136.5, 10: 84.7}, 2.02),
     "K-FAC (K-BFGS authors)": Entry(kfac(0.1, 3.0), True, {1: 183.2, 3: 99.7, 5: 74.0, 10: 61.6}),
+    "K-BFGS (authors)": Entry(
+        kbfgs(0.3, 0.3), True, {1: 169.0, 3: 85.2, 5: 68.0, 10: 59.8, 20: 56.3, 50: 53.8}, labels="true"
+    ),
     "TNT (authors)": Entry(tnt(1e-4, 0.1), True, {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
     "Adam": at_best("Adam", 4e-3, 1e-8),
     "EKFAC": at_best("EKFAC", 0.03, 1.0),
@@ -190,6 +204,7 @@ ENTRIES = {
     "MBF, sampled labels": at_best("MBF, sampled labels", 3e-4, 0.1),
     "Shampoo, grafted": at_best("Shampoo, grafted", 3e-4, 1e-8),
     "SOAP": at_best("SOAP", 5e-3, 1e-16),
+    "K-BFGS(L)": at_best("K-BFGS(L)", 0.3, 0.3),
     "K-FAC, adaptive": Entry(adaptive(ng.kfac, split="even")),
     "TNT, adaptive": Entry(adaptive(ng.tnt)),
 }
@@ -293,7 +308,7 @@ class Runner:
         """Compile, and fill the statistics."""
         self._key = jax.random.key(config.seed)
         params = MODEL.init(self._key, data[:1])["params"]
-        capture = ng.linen.capture(MODEL, LIKELIHOOD)
+        capture = ng.linen.capture(MODEL, LIKELIHOOD, labels=entry.labels)
         x = data[: config.batch]
         tx = optax.with_extra_args_support(entry.make(capture.layers({"params": params}, x)))
 

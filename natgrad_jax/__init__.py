@@ -7,6 +7,7 @@ from natgrad_jax.chain import warm_start
 from natgrad_jax.control import controlled
 from natgrad_jax.damping import adaptive_damping
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
+from natgrad_jax.methods.kbfgs import kbfgs
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
 from natgrad_jax.methods.mbf import mbf, scale_by_mbf
 from natgrad_jax.methods.shampoo import scale_by_shampoo, shampoo
@@ -30,6 +31,7 @@ __all__ = [
     "controlled",
     "ekfac",
     "graft",
+    "kbfgs",
     "kfac",
     "lift",
     "linen",

@@ -56,12 +56,12 @@ class NaturalGradientState(NamedTuple):
     Attributes:
         count: steps done, int32.
         layers: the method's state of each layer by name, `state.layers["encoder/Dense_0"]`.
-        metrics: counters.
+        metrics: counters; `Metrics`, or those of a method that counts something else.
     """
 
     count: Array
     layers: States
-    metrics: Metrics
+    metrics: Any
 
 
 class Schedule(NamedTuple):
@@ -150,20 +150,34 @@ def lift(
         state = _advance(at, blocks, schedule, strength, evidence_of, state)
         known = {layer.name: layer for layer in blocks if layer.kind != "parameter"}
         special = strengths(known, state.layers, strength) if strengths else {}
-        leaves = addresses.flatten(updates)
-        for layer in blocks:
-            parts = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
-            damped = special.get(layer.name, strength)
-            direction = at(layer).apply(layer, state.layers[layer.name], to_matrix(layer, parts), damped)  # 4
-            found = from_matrix(layer, direction)
-            for leaf in layer.leaves:
-                leaves[leaf.address] = found[leaf.role].astype(parts[leaf.role].dtype)
+        found = {
+            layer.name: at(layer).apply(layer, state.layers[layer.name], matrix, special.get(layer.name, strength))  # 4
+            for layer, matrix in zip(blocks, to_matrices(blocks, updates).values(), strict=True)
+        }
         metrics = state.metrics._replace(damping=strength.astype(jnp.float32))
-        return addresses.replace(updates, leaves), state._replace(
+        return from_matrices(blocks, found, updates), state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)), metrics=metrics
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def to_matrices(blocks: tuple[Layer, ...], tree: Any) -> dict[str, Array]:
+    """The leaves of a tree as one matrix [S, I, O] for each block, {name: matrix}."""
+    leaves = addresses.flatten(tree)
+    return {
+        layer.name: to_matrix(layer, {leaf.role: leaves[leaf.address] for leaf in layer.leaves}) for layer in blocks
+    }
+
+
+def from_matrices(blocks: tuple[Layer, ...], matrices: Mapping[str, Array], tree: Any) -> Any:
+    """A tree like the given one, in its dtypes, with leaves from the matrices of the blocks."""
+    leaves = addresses.flatten(tree)
+    for layer in blocks:
+        found = from_matrix(layer, matrices[layer.name])
+        for leaf in layer.leaves:
+            leaves[leaf.address] = found[leaf.role].astype(leaves[leaf.address].dtype)
+    return addresses.replace(tree, leaves)
 
 
 def _advance(

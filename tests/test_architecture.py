@@ -31,6 +31,7 @@ ROOMS = (
     "capture",
     "transform",
     "tensor_transform",
+    "step_transform",
     "steps",
     "control",
     "chain",

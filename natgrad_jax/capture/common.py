@@ -130,12 +130,12 @@ class Curvature:
         """The evidence of the batch.
 
         Args:
-            params: where; the parameters of this step if None.
+            params: where; the parameters of this step if None, and for every leaf that a mask took away.
 
         Returns:
             {name: Evidence} for every known layer and every remaining parameter.
         """
-        passed = self._passed if params is None else _run(self._forward, params)
+        passed = self._passed if params is None else _run(self._forward, self._at(params))
         if self._problem.labels == "forward":
             return self._forward_only(passed)
         seeds, slopes = self._seeds(passed)
@@ -179,9 +179,12 @@ class Curvature:
         """
         if params is None:
             return self._value
-        params = addresses.replace(self._params, addresses.flatten(params))
-        outputs = self._forward.run(params, self._forward.probes)[0]
+        outputs = self._forward.run(self._at(params), self._forward.probes)[0]
         return self._problem.value(outputs, self._batch.targets, self._batch.weights)
+
+    def _at(self, params: Tree) -> Tree:
+        """Other parameters, those of this step where a mask took leaves away."""
+        return addresses.replace(self._params, addresses.flatten(params))
 
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""

@@ -28,7 +28,10 @@ __all__ = [
     "Sharing",
     "from_matrix",
     "input_moment",
+    "input_moment_action",
     "input_rows",
+    "mean_input",
+    "mean_output",
     "output_moment",
     "output_rows",
     "paired_rows",
@@ -155,6 +158,41 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: 
     return _divided(second_moment(flat, full=full), draws * count)
 
 
+def input_moment_action(layer: Layer, evidence: Evidence, vector: Array) -> Array:
+    """A v from the rows, without forming A, of which `input_moment` says what it is.
+
+    Args:
+        layer: the layer.
+        evidence: what a batch says about it.
+        vector: [S, I].
+
+    Returns:
+        [S, I].
+    """
+    rows = input_rows(layer, evidence)
+    weights = _row_weights(evidence, rows.shape[-2])
+    along = einsum("...nti,...i->...nt", rows, vector) * (1.0 if weights is None else weights.astype(rows.dtype))
+    return _divided(einsum("...nt,...nti->...i", along, rows), total(evidence, rows.shape[-3]))
+
+
+def mean_input(layer: Layer, evidence: Evidence) -> Array:
+    """The weighted mean of the rows a over examples and positions, [S, I]."""
+    rows = input_rows(layer, evidence)
+    weights, count = _spread_weights(evidence, rows)
+    return _divided(einsum("nt,...nti->...i", weights, rows), count)
+
+
+def mean_output(layer: Layer, evidence: Evidence) -> Array:
+    """The weighted mean over draws, examples and positions of the cotangents of the examples, [S, O].
+
+    These carry the roots of the weights, and get them here once more: of weights of positions that are not 0 or 1 that
+    is exact only where the layer has the positions of the weights.
+    """
+    rows = output_rows(layer, evidence)
+    weights, count = _spread_weights(evidence, rows)
+    return _divided(einsum("nt,...knto->...o", jnp.sqrt(weights), rows), rows.shape[-4] * count)
+
+
 def partial_traces(
     layer: Layer, evidence: Evidence, full: tuple[bool, bool] = (True, True), sharing: Pairing = "example"
 ) -> tuple[Factor, Factor]:
@@ -239,6 +277,14 @@ def _row_weights(evidence: Evidence, positions: int) -> Array | None:
         return None
     weights = evidence.weights.reshape(evidence.weights.shape[0], -1)
     return weights if weights.shape[1] == positions else example_weights(weights)[:, None]
+
+
+def _spread_weights(evidence: Evidence, rows: Array) -> tuple[Array, Array]:
+    """Weights of the rows [..., N, T, n] as an array [N, T], and their sum."""
+    weights = _row_weights(evidence, rows.shape[-2])
+    weights = jnp.ones(rows.shape[-3:-1], rows.dtype) if weights is None else weights.astype(rows.dtype)
+    weights = jnp.broadcast_to(weights, rows.shape[-3:-1])
+    return weights, jnp.sum(weights)
 
 
 def _pooled(rows: Array, evidence: Evidence, *, mean: bool) -> Array:
