@@ -40,7 +40,9 @@ from 1 to 0.1 in 40 steps, 5] (0.1, the same), stuck at (0.1, 0.15) and at (0.1,
 through. Autoencoder, damping falling from 3: TENGraD [0.1 to 0.3] 0.3 to 1, 0.03 to 0.1, 0.1 to 0.03 with kl_clip 0.01,
 while 0.1 to 0.1, 0.05 to 0.01 and 0.2 to 0.03 diverge; TNT [0.1 to 0.03] 0.05 to 0.01 (0.1 to 0.01 or 0.003 diverges);
 MBF (0.01, 0.3) [0.003, 0.1], stuck at (0.001, 0.01) (0.003, 0.03) (0.01, 0.1); Shampoo [0.003] 0.005 0.01 (stuck); SOAP
-0.01 [0.02] 0.03.
+0.01 [0.02] 0.03. K-BFGS, (rate, damping): classifier (0.3, 0.03) (1, 0.3) (1, 0.1) (2, 0.3) (2, 0.1) (2, 0.03:
+diverges) [3, 0.1] (4, 0.3) (8, 0.3: leaps up); autoencoder (0.3, 0.3) (1, 0.3) (1, 0.03: diverges) (2, 0.3) (3, 0.3)
+[4, 0.3] (6, 0.3: lower) (8, 0.3: diverges) (8, 1), and damping falling from 3 to 0.03 and from 0.3 to 0.1.
 """
 
 import time
@@ -48,7 +50,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +79,12 @@ class Setting(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A method of the comparison: how its optimizer is made, and its setting on each problem."""
+    """A method of the comparison: how its optimizer is made, its setting on each problem, the labels it looks at."""
 
     make: Callable[..., optax.GradientTransformation]
     classifier: Setting
     autoencoder: Setting
+    labels: Literal["sampled", "true"] = "sampled"
 
 
 def adam(learning_rate: optax.Schedule, layers: ng.Layers, **options: Any) -> optax.GradientTransformation:
@@ -132,6 +135,7 @@ METHODS = {
     "MBF": Entry(ng.mbf, Setting(300, 0.003, KFAC | {"damping": 0.01}), Setting(1000, 0.003, KFAC | {"damping": 0.1})),
     "Shampoo": Entry(ng.shampoo, Setting(300, 0.003, SHAMPOO), Setting(1000, 0.003, SHAMPOO)),
     "SOAP": Entry(ng.soap, Setting(300, 0.01), Setting(1000, 0.02)),
+    "K-BFGS": Entry(ng.kbfgs, Setting(300, 3.0, {"damping": 0.1}), Setting(1000, 4.0, {"damping": 0.3}), labels="true"),
     "adaptive": Entry(adaptive, Setting(150, None, OFTEN), Setting(300, None, OFTEN)),
 }
 BASELINE = "Adam"
@@ -302,7 +306,7 @@ def entropy(images: np.ndarray) -> float:
 
 def train(problem: Problem, method: str, setting: Setting, config: Config, report: Report) -> Record:
     """One run of one method on one problem."""
-    capture = ng.linen.capture(problem.model, problem.likelihood)
+    capture = ng.linen.capture(problem.model, problem.likelihood, labels=METHODS[method].labels)
     start, key = jax.random.split(jax.random.key(config.seed))
     params = problem.model.init(start, problem.train.inputs[:1])["params"]
     layers = capture.layers({"params": params}, problem.train.inputs[: problem.batch])

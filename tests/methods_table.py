@@ -1,4 +1,16 @@
-"""The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`."""
+"""The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`.
+
+One that is a complete optimizer and nothing else, since it learns from its own step, adds it to `COMPLETE`. Its
+direction is the step over the learning rate. The laws that call `update` as a training step does, with parameters and
+with the curvature itself, are for it, too. Not for it are those that
+
+    give evidence of another batch, of other numbers or as a mapping, or no parameters: it measures again where it goes;
+    count refreshes, or freeze a state: it has none, and every measurement is one of its own step;
+    make the damping large: one factor starts as the identity, so that damping enters by its root at first;
+    build an optimizer from a direction, momentum behind it or decay: its own are inside.
+
+What these say of guards, masks, types, injected settings and ensembles is in its own tests.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
@@ -113,6 +125,35 @@ METHODS = (
     _row("tengrad", ng.scale_by_tengrad, ng.tengrad, 1.0, _SAMPLES),
 )
 NAMES = tuple(row.name for row in METHODS)
+RATE = 0.02
+"""The learning rate of the laws."""
+
+
+def _over_its_rate(optimizer: Callable[..., Transformation], layers: Any, **settings: Any) -> Transformation:
+    """The direction of a method that is a complete optimizer only: its step over minus the learning rate.
+
+    That rate is its own, larger than that of the laws: over a step as short as theirs the change of the cotangents is
+    half rounding in float32.
+    """
+    rate = 0.3
+
+    def update(inner, updates, state, params, **extra):
+        found, new = inner(updates, state, params, **extra)
+        return jax.tree.map(lambda u: (u / -rate).astype(u.dtype), found), new
+
+    return wrapped(optimizer(rate, layers, momentum=None, **settings), update)
+
+
+def _without_refreshes(optimizer: Callable[..., Transformation], *args: Any, **settings: Any) -> Transformation:
+    """A method that refreshes nothing, without the settings that say when."""
+    return optimizer(*args, **{name: value for name, value in settings.items() if "refresh" not in name})
+
+
+_KBFGS = partial(_without_refreshes, ng.kbfgs)
+COMPLETE = (
+    Row("kbfgs", partial(_over_its_rate, _KBFGS), _KBFGS, 0.5, learning={"learning_rate": 2.0, "damping": 0.1}),
+)
+ALL_NAMES = NAMES + tuple(row.name for row in COMPLETE)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
 
 
@@ -206,7 +247,7 @@ def update_of(tx: Transformation) -> Any:
 
 def row(method: str) -> Row:
     """The row of that name."""
-    return METHODS[NAMES.index(method)]
+    return (METHODS + COMPLETE)[ALL_NAMES.index(method)]
 
 
 def lifted(state: Any) -> ng.NaturalGradientState:
@@ -256,7 +297,7 @@ def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> t
     params, state = carry
     out = evaluate(problem, params, t)
     updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
-    moved = jax.tree.map(lambda p, u: p - jnp.asarray(0.02, p.dtype) * u, params, updates)
+    moved = jax.tree.map(lambda p, u: p - jnp.asarray(RATE, p.dtype) * u, params, updates)
     return (moved, state), Record(out.value, out.grad, updates, optax.tree.get(state, "metrics"))
 
 

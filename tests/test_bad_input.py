@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from methods_table import NAMES, SETTINGS, direction, measured, row, task
+from methods_table import ALL_NAMES, NAMES, SETTINGS, direction, measured, row, task
 
 import natgrad_jax as ng
 
 every_method = pytest.mark.parametrize("method", NAMES)
+every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
 KEY = jax.random.key(0)
 X = jnp.ones((8, 5))
 LABELS = jnp.zeros(8, jnp.int32)
@@ -195,7 +196,7 @@ NO_STRENGTH = [-1e-3, float("nan"), float("inf"), np.float32(-1), np.float64("na
 
 
 @pytest.mark.parametrize("damping", NO_STRENGTH, ids=lambda value: f"{type(value).__name__} {value}")
-@every_method
+@every_optimizer
 def test_a_damping_that_is_negative_or_no_number(method, damping):
     for build in (row(method).scale_by, lambda layers, **settings: row(method).optimizer(0.1, layers, **settings)):
         with says(ValueError, f"`damping` is {damping}", "expected a finite number of at least 0"):
@@ -209,7 +210,7 @@ def test_a_damping_that_is_no_scalar(damping):
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 1.5, float("nan")])
-@every_method
+@every_optimizer
 def test_a_decay_that_is_no_weight(method, decay):
     with says(ValueError, f"`decay` is {decay}", "expected", "0", "below 1"):
         row(method).scale_by(task("mlp").layers, damping=0.1, decay=decay)
@@ -269,7 +270,7 @@ def test_a_misspelt_estimator():
 
 
 @pytest.mark.parametrize("layers", [{}, ["Dense_0"], "Dense_0", 0.1])
-@every_method
+@every_optimizer
 def test_layers_that_are_none(method, layers):
     with says(TypeError, "`layers` is", "expected", "`capture.layers(variables, x)`"):
         row(method).scale_by(layers, damping=0.1)
@@ -283,7 +284,7 @@ def other_params(**changes):
     return {**task("mlp").variables["params"], **changes}
 
 
-@every_method
+@every_optimizer
 def test_layers_of_another_model(method, monkeypatch):
     no_work(monkeypatch)
     tx = direction(method)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from methods_table import TASKS, build, direction, measured, scanned, start, task, wrapped
 from sklearn.datasets import load_digits
-from test_laws import ANY, blockwise, every_method, everywhere, fails
+from test_laws import ANY, blockwise, every_method, every_optimizer, everywhere, fails
 
 import natgrad_jax as ng
 
@@ -151,7 +151,7 @@ def learns(optimizer):
 
 
 @pytest.mark.slow
-@every_method
+@every_optimizer
 def test_the_loss_falls_on_real_digits(method):
     row = table.row(method)
     learns(lambda layers: row.optimizer(layers=layers, refresh_every=5, statistics_every=1, **row.learning))
@@ -175,7 +175,7 @@ def equals_its_constants(tx, method):
 
 
 @pytest.mark.slow
-@every_method
+@every_optimizer
 def test_constant_schedules_and_traced_periods_equal_numbers(method):
     periods = {name: jnp.int32(table.SETTINGS[name]) for name in ("statistics_every", "refresh_every")}
     constants = {name: lambda count, name=name: table.SETTINGS[name] for name in ("damping", "decay")}
@@ -271,7 +271,7 @@ def starts_with_the_mean(warm_start, tx):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [row.name for row in table.METHODS if row.averages])
+@pytest.mark.parametrize("method", [row.name for row in table.METHODS + table.COMPLETE if row.averages])
 def test_a_warm_start_is_the_running_mean_of_the_pass(method):
     starts_with_the_mean(ng.warm_start, direction(method))
 

@@ -9,12 +9,13 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
-from methods_table import NAMES, TASKS, direction, measured, row, task
+from methods_table import ALL_NAMES, NAMES, TASKS, direction, measured, row, task
 
 import natgrad_jax as ng
 from natgrad_jax import addresses
 
 every_method = pytest.mark.parametrize("method", NAMES)
+every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
 ANY = NAMES[0]
 
 
@@ -42,7 +43,7 @@ def close(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", TASKS)
-@every_method
+@every_optimizer
 def test_the_state_can_be_had_from_shapes_alone(method, where):
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_of(where))
     tx = optimizer(method, where)
@@ -51,7 +52,7 @@ def test_the_state_can_be_had_from_shapes_alone(method, where):
     assert table.shapes(tx.init(abstract)) == expected
 
 
-@every_method
+@every_optimizer
 def test_the_state_is_arrays_only_and_counts_in_int32(method):
     state = direction(method).init(params_of())
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
@@ -60,7 +61,7 @@ def test_the_state_is_arrays_only_and_counts_in_int32(method):
         assert [address == name or address.startswith(f"{name}/") for name in state.layers].count(True) == 1
 
 
-@every_method
+@every_optimizer
 def test_map_params_works_and_takes_no_factor_for_a_parameter(method):
     tx = optimizer(method)
     state = tx.init(params_of())
