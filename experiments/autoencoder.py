@@ -17,14 +17,16 @@ they logged stands beside ours in the table. The settings of the others had the 
                                3e-2) (3e-4, 1e-3) diverge; with sampled labels (3e-3, 1) (1e-3, 0.1) [3e-4, 0.1]
     Shampoo, grafted (rate)    1e-4 [3e-4] 1e-3; not grafted (5e-4, 3e-4), and (1e-3, 3e-4) (3e-3, 1e-3): diverge
     SOAP (rate)                1e-3 [5e-3] 1e-2 2e-2 3e-2
+    K-BFGS                     [0.3, 0.3], the authors' own, also for K-BFGS(L); (0.2, 0.2) (0.3, 1); (0.3, 0.1) (0.5,
+                               0.5) (1, 0.3) (1, 1) (3, 3) diverge
 
 and "adaptive" has nothing tuned: learning rate, momentum and damping come from the quadratic model of the loss.
 
 Expected: "authors" near what was logged (SGD-m 120 to 130 after ten epochs, TNT below 80, Shampoo near 110, K-FAC of
-the authors of K-BFGS near 62). Found: SGD-m, Adam and both K-FACs end within a unit of their logs; TNT and Shampoo
-leave the plateau half an epoch later, and end at 80 and 119 beside 76 and 110. Below all that was logged are K-FAC
-adaptive and SOAP, 57 after ten epochs; Shampoo at the length of Adam's steps is there sooner, but does not settle at a
-constant rate. MBF is as good as SGD-m with sampled labels, and worse with the true ones.
+the authors of K-BFGS near 62, K-BFGS near 60). Found: SGD-m, Adam, both K-FACs and K-BFGS end within a unit of their
+logs; TNT and Shampoo leave the plateau half an epoch later, and end at 80 and 119 beside 76 and 110. Below all that was
+logged are K-FAC adaptive and SOAP, 57 after ten epochs; Shampoo at the length of Adam's steps is there sooner, but does
+not settle at a constant rate. MBF is as good as SGD-m with sampled labels, and worse with the true ones.
 
 Units: the authors of TNT take statistics of the gradient of the mean loss, without the batch size; that is our
 `scale="batch"`, and its damping enters each mode by itself, `split="per_mode"`. Momentum stands in front of every
