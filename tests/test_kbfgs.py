@@ -508,6 +508,8 @@ def test_settings_that_are_none_are_refused():
     for settings in ({"memory": 0}, {"l2": -1.0}, {"momentum": 1.0}, {"statistics_every": 0}):
         with pytest.raises(ValueError, match=f"`{next(iter(settings))}` is .*expected a finite number of at least"):
             ng.kbfgs(0.1, layers, **settings)
+    with pytest.raises(ValueError, match=r"`memory` is 2.5; expected a whole number"):
+        ng.kbfgs(0.1, layers, memory=2.5)
     for rate, damping in (("quadratic", 0.3), (0.1, ng.adaptive_damping())):
         with pytest.raises(TypeError, match=r"expected a finite number of at least 0"):
             ng.kbfgs(rate, layers, damping=damping)

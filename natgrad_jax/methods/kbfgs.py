@@ -195,9 +195,10 @@ def kbfgs(
         hessian_action: by which A line 8 learns: its "average", or that of the "batch", which is never formed.
         second_damping: "powell", line 6, or "levenberg", line 6'.
         split: how the damping is split over the T positions that share weights: "even", the root on either factor; or
-            "positions", root(damping T) and root(damping / T). Which of the two the paper has is not known.
-        others: parameters of no known layer: a "diagonal" Fisher block with the same damping, a stand-in; or
-            "gradient", the momentum as it is.
+            "positions", root(damping T) and root(damping / T). Both are stand-ins: what the paper does is not known.
+        others: parameters of no known layer, norms for instance, of which nothing is known, either: a "diagonal"
+            Fisher block with the same damping, which with true labels is W times the square of the mean gradient; or
+            "gradient", the momentum as it is. Both are stand-ins.
         decay: weight of the old value in the averages of A and of s and y; 0 for full batches.
         statistics_every: steps between evaluations at the new parameters, and all that is learned from them.
         momentum: weight of the old gradient in an average that starts from zero; None for none.
@@ -220,6 +221,8 @@ def kbfgs(
         checks.choice(name, value, choices)
     if memory is not None:
         checks.number("memory", memory, least=1)
+        if int(memory) != memory:
+            raise ValueError(f"`memory` is {memory}; expected a whole number of pairs.")
     parts: list[optax.GradientTransformation] = []
     if l2 is not None:
         checks.number("l2", l2, least=0)
