@@ -168,6 +168,10 @@ class Curvature:
         scale = jnp.sqrt(spread(weights, outputs.ndim) / count)
         return scale * problem.likelihood.root_transpose(wide, tangent.astype(wide.dtype))
 
+    def _at(self, params: Tree) -> Tree:
+        """Other parameters, those of this step where a mask took leaves away."""
+        return addresses.replace(self._params, addresses.flatten(params))
+
     def value(self, params: Tree | None = None) -> Array:
         """The objective on the same batch at other parameters, a scalar.
 
@@ -181,10 +185,6 @@ class Curvature:
             return self._value
         outputs = self._forward.run(self._at(params), self._forward.probes)[0]
         return self._problem.value(outputs, self._batch.targets, self._batch.weights)
-
-    def _at(self, params: Tree) -> Tree:
-        """Other parameters, those of this step where a mask took leaves away."""
-        return addresses.replace(self._params, addresses.flatten(params))
 
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
