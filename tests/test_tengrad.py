@@ -1,6 +1,6 @@
 """C58 and C62 to C67: the TENGraD direction is the dense solve, by layer and for the whole net; iEF and SPRING."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -228,11 +228,16 @@ def direction_of(make, params, x, y, labels="true", last=None):
     """The direction of `make(layers)` in the problem with one output."""
     capture = ng.linen.capture(Scalar(), ng.losses.squared_error, labels=labels)
     tx = make(capture.layers({"params": params}, x))
-    out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(0))
-    state = tx.init(params)
-    if last is not None:
-        state = state._replace(last={"Dense_0": {"kernel": last}})
-    return tx.update(out.grad, state, params, curvature=out.curvature)[0]["Dense_0"]["kernel"]
+
+    @jax.jit
+    def run(params):
+        out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(0))
+        state = tx.init(params)
+        if last is not None:
+            state = state._replace(last={"Dense_0": {"kernel": last}})
+        return tx.update(out.grad, state, params, curvature=out.curvature)[0]["Dense_0"]["kernel"]
+
+    return run(params)
 
 
 def test_c66_without_damping_the_ief_direction_is_the_exact_natural_gradient(dtype):
@@ -252,19 +257,22 @@ def test_ief_with_damping_and_weights_solves_for_the_weighted_slopes():
     weights = jnp.array([1.0, 2.0, 0.0, 0.5, 1.0, 1.0, 3.0])
     layers = capture.layers({"params": params}, x)
     tx = ng.scale_by_tengrad(layers, damping=0.2, target="ief", refresh_every=1, blocks="joint")
-    out = capture.value_and_grad({"params": params}, x, y, weights=weights)
-    found, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
 
     def loss(vector, x, y):
         z = model.apply({"params": ravel_pytree(params)[1](vector)}, x[None])[0]
         return reference.LOSSES["softmax_cross_entropy"](z, y)
 
-    rows = jax.vmap(jax.grad(loss), (None, 0, 0))(ravel_pytree(params)[0], x, y)
-    slopes = jnp.sum((jax.nn.softmax(model.apply({"params": params}, x)) - jax.nn.one_hot(y, 3)) ** 2, axis=1)
-    total = jnp.sum(weights)
-    fisher = jnp.einsum("np,n,nq->pq", rows, weights, rows) / total
-    expected = jnp.linalg.solve(fisher + 0.2 * jnp.eye(len(fisher)), rows.T @ (weights * slopes) / total)
-    assert_equal(ravel_pytree(found)[0], expected)
+    @jax.jit
+    def run(params):
+        out = capture.value_and_grad({"params": params}, x, y, weights=weights)
+        found, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+        rows = jax.vmap(jax.grad(loss), (None, 0, 0))(ravel_pytree(params)[0], x, y)
+        return ravel_pytree(found)[0], rows, jax.nn.softmax(out.outputs)
+
+    found, rows, probabilities = map(np.asarray, run(params))
+    slopes = np.sum((probabilities - np.eye(3)[y]) ** 2, axis=1)
+    fisher = np.einsum("np,n,nq->pq", rows, weights, rows) / np.sum(weights)
+    assert_equal(found, np.linalg.solve(damped(fisher, 0.2), rows.T @ (weights * slopes) / np.sum(weights)))
 
 
 @x64
@@ -274,15 +282,21 @@ def test_ief_adds_the_solve_of_what_was_added_to_the_gradient():
     _, params, x, y, capture, _ = net(labels="true")
     ief = ng.scale_by_tengrad(layers, target="ief", **made)
     plain = ng.scale_by_tengrad(layers, **made)
-    out = capture.value_and_grad({"params": params}, x, y)
-    more = jax.tree.map(lambda g, p: g + 0.1 * p, out.grad, params)
 
-    def update(tx, updates, **extra):
-        return ravel_pytree(tx.update(updates, tx.init(params), params, curvature=out.curvature, **extra)[0])[0]
+    @jax.jit
+    def run(params):
+        out = capture.value_and_grad({"params": params}, x, y)
+        more = jax.tree.map(lambda g, p: g + 0.1 * p, out.grad, params)
 
-    expected = update(ief, out.grad) + update(plain, more) - update(plain, out.grad)
-    assert_equal(update(ief, more, gradient=out.grad), expected)
-    assert_differs(update(ief, out.grad), expected)
+        def update(tx, updates, **extra):
+            return ravel_pytree(tx.update(updates, tx.init(params), params, curvature=out.curvature, **extra)[0])[0]
+
+        alone = update(ief, out.grad)
+        return update(ief, more, gradient=out.grad), alone, alone + update(plain, more) - update(plain, out.grad)
+
+    found, alone, expected = run(params)
+    assert_equal(found, expected)
+    assert_differs(alone, expected)
 
 
 # C67: SPRING ----------------------------------------------------------------------------------------------------------
@@ -358,11 +372,13 @@ def test_the_damping_of_a_direction_is_that_of_its_refresh():
     schedule = optax.linear_schedule(0.1, 10.0, 3)
     tx, constant = (table.build("tengrad", damping=damping) for damping in (schedule, 0.1))
 
-    def second(tx):
-        _, state = jax.jit(tx.update)(gradient, tx.init(gradient), curvature=evidence)
-        return jax.jit(tx.update)(gradient, state, curvature=evidence)[0]
+    @partial(jax.jit, static_argnums=0)
+    def second(tx, gradient, evidence):
+        _, state = tx.update(gradient, tx.init(gradient), curvature=evidence)
+        return tx.update(gradient, state, curvature=evidence)[0]
 
-    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4), second(tx), second(constant)))
+    found = (second(one, gradient, evidence) for one in (tx, constant))
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4), *found))
 
 
 # Laws of the joint block, iEF and SPRING ------------------------------------------------------------------------------
@@ -400,10 +416,10 @@ def test_a_mask_takes_layers_out_of_the_joint_block():
     layers = table.task("mlp").layers
     mask = {"Dense_0": True, "Dense_1": True, "Dense_2": False}
     masked = optax.masked(VARIANTS["joint"](layers), mask)
-    found, state = masked.update(gradient, masked.init(gradient), curvature=evidence)
+    found, state = jax.jit(masked.update)(gradient, masked.init(gradient), curvature=evidence)
     two = {name: gradient[name] for name in ("Dense_0", "Dense_1")}
     alone = VARIANTS["joint"](ng.Layers(layers.known[:2], examples=layers.examples))
-    expected, _ = alone.update(two, alone.init(two), curvature=evidence)
+    expected, _ = jax.jit(alone.update)(two, alone.init(two), curvature=evidence)
     assert jax.tree.all(jax.tree.map(jnp.allclose, {name: found[name] for name in two}, expected))
     assert len(state.inner_state.layers["joint"].jacobians) == 2
 
@@ -437,10 +453,14 @@ def test_layers_of_unknown_size_or_without_cotangents_are_refused():
 
 def test_ief_refuses_curvature_of_other_labels():
     problem = table.task("mlp")
-    out = table.evaluate(problem, problem.variables["params"], 0)
     tx = ng.scale_by_tengrad(problem.layers, damping=0.1, target="ief", refresh_every=1)
+
+    def step(params):
+        out = table.evaluate(problem, params, 0)
+        return tx.update(out.grad, tx.init(params), curvature=out.curvature)
+
     with pytest.raises(ValueError, match="labels='sampled'"):
-        tx.update(out.grad, tx.init(out.grad), curvature=out.curvature)
+        jax.eval_shape(step, problem.variables["params"])
 
 
 def test_the_report_tells_the_bytes_of_the_state():
