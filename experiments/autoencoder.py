@@ -141,7 +141,7 @@ def soap(rate: float, damping: float) -> Make:
 
 def kbfgs(rate: float, damping: float, **options: Any) -> Make:
     """K-BFGS as its authors run it, but for the rate and the damping."""
-    return lambda layers: ng.kbfgs(rate, layers, damping=damping, l2=1e-5, **options)
+    return lambda layers: ng.kbfgs(rate, layers, damping=damping, weight_decay=1e-5, **options)
 
 
 def adam(rate: float, eps: float) -> Make:

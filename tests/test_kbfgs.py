@@ -20,7 +20,7 @@ VARIANTS = {
     "K-BFGS(L)": {"memory": 2},
     "KF-QN": {"hessian_action": "batch", "second_damping": "levenberg"},
 }
-NUMBERS = {"learning_rate": 0.3, "damping": 0.3, "decay": 0.9, "momentum": 0.9, "l2": 0.01}
+NUMBERS = {"learning_rate": 0.3, "damping": 0.3, "decay": 0.9, "momentum": 0.9, "weight_decay": 0.01}
 
 
 # The algorithm in numpy -----------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def expected_steps(model, params, batches, variant, warm):
         moved = {}
         for name, layer in layers.items():
             inputs, cotangents = old[name]
-            gradient = inputs.T @ cotangents / len(inputs) + NUMBERS["l2"] * weights[name]
+            gradient = inputs.T @ cotangents / len(inputs) + NUMBERS["weight_decay"] * weights[name]
             moved[name] = weights[name] - NUMBERS["learning_rate"] * layer.direction(inputs, gradient)
         params = {name: reference.arrays(jnp.asarray(moved[name]), params[name]) for name in params}
         new = {name: tuple(map(np.asarray, pair)) for name, pair in parts(params, x, y).items()}
@@ -424,7 +424,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
     problem = table.task("mlp true labels")
     params = problem.variables["params"]
     inject = optax.inject_hyperparams(ng.kbfgs, static_args=("memory", "statistics_every"))
-    tx = inject(0.1, problem.layers, damping=0.3, memory=3, l2=0.01)
+    tx = inject(0.1, problem.layers, damping=0.3, memory=3, weight_decay=0.01)
 
     @jax.jit
     def one(state):
@@ -437,7 +437,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
     doubled, _ = one(state)
     jax.tree.map(lambda u, v: np.testing.assert_allclose(2 * u, v, rtol=1e-5, atol=1e-7), updates, doubled)
     assert optax.tree.get(after, "statistics") == 1 and one._cache_size() == 1
-    assert {"damping", "decay", "momentum", "l2"} <= set(state.hyperparams)
+    assert {"damping", "decay", "momentum", "weight_decay"} <= set(state.hyperparams)
 
 
 @pytest.mark.slow
@@ -463,7 +463,7 @@ def test_an_ensemble_under_vmap_steps_as_its_members_do():
 @pytest.mark.parametrize("where", ["mlp bfloat16", "convnet bfloat16"])
 def test_a_step_changes_no_shape_and_no_dtype(where):
     problem = table.task(where)
-    tx = ng.kbfgs(0.1, problem.layers, memory=3, l2=1e-5)
+    tx = ng.kbfgs(0.1, problem.layers, memory=3, weight_decay=1e-5)
     carry = jax.eval_shape(lambda: table.start(problem, tx))
     after, _ = jax.eval_shape(partial(table.step, problem, tx), carry, jnp.int32(0))
     assert table.shapes(after) == table.shapes(carry)
@@ -505,7 +505,7 @@ def test_settings_that_are_none_are_refused():
     for name in ("hessian_action", "second_damping", "split", "others"):
         with pytest.raises(ValueError, match=f"`{name}` is 'best'; expected one of"):
             ng.kbfgs(0.1, layers, **{name: "best"})
-    for settings in ({"memory": 0}, {"l2": -1.0}, {"momentum": 1.0}, {"statistics_every": 0}):
+    for settings in ({"memory": 0}, {"weight_decay": -1.0}, {"momentum": 1.0}, {"statistics_every": 0}):
         with pytest.raises(ValueError, match=f"`{next(iter(settings))}` is .*expected a finite number of at least"):
             ng.kbfgs(0.1, layers, **settings)
     with pytest.raises(ValueError, match=r"`memory` is 2.5; expected a whole number"):

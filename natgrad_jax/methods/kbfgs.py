@@ -171,20 +171,20 @@ def kbfgs(
     decay: ScalarOrSchedule = 0.9,
     statistics_every: int | Array = 1,
     momentum: Scalar | None = 0.9,
-    l2: ScalarOrSchedule | None = None,
-    l2_mask: Any | Callable[[Any], Any] | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    weight_decay_mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS, K-BFGS(L) or KF-QN-CNN, complete: what it learns from is its own step.
 
     `capture` with `labels="true"`, as in the papers: then a step costs one evaluation of the batch more, at the new
     parameters, and nothing else. With `"sampled"` labels both evaluations have those drawn at the old parameters, and
-    the pair is of the loss with these. The pair never has the l2 penalty in it. What stands behind this
+    the pair is of the loss with these. The pair never has the penalty in it. What stands behind this
     transformation and changes its step (clipping, say) does no harm to the pair, which is then of a step that was not
     taken; there is no such option inside, for no bound on the step belongs to the method.
 
-    Damping 0.3 beside a learning rate of 0.3, `decay` and momentum 0.9, `l2=1e-5` and, if any, `memory=100` are those
-    of the authors' demonstration on an autoencoder (https://github.com/renyiryry/kbfgs_neurips2020_public), after a
-    pass over the data for A (`warm_start`). They are in the units of one example, as everything here.
+    Damping 0.3 beside a learning rate of 0.3, `decay` and momentum 0.9, `weight_decay=1e-5` and, if any, `memory=100`
+    are those of the authors' demonstration on an autoencoder (https://github.com/renyiryry/kbfgs_neurips2020_public),
+    after a pass over the data for A (`warm_start`). They are in the units of one example, as everything here.
 
     Args:
         learning_rate: step size, or its schedule.
@@ -202,8 +202,8 @@ def kbfgs(
         decay: weight of the old value in the averages of A and of s and y; 0 for full batches.
         statistics_every: steps between evaluations at the new parameters, and all that is learned from them.
         momentum: weight of the old gradient in an average that starts from zero; None for none.
-        l2: strength of a penalty l2 / 2 |theta|^2 whose gradient goes into the momentum; None for none.
-        l2_mask: which parameters it holds for, as `optax.add_decayed_weights` takes it.
+        weight_decay: strength of an l2 penalty of the loss, whose gradient goes into the momentum; None for none.
+        weight_decay_mask: which parameters it holds for, as `optax.add_decayed_weights` takes it.
 
     Returns:
         A complete optimizer; `update` needs `params` and, as `curvature`, the `out.curvature` of `value_and_grad`
@@ -224,9 +224,9 @@ def kbfgs(
         if int(memory) != memory:
             raise ValueError(f"`memory` is {memory}; expected a whole number of pairs.")
     parts: list[optax.GradientTransformation] = []
-    if l2 is not None:
-        checks.number("l2", l2, least=0)
-        parts.append(optax.add_decayed_weights(l2, l2_mask))
+    if weight_decay is not None:
+        checks.number("weight_decay", weight_decay, least=0)
+        parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
     if momentum is not None:
         checks.number("momentum", momentum, least=0, below=1)
         parts.append(optax.ema(momentum, debias=False))
