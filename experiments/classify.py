@@ -109,7 +109,9 @@ class Entry(NamedTuple):
     natural: bool = True
 
 
-def natural(method: Callable[..., optax.GradientTransformation], *statistics: str) -> Callable[[Config], Make]:
+def natural(
+    method: Callable[..., optax.GradientTransformation], *statistics: str, refresh_every: int | None = None
+) -> Callable[[Config], Make]:
     """A method of this package; `statistics` are its keywords for periods of what it averages."""
     return lambda config: (
         lambda setting, layers: method(
@@ -119,7 +121,7 @@ def natural(method: Callable[..., optax.GradientTransformation], *statistics: st
             momentum=0.9,
             weight_decay=config.weight_decay or None,
             kl_clip=config.kl_clip or None,
-            refresh_every=config.refresh_every,
+            refresh_every=refresh_every or config.refresh_every,
             **dict.fromkeys(statistics, config.statistics_every),
         )
     )
@@ -145,6 +147,7 @@ GRID = tuple(Setting(*pair) for pair in product((3e-3, 1e-2, 3e-2), (0.03, 0.1, 
 """The paper ran TENGraD and K-FAC at (0.003, 0.1), EKFAC at (0.001, 0.03), SGD-m at 0.03, all for ten epochs."""
 METHODS = {
     "TENGraD": Entry(natural(ng.tengrad), GRID),
+    "TENGraD, 10": Entry(natural(ng.tengrad, refresh_every=10), GRID),
     "K-FAC": Entry(natural(ng.kfac, "statistics_every"), GRID),
     "EKFAC": Entry(natural(ng.ekfac, "statistics_every", "rescale_every"), GRID),
     "SGD-m": Entry(sgd, rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2, 1e-1, 2e-1), natural=False),
