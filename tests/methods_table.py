@@ -94,12 +94,10 @@ _SOAP_LEARNS = {"learning_rate": 0.1, "statistics": "gradient", "rescale_every":
 
 METHODS = (
     _row("kfac pi", ng.scale_by_kfac, ng.kfac, 0.5, split="pi"),
-    _row("kfac even", ng.scale_by_kfac, ng.kfac, 0.5, split="even"),
     _row("kfac exact", ng.scale_by_kfac, ng.kfac, 1.0, split="exact"),
     _row("ekfac per_example", ng.scale_by_ekfac, ng.ekfac, 1.0, {"rescales": True}, estimator="per_example"),
-    _row("ekfac minibatch", ng.scale_by_ekfac, ng.ekfac, 1.0, {"rescales": True}, estimator="minibatch"),
     # its first refresh is by eigendecompositions, in a branch beside that of the others
-    _row("ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, 0.5, _TWICE, refresh="qr", split="pi"),
+    _row("ekfac qr pi", ng.scale_by_ekfac, ng.ekfac, 0.5, _TWICE, refresh="qr", split="pi", estimator="minibatch"),
     _row("tkfac", ng.scale_by_tkfac, ng.tkfac, 0.5),
     _row("tekfac", ng.scale_by_tekfac, ng.tekfac, 1.0, {"rescales": True}),
     # those that can do without curvature are asked for it here, to be under the laws of it

@@ -1,7 +1,6 @@
 """Laws of what goes in and out of every method: types, settings, counters, warm starts, guards; with controls."""
 
 from functools import cache
-from math import prod
 
 import chex
 import jax
@@ -309,9 +308,9 @@ def poison(tree):
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tree)
 
 
-def first_weight(state):
-    """The weight [S] of the first average in the state of a layer."""
-    return optax.tree.get_all_with_path(state, "weight")[0][1]
+def copies_in(state):
+    """How many copies the state of a layer is of: every method has one number for each, the weight of an average say."""
+    return min(leaf.size for leaf in jax.tree.leaves(state))
 
 
 def survives_poison(where, tx):
@@ -319,8 +318,7 @@ def survives_poison(where, tx):
     gradient, evidence = measured(where)
     update = jax.jit(tx.update)
     _, good = update(gradient, tx.init(gradient), curvature=evidence)
-    stacks = {layer.name: layer.stack for layer in task(where).layers.blocks}
-    copies = sum(prod(stacks.get(name, ())) for name in good.layers)
+    copies = sum(copies_in(state) for state in good.layers.values())
     for bad_gradient in (gradient, poison(gradient)):
         _, bad = update(bad_gradient, good, curvature=poison(evidence))
         chex.assert_trees_all_close(bad.layers, good.layers, rtol=1e-4, atol=1e-6)
