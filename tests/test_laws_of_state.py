@@ -309,7 +309,7 @@ def poison(tree):
 
 
 def copies_in(state):
-    """How many copies the state of a layer is of: every method has one number for each, the weight of an average say."""
+    """How many copies the state of a layer is of: each has a number of its own, the weight of an average say."""
     return min(leaf.size for leaf in jax.tree.leaves(state))
 
 
