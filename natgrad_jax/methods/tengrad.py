@@ -20,7 +20,8 @@ squared norm of its loss's derivative by the outputs, slope_n, instead of by 1:
 Soori, Can, Mu, Gürbüzbalaban and Dehnavi (2021), https://arxiv.org/abs/2106.03947; line 3' is of Wu, Yu, Zhang and
 Woodland (2024), https://arxiv.org/abs/2406.06420. Unlike the authors' code: kernel and bias are one block, the bias a
 row of it; every block is divided by its damping alike, so that one learning rate fits all; refreshes and applications
-are of all layers. Not here: sketched rows (SENG); their randomised decomposition.
+are of all layers. Not here: sketched rows (SENG), with which the operator is not positive definite; their randomised
+decomposition.
 """
 
 from collections.abc import Callable
