@@ -42,6 +42,35 @@ class SmallConvnet(nn.Module):
         return nn.Dense(10, **uniform(x.shape[-1]))(x)
 
 
+class TanhNet(nn.Module):
+    """Dense layers with tanh between them."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, H, W, C] -> logits [N, 10]."""
+        x = x.reshape(len(x), -1)
+        for width in self.widths:
+            x = nn.tanh(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+class StridedConvnet(nn.Module):
+    """Convolutions of 3x3 and stride 2, then two dense layers; ReLU between them."""
+
+    channels: tuple[int, ...]
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, H, W, C] -> logits [N, 10]."""
+        for channels in self.channels:
+            x = nn.relu(nn.Conv(channels, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
 class ResNet(nn.Module):
     """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
 

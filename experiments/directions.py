@@ -1,0 +1,165 @@
+"""Every method as a direction at given parameters, and the exact damped natural gradient to put beside it.
+
+What each method is shown of the curvature is `Direction.sees`; `fidelity` says why. Nothing here moves the parameters.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.flatten_util import ravel_pytree
+
+import natgrad_jax as ng
+
+LIKELIHOOD = ng.losses.softmax_cross_entropy
+
+
+class Batches(NamedTuple):
+    """Images and labels of which the directions are, and minibatches [B, 100, ...] for what learns from these."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    stream: tuple[np.ndarray, np.ndarray]
+
+
+class Direction(NamedTuple):
+    """A method as a direction, and what it sees of the curvature.
+
+    Attributes:
+        make: layers, damping -> transformation.
+        sees: labels "exact" or "sampled", or minibatches of the true ones, one after the other.
+        dampings: those tried; None for the multiples of the common one.
+        scale: by what its update is divided; None where it has no length that compares with d*.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    sees: Literal["exact", "sampled", "batches"] = "exact"
+    dampings: tuple[float, ...] | None = None
+    scale: float | None = 1.0
+
+
+def square(method: Callable[..., Any], **options: Any) -> Callable[..., optax.GradientTransformation]:
+    """A direction of this package."""
+    return lambda layers, damping: method(layers, damping=damping, **options)
+
+
+MULTIPLES = (0.01, 0.1, 1.0, 10.0, 100.0)
+ROOTS = (1e-9, 1e-7, 1e-5, 1e-3, 0.1)
+OFTEN: Any = {"statistics_every": 1, "refresh_every": 10}
+KBFGS = {"momentum": None, "decay": 0.9}
+DIRECTIONS = {
+    "TENGraD, joint": Direction(square(ng.scale_by_tengrad, blocks="joint")),
+    "TENGraD": Direction(square(ng.scale_by_tengrad)),
+    "EKFAC": Direction(square(ng.scale_by_ekfac)),
+    "TEKFAC": Direction(square(ng.scale_by_tekfac)),
+    "K-FAC": Direction(square(ng.scale_by_kfac)),
+    "TKFAC": Direction(square(ng.scale_by_tkfac)),
+    "TNT": Direction(square(ng.scale_by_tnt), "sampled"),
+    "MBF": Direction(square(ng.scale_by_mbf, statistics="curvature"), "sampled"),
+    "K-BFGS": Direction(lambda layers, damping: ng.kbfgs(0.3, layers, damping=damping, **KBFGS), "batches", None, -0.3),
+    "SOAP": Direction(square(ng.scale_by_soap, decay=0.99, **OFTEN), "batches", ROOTS, None),
+    "Shampoo": Direction(square(ng.scale_by_shampoo, decay=0.99, **OFTEN), "batches", ROOTS, None),
+    "Adam": Direction(lambda _, eps: optax.scale_by_adam(b1=0.0, b2=0.99, eps=eps), "batches", ROOTS, None),
+    "gradient": Direction(lambda *_: optax.identity(), dampings=(1.0,), scale=None),
+}
+
+
+class Angle(NamedTuple):
+    """A direction beside d*, at one damping: their cosine, and the relative error; NaN if it has no length of F."""
+
+    method: str
+    damping: float
+    same: bool
+    cosine: float
+    error: float
+
+
+def angles(
+    name: str, model: nn.Module, params: Any, given: Batches, aim: Any, damping: float, draws: int
+) -> list[Angle]:
+    """A method beside d*, at its dampings.
+
+    Args:
+        name: of the method in `DIRECTIONS`.
+        model: the net, known layers alone.
+        params: its parameters.
+        given: the images.
+        aim: d*.
+        damping: of d*.
+        draws: of labels, for a method that sees sampled ones.
+
+    Returns:
+        An angle for each damping.
+    """
+    entry = DIRECTIONS[name]
+    found = []
+    for tried in entry.dampings or [damping * multiple for multiple in MULTIPLES]:
+        own = np.asarray(direction(entry, model, draws)(params, given, tried)) / (entry.scale or 1.0)
+        cosine = own @ aim / (np.linalg.norm(own) * np.linalg.norm(aim))
+        error = np.nan if entry.scale is None else np.linalg.norm(own - aim) / np.linalg.norm(aim)
+        same = entry.dampings is None and tried == damping
+        found.append(Angle(name, tried, same, float(cosine), float(error)))
+    return found
+
+
+@cache
+def direction(entry: Direction, model: nn.Module, draws: int) -> Callable[[Any, Batches, float], jax.Array]:
+    """Parameters, images, damping -> the direction [P] of a method that has seen what it sees."""
+    true = entry.sees == "batches"
+    labels: Any = "true" if true else entry.sees
+    capture = ng.linen.capture(model, LIKELIHOOD, labels=labels, draws=draws if labels == "sampled" else 1)
+
+    @jax.jit
+    def found(params, given, damping):
+        tx = optax.with_extra_args_support(entry.make(capture.layers({"params": params}, given.images), damping))
+
+        def step(state, batch):
+            out = capture.value_and_grad({"params": params}, *batch, key=jax.random.key(0))
+            updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+            return state, ravel_pytree(updates)[0]
+
+        state = tx.init(params)
+        if true:
+            state, _ = jax.lax.scan(step, state, given.stream)
+        return step(state, (given.images, given.labels))[1]
+
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def natural_gradient(model: nn.Module, params: Any, images: jax.Array, labels: jax.Array, damping: float) -> jax.Array:
+    """d* [P], of all parameters together: the dense F by autodiff, and the gradient of the mean loss.
+
+    Args:
+        model: the net.
+        params: its parameters.
+        images: [N, ...].
+        labels: [N].
+        damping: strength.
+
+    Returns:
+        (F + damping I)^-1 gradient, in the order of `ravel_pytree`.
+    """
+    flat, tree = ravel_pytree(params)
+
+    def logits(flat: jax.Array, image: jax.Array) -> jax.Array:
+        outputs: Any = model.apply({"params": tree(flat)}, image[None])
+        return outputs[0]
+
+    jacobian = jax.vmap(jax.jacrev(logits), (None, 0))(flat, images)  # [N, C, P]
+    p = jax.nn.softmax(jax.vmap(logits, (None, 0))(flat, images))
+    gradient = jnp.einsum("nc,ncp->p", p - jax.nn.one_hot(labels, p.shape[-1]), jacobian) / len(images)
+    curved = p[..., None] * (jacobian - jnp.einsum("nc,ncp->np", p, jacobian)[:, None])  # diag(p) - p p^T
+    fisher = jnp.einsum("ncp,ncq->pq", jacobian, curved) / len(images)
+    damped = fisher + damping * jnp.eye(len(flat))
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
+
+
+def best(angles: list[Angle]) -> Angle:
+    """The angle of the largest cosine."""
+    return max(angles, key=lambda angle: np.nan_to_num(angle.cosine, nan=-1.0))

@@ -1,0 +1,171 @@
+"""The errors and angles of the experiment on fidelity, against dense matrices on small problems."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import reference
+import watching
+from jax.flatten_util import ravel_pytree
+from reference import assert_differs, assert_equal
+from rich.console import Console
+
+from experiments import fidelity
+from experiments.data import Data, Part
+from experiments.directions import DIRECTIONS, Batches, angles, direction, natural_gradient
+from experiments.fidelity import BEST, METHODS, NAMES, NO_WORSE
+from experiments.nets import StridedConvnet, TanhNet
+from experiments.records import kept
+
+LAYERS = ("Conv_0", "Dense_0", "Dense_1")
+
+
+@pytest.fixture(autouse=True)
+def double(x64):
+    """Double precision."""
+
+
+@cache
+def net():
+    """A convolution and two dense layers on random images, watched; and the dense block of each layer."""
+    model = StridedConvnet(channels=(2,), hidden=3)
+    x = reference.normal(7, 4, 4, 1)
+    return watching.watched(model, reference.random_params(model, x), x, "softmax_cross_entropy")
+
+
+@cache
+def found(layer):
+    """{method: error} by the experiment."""
+    return fidelity.errors(net().layers[layer], net().evidence[layer])
+
+
+@cache
+def implied_blocks(method):
+    """What a method stands for, by the matrix that it multiplies gradients with."""
+    return watching.implied_blocks(METHODS[method].method, net())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_of_a_method_is_that_of_the_matrix_it_stands_for(method, layer):
+    assert_equal(found(layer)[method], reference.error(implied_blocks(method)[layer], net().blocks[layer]))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_best_product_is_the_largest_singular_pair_of_the_arranged_block(layer):
+    assert_equal(found(layer)[BEST], reference.best_kronecker_error(net().blocks[layer], net().layers[layer].shape))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", NO_WORSE)
+def test_the_theorems_hold_in_every_layer(name, layer):
+    assert fidelity.holds(record(found(layer)), name)
+
+
+@pytest.mark.parametrize("name", NO_WORSE)
+def test_a_broken_theorem_is_counted_as_broken(name):
+    assert not fidelity.holds(record(dict.fromkeys(NAMES, 0.5) | {name: 0.6}), name)
+
+
+def test_a_scale_measured_in_another_basis_breaks_the_theorem():
+    ekfac, evidence, layer = METHODS["EKFAC"].method, net().evidence["Conv_0"], net().layers["Conv_0"]
+
+    def rescale(layer, state, evidence):
+        start = ekfac.init(layer)  # whose basis is the identity
+        return state._replace(scale=ekfac.rescale(layer, start, evidence).scale)
+
+    wrong = METHODS["EKFAC"]._replace(method=ekfac._replace(rescale=rescale))
+    implied = jax.jit(lambda evidence: fidelity.implied(wrong, layer, evidence))(evidence)
+    error = reference.error(implied, fidelity.exact(layer, evidence))
+    assert_differs(error, found("Conv_0")["EKFAC"])
+    assert not fidelity.holds(record(found("Conv_0") | {"EKFAC": error}), "EKFAC")
+
+
+@cache
+def small():
+    """A tanh net on random images with true labels, watched by labels that are summed over; and its gradient."""
+    model, x = TanhNet(widths=(3,)), reference.normal(6, 2, 2, 1)
+    params = reference.random_params(model, x)
+    y = reference.targets("softmax_cross_entropy", (6, 10))
+    return model, params, Batches(x, y, (x[None, :4], y[None, :4]))
+
+
+def test_the_exact_direction_solves_with_the_dense_fisher_of_all_parameters():
+    model, params, given = small()
+    fisher = reference.fisher(model, params, "softmax_cross_entropy", given.images, given.labels)
+    gradient, _ = ravel_pytree(
+        jax.grad(
+            lambda params: reference.mean_loss(
+                "softmax_cross_entropy", model.apply({"params": params}, given.images), given.labels
+            )
+        )(params)
+    )
+    expected = np.linalg.solve(reference.damped(fisher, 0.01), gradient)
+    assert_equal(natural_gradient(model, params, given.images, given.labels, 0.01), expected)
+
+
+def test_the_joint_block_of_tengrad_has_the_exact_direction_and_its_layers_alone_have_not():
+    model, params, given = small()
+    aim = np.asarray(natural_gradient(model, params, given.images, given.labels, 0.01))
+    joint, layers = (
+        next(each for each in angles(name, model, params, given, aim, 0.01, 1) if each.same)
+        for name in ("TENGraD, joint", "TENGraD")
+    )
+    assert joint.error < 1e-9 and joint.cosine > 1 - 1e-12
+    assert layers.error > 0.1
+
+
+@pytest.mark.parametrize("name", ["K-BFGS", "gradient"])
+def test_a_direction_points_uphill_as_the_gradient_does(name):
+    model, params, given = small()
+    aim = np.asarray(natural_gradient(model, params, given.images, given.labels, 0.01))
+    assert all(each.cosine > 0 for each in angles(name, model, params, given, aim, 0.01, 1))
+
+
+def test_what_sees_minibatches_has_another_direction_after_others():
+    model, params, given = small()
+    other = given._replace(stream=(given.images[None, 2:], given.labels[None, 2:]))
+    found = direction(DIRECTIONS["Shampoo"], model, 1)
+    assert_differs(found(params, given, 1e-5), found(params, other, 1e-5))
+
+
+@pytest.mark.slow
+def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method_beside_the_exact_direction(tmp_path):
+    config = fidelity.Config(output=tmp_path, data=None, **fidelity.SMOKE, **fidelity.SMALL)
+    with jax.enable_x64(False):
+        found = fidelity.run(config)
+    assert [each.layer.name for each in found.blocks] == ["Dense_0", "Dense_1"] * 2 + [*LAYERS] * 2
+    assert all(fidelity.holds(each, name) for each in found.blocks for name in NO_WORSE)
+    assert found.blocks[0].errors != found.blocks[2].errors, "training changed nothing"
+    assert {stage: tuple(angles) for stage, angles in found.angles.items()} == dict.fromkeys(
+        ("start", "trained"), tuple(DIRECTIONS)
+    )
+    measured = [each for angles in found.angles.values() for own in angles.values() for each in own]
+    assert np.all(np.isfinite([each.cosine for each in measured]))
+    fidelity.keep_all(found, config)
+    assert len(kept(tmp_path / "fidelity.jsonl", {"model": "CNN"})) == 6
+    assert len(kept(tmp_path / "fidelity.jsonl", {"method": "SOAP", "stage": "start"})) == 5
+    console = Console(width=80, record=True, quiet=True)
+    console.print(fidelity.table(found, config))
+    figure = fidelity.picture(found, config)
+    assert [len(axis.patches) for axis in figure.axes] == [8, 8, 12, 12, len(DIRECTIONS), len(DIRECTIONS)]
+    plt.close(figure)
+
+
+def test_images_of_either_source_have_16x16_pixels_between_0_and_1(monkeypatch):
+    pixels = np.zeros((3, 28, 28, 1), np.float32)
+    pixels[1] = 1
+    part = Part(pixels, np.array([7, 8, 9], np.int32))
+    monkeypatch.setattr(fidelity, "mnist", lambda given: Data("mnist", part, part))
+    mnist = fidelity.load(fidelity.Config(data=Path("folder"), images=2))
+    assert mnist.images.shape == (2, 16, 16, 1) and mnist.labels.tolist() == [7, 8]
+    assert_equal(mnist.images.mean(axis=(1, 2, 3)), [0.0, 1.0])
+    digits = fidelity.load(fidelity.Config(data=None)).images
+    assert digits.shape == (1500, 16, 16, 1) and digits.min() == 0 and digits.max() == 1
+
+
+def record(errors):
+    return fidelity.Record("", "", 0.0, None, errors)
