@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fidelity control race autoencoder classify crossover test bench lint format
+.PHONY: help demo notebooks fidelity control race autoencoder classify crossover test bench lint format
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -20,6 +20,9 @@ help: ## this list
 
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
+
+notebooks: $(VENV)/test.stamp ## the .ipynb of every notebook, and a copy that was run, pictures and all, in notebooks/rendered/
+	$(BIN)/python notebooks/render.py $(GIVEN)
 
 fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method are from those of the exact Fisher matrix; one table, one picture
 	$(BIN)/python -m experiments.fidelity $(GIVEN)
