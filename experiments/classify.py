@@ -49,11 +49,11 @@ from rich.console import Console
 from rich.progress import track
 
 import natgrad_jax as ng
-from experiments.data import Data, folder
-from experiments.problems import LIKELIHOOD, Name, Problem, problem
+from experiments.data import Data, Part, folder
+from experiments.problems import Name, Problem, problem
 from experiments.records import Records, finite, keep, kept
 from experiments.report import runs_picture, runs_table, trials_table
-from experiments.training import Make, Pace, Runner, Runners, Setting, Task, resumable, timed
+from experiments.training import Make, Pace, Runner, Runners, Setting, Task, paced, resumable
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def load(config: Config) -> Data:
 def compiled(name: str, data: Data, config: Config) -> Runner:
     """A method on the problem."""
     entry, batch = METHODS[name], data.train.first(config.batch)
-    task = Task(chosen(config).net, LIKELIHOOD, batch, config.seed, {"train": True})
+    task = Task(chosen(config).net, chosen(config).likelihood, batch, config.seed, {"train": True})
     return Runner(entry.make(config), entry.tried[0], task)
 
 
@@ -275,21 +275,24 @@ def train(name: str, setting: Setting, runners: Runners, data: Data, config: Con
     )
 
 
-def paced(names: list[str], runners: Runners, data: Data, config: Config) -> Pace:
+def cost(names: list[str], runners: Runners, data: Data, config: Config) -> Pace:
     """The cost of steps, measured unless it is in the file."""
     key = {"data": data.name, **chosen(config).fields, "batch": config.batch}
     key |= {"periods": [config.refresh_every, config.statistics_every], "rounds": config.rounds}
     path = config.output / "classify_paces.jsonl"
-    if known := [record for record in kept(path, key) if {*names, BASELINE} <= set(record["first"])]:
-        return Pace(known[-1]["idle"], known[-1]["first"], known[-1]["later"])
-    some, used = data.train.first(40 * config.batch), {name: runners(name) for name in (*names, BASELINE)}
-    for name, runner in used.items():
-        tried = METHODS[name].tried
-        runner.begin(Setting(min(s.rate for s in tried), max(s.damping for s in tried)))
-    stream = list(chosen(config).stream(some, config.batch, config.seed, 0))
-    pace = timed(used, stream, config.refresh_every, config.rounds, BASELINE)
-    keep(path, [key | pace._asdict()])
-    return pace
+
+    def started() -> dict[str, Runner]:
+        used = {name: runners(name) for name in (*names, BASELINE)}
+        for name, runner in used.items():
+            tried = METHODS[name].tried
+            runner.begin(Setting(min(s.rate for s in tried), max(s.damping for s in tried)))
+        return used
+
+    def stream() -> list[Part]:
+        return list(chosen(config).stream(data.train.first(40 * config.batch), config.batch, config.seed, 0))
+
+    size = {"period": config.refresh_every, "rounds": config.rounds, "baseline": BASELINE}
+    return paced(path, key, started, names, stream, **size)
 
 
 def plan(names: list[str], pace: Pace, data: Data, config: Config) -> str:
@@ -346,7 +349,7 @@ def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Fo
     data = load(config)
     config.output.mkdir(parents=True, exist_ok=True)
     runners = cache(lambda name: compiled(name, data, config))
-    pace = paced(names, runners, data, config)
+    pace = cost(names, runners, data, config)
     report(plan(names, pace, data, config))
     trials = tune(names, runners, data, config)
     if not config.epochs:

@@ -1,7 +1,7 @@
-"""The nets of the experiments on classification.
+"""The nets of the experiments on classification, and the autoencoder.
 
-All take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm takes the
-moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+The former take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm takes
+the moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
 """
 
 from typing import Any
@@ -9,6 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+
+class Autoencoder(nn.Module):
+    """Dense layers with ReLU, but for the code and the outputs; weights and biases uniform in +-1/sqrt(fan in).
+
+    Attributes:
+        widths: of the hidden layers of the encoder, the code last; the decoder mirrors them.
+    """
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Rows [N, D] -> outputs [N, D]."""
+        code = len(self.widths) - 1
+        widths = (*self.widths, *self.widths[-2::-1], x.shape[-1])
+        for index, width in enumerate(widths):
+            x = nn.Dense(width, **uniform(x.shape[-1]))(x)
+            x = x if index in (code, len(widths) - 1) else nn.relu(x)
+        return x
 
 
 class ThreeConvolutions(nn.Module):

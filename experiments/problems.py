@@ -1,8 +1,13 @@
-"""The problems of classification: data, a net, and how well it tells the images.
+"""The problems of classification and of reconstruction: data, a net, a loss, and how well the net does.
 
 fashion     Fashion-MNIST, and the convnet of TENGraD
 cifar10     CIFAR-10, and a ResNet: batch norm, random crops, mirrored images
 digits      the digits of scikit-learn, and a small convnet: nothing to fetch, seconds an epoch
+
+mnist       the autoencoders of Hinton and Salakhutdinov with ReLU, as Goldfarb's group has them: 784-1000-500-250-30
+            on MNIST, mirrored; binary cross-entropy summed over pixels
+curves      784-400-200-100-50-25-6 on curves like those of CURVES; the same loss
+faces       625-2000-1000-500-30 on faces like those of FACES; half the squared error, summed over pixels
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,13 +21,14 @@ import numpy as np
 from flax import linen as nn
 
 import natgrad_jax as ng
-from experiments.data import Data, Part, cifar10, digits, fashion_mnist
-from experiments.nets import ResNet, SmallConvnet, ThreeConvolutions
+from experiments.data import Data, Part, Rows, cifar10, curves, digits, faces, fashion_mnist, mnist
+from experiments.nets import Autoencoder, ResNet, SmallConvnet, ThreeConvolutions
 from experiments.records import finite
 from experiments.training import batches, shifted_and_flipped
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
 Name = Literal["fashion", "cifar10", "digits"]
+Reconstructed = Literal["mnist", "curves", "faces"]
 
 
 class Problem(NamedTuple):
@@ -36,6 +42,7 @@ class Problem(NamedTuple):
         stem: of the names of pictures.
         fields: of a record, that tell the net. No two problems have the same; that of Fashion-MNIST has no "problem".
         crops: whether it is trained on random crops and mirrored images.
+        likelihood: of the outputs.
     """
 
     load: Callable[[Path | None], Data]
@@ -45,6 +52,7 @@ class Problem(NamedTuple):
     stem: str
     fields: Mapping[str, Any]
     crops: bool = False
+    likelihood: ng.losses.Likelihood = LIKELIHOOD
 
     def enlarged_digits(self) -> Data:
         """The digits of scikit-learn in the size of the images, to see that everything runs."""
@@ -74,6 +82,42 @@ class Problem(NamedTuple):
         }
 
 
+class Reconstruction(NamedTuple):
+    """An autoencoder and its data, whose labels are the images themselves: rows of pixels.
+
+    Attributes:
+        rows: folder -> rows.
+        net: rows [N, D] -> outputs [N, D].
+        likelihood: of the outputs; the loss is the sum over pixels.
+        title: of the net, for people.
+        fields: of a record, that tell the net.
+    """
+
+    rows: Callable[[Path | None], Rows]
+    net: nn.Module
+    likelihood: ng.losses.Likelihood
+    title: str
+    fields: Mapping[str, Any]
+
+    def load(self, folder: Path | None) -> Data:
+        """The data."""
+        found = self.rows(folder)
+        return Data(found.name, *(Part(part, part) for part in (found.train, found.test)))
+
+    def stream(self, part: Part, size: int, seed: int, epoch: int) -> Iterable[Part]:
+        """The batches of an epoch, counted from 0, in an order of its own."""
+        return (Part(rows, rows) for rows in batches(part.images, size, seed, epoch))
+
+    def measured(self, variables: Mapping[str, Any], data: Data, size: int = 2500) -> dict[str, Any]:
+        """Losses for a record, in nats an image."""
+        found = {}
+        for name, part in (("train_loss", data.train.images), ("test_loss", data.test.images)):
+            pieces = [part[first : first + size] for first in range(0, len(part), size)]
+            losses = (len(piece) * float(_loss(variables, piece, self.net, self.likelihood)) for piece in pieces)
+            found[name] = finite(sum(losses) / len(part), 4)
+        return found
+
+
 class Score(NamedTuple):
     """Mean loss in nats an image, and the share of the images that are told right."""
 
@@ -85,6 +129,26 @@ class Score(NamedTuple):
 def _sums(variables, x, y, model):
     logits = model.apply(variables, x)
     return LIKELIHOOD(logits, y) * len(y), jnp.sum(jnp.argmax(logits, axis=-1) == y)
+
+
+@partial(jax.jit, static_argnames=("model", "likelihood"))
+def _loss(variables, x, model, likelihood):
+    return likelihood(model.apply(variables, x), x)
+
+
+def reconstruction(name: Reconstructed, smoke: bool = False) -> Reconstruction:
+    """An autoencoder by the name of its data; for a smoke test a tiny one on enlarged digits, with its loss."""
+    rows, widths, gaussian = {
+        "mnist": (lambda folder: mnist(folder).rows(), (1000, 500, 250, 30), False),
+        "curves": (lambda folder: curves(), (400, 200, 100, 50, 25, 6), False),
+        "faces": (faces, (2000, 1000, 500, 30), True),
+    }[name]
+    if smoke:
+        rows, widths = (lambda folder: digits(28).rows()), (6, 3)
+    pixels = 625 if name == "faces" and not smoke else 784
+    title = f"The autoencoder {pixels}-{'-'.join(map(str, widths))}-..."
+    likelihood = ng.losses.squared_error if gaussian else ng.losses.sigmoid_binary_cross_entropy
+    return Reconstruction(rows, Autoencoder(widths), likelihood, title, {"problem": name, "widths": list(widths)})
 
 
 def problem(name: Name, channels: int, units: int | None = None, depth: int = 20) -> Problem:

@@ -7,16 +7,17 @@ costs with all methods in turn in one process, so that a busy machine slows all 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 import natgrad_jax as ng
 from experiments.data import Part
@@ -69,13 +70,11 @@ class Runner:
         steps: taken since the start.
     """
 
-    def __init__(self, make: Make, setting: Setting, task: Task):
-        """Compile, and stand at the start with a setting."""
-        self._key = jax.random.key(task.seed)
-        variables = task.model.init(self._key, task.batch.images[:1])
-        self._params = variables["params"]
-        self._others = {name: value for name, value in variables.items() if name != "params"}
-        capture = ng.linen.capture(task.model, task.likelihood)
+    def __init__(self, make: Make, setting: Setting, task: Task, labels: Literal["sampled", "true"] = "sampled"):
+        """Compile, and stand at the start with a setting; `labels` are those of the curvature."""
+        self._init = jax.jit(lambda key: task.model.init(key, task.batch.images[:1]))
+        self._seed, variables = task.seed, jax.eval_shape(self._init, jax.random.key(task.seed))
+        capture = ng.linen.capture(task.model, task.likelihood, labels=labels)
         layers = capture.layers(variables, task.batch.images, **task.options)
 
         def optimizer(setting: Setting) -> optax.GradientTransformationExtraArgs:
@@ -100,9 +99,11 @@ class Runner:
         """The model's variables where it stands."""
         return {"params": self.carry[0], **self.carry[2]}
 
-    def begin(self, setting: Setting) -> None:
-        """Go back to the start, with a setting."""
-        params, others = jax.tree.map(jnp.array, (self._params, self._others))
+    def begin(self, setting: Setting, seed: int | None = None) -> None:
+        """Go back to the start, with a setting; of the parameters and labels of another seed, if it is given."""
+        self._key = jax.random.key(self._seed if seed is None else seed)
+        others = dict(self._init(self._key))
+        params = others.pop("params")
         self.carry: tuple[Any, Any, Any] = params, self._optimizer(setting).init(params), others
         self.steps, self._setting = 0, Setting(*(jnp.float32(number) for number in setting))
 
@@ -188,6 +189,7 @@ def resumable(
     *,
     epochs: int,
     steps: int,
+    prepare: Callable[[Runner], None] = lambda runner: None,
 ) -> Records:
     """One run, from where it stopped if it did.
 
@@ -199,6 +201,7 @@ def resumable(
         measure: entries of a record, of where the runner stands.
         epochs: to be done in all.
         steps: of an epoch.
+        prepare: what is to be done at the start alone, such as a warm start.
 
     Returns:
         A record for the start and for every epoch.
@@ -212,19 +215,49 @@ def resumable(
         done = state.rows
         keep(path, (row for row in done if row["epoch"] not in rows))
     else:
+        prepare(runner)
         done: Records = [{**key, "epoch": 0, "seconds": 0.0, "batch_losses": [], **measure(runner)}]
         keep(path, done)
-    for count in track(range(len(done), epochs + 1), description=f"{key['name']:<20}"):
-        losses, seconds = runner.run(epoch(count - 1))
-        row = {
-            "epoch": count,
-            "seconds": round(done[-1]["seconds"] + seconds, 2),
-            "batch_losses": [finite(stretch.mean(), 5) for stretch in np.array_split(losses, min(10, len(losses)))],
-        }
-        done.append({**key, **row, **measure(runner)})
-        save(place, State(jax.tree.leaves(runner.carry), done))
-        keep(path, done[-1:])
+    with shown(str(key["name"]), len(done) - 1, epochs) as say:
+        for count in range(len(done), epochs + 1):
+            losses, seconds = runner.run(epoch(count - 1))
+            row = {
+                "epoch": count,
+                "seconds": round(done[-1]["seconds"] + seconds, 2),
+                "batch_losses": [finite(stretch.mean(), 5) for stretch in np.array_split(losses, min(10, len(losses)))],
+            }
+            done.append({**key, **row, **measure(runner)})
+            save(place, State(jax.tree.leaves(runner.carry), done))
+            keep(path, done[-1:])
+            say(count, losses[-1], seconds / len(losses))
     return done[: epochs + 1]
+
+
+@contextmanager
+def shown(name: str, done: int, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A line about a run while it goes on: epoch, loss, seconds per step, time left.
+
+    Args:
+        name: of the run.
+        done: epochs before.
+        epochs: in all.
+
+    Yields:
+        A function that is told an epoch, the loss of its last batch and the seconds of a step.
+    """
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        TextColumn("epoch {task.completed} of {task.total}, {task.fields[told]}left:"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as progress:
+        line = progress.add_task(name, total=epochs, completed=done, told="")
+
+        def say(epoch: int, loss: float, step: float) -> None:
+            progress.update(line, completed=epoch, told=f"loss {loss:.4g}, {step:.3f} s a step, ")
+
+        yield say
 
 
 class Pace(NamedTuple):
@@ -269,6 +302,39 @@ def timed(runners: Mapping[str, Runner], stream: list[Part], period: int, rounds
         {name: round(float(ratio[0]), 3) for name, ratio in ratios.items()},
         {name: round(float(np.median(ratio[1:])), 3) for name, ratio in ratios.items()},
     )
+
+
+def paced(
+    path: Path,
+    key: Mapping[str, Any],
+    runners: Callable[[], Mapping[str, Runner]],
+    names: Iterable[str],
+    stream: Callable[[], list[Part]],
+    *,
+    period: int,
+    rounds: int,
+    baseline: str,
+) -> Pace:
+    """The cost of steps, measured unless it is in the file.
+
+    Args:
+        path: of the records.
+        key: what tells these costs from all others.
+        runners: name -> runner at its start, the baseline among them.
+        names: of the methods.
+        stream: some batches.
+        period: steps from refresh to refresh.
+        rounds: periods after the first.
+        baseline: whose steps are the unit.
+
+    Returns:
+        The costs.
+    """
+    if known := [record for record in kept(path, key) if {*names, baseline} <= set(record["first"])]:
+        return Pace(known[-1]["idle"], known[-1]["first"], known[-1]["later"])
+    pace = timed(runners(), stream(), period, rounds, baseline)
+    keep(path, [{**key, **pace._asdict()}])
+    return pace
 
 
 def in_turn(stretches: Mapping[str, Callable[[], float]], turns: int) -> dict[str, np.ndarray]:

@@ -73,7 +73,7 @@ def test_a_run_goes_on_where_it_stopped_and_nothing_is_done_twice(config, monkey
 def test_every_method_is_made_of_its_settings_and_those_of_all(name, config):
     model, x = classify.chosen(config).net, np.zeros((2, 28, 28, 1), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    layers = ng.linen.capture(model, classify.LIKELIHOOD).layers(variables, x)
+    layers = ng.linen.capture(model, classify.chosen(config).likelihood).layers(variables, x)
     for kl_clip in (0.0, 0.01):
         entry = METHODS[name]
         tx = entry.make(replace(config, kl_clip=kl_clip))(entry.tried[0], layers)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments.data import Part
+from experiments.data import Data, Part
 from experiments.nets import Block, ResNet
-from experiments.problems import problem
+from experiments.problems import problem, reconstruction
 from experiments.training import Runner, Setting, Task, batches, in_turn, shifted_and_flipped, timed
 
 
@@ -138,3 +138,32 @@ def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
     assert not all(
         np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[1], runner.carry[1])), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "count"),
+    [("mnist", 784, 2_837_314), ("curves", 784, 842_340), ("faces", 625, 7_537_655)],  # as counted in their code
+)
+def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name, pixels, count):
+    chosen = reconstruction(name)
+    shapes = jax.eval_shape(chosen.net.init, jax.random.key(0), jnp.zeros((1, pixels)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+    assert str(pixels) in chosen.title
+
+
+@pytest.mark.parametrize("name", ["mnist", "faces"])
+def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(name):
+    chosen, x = reconstruction(name, smoke=True), np.random.default_rng(0).random((5, 7), np.float32)
+    params = chosen.net.init(jax.random.key(0), x)["params"]
+    y = x
+    for index, active in enumerate((True, False, True, False)):
+        layer = params[f"Dense_{index}"]
+        bound = y.shape[-1] ** -0.5
+        assert np.abs(layer["kernel"]).max() < bound and 0 < np.abs(layer["bias"]).max() < bound
+        y = y @ layer["kernel"] + layer["bias"]
+        y = np.maximum(y, 0) if active else y
+    p = 1 / (1 + np.exp(-y))
+    terms = 0.5 * (y - x) ** 2 if name == "faces" else -x * np.log(p) - (1 - x) * np.log(1 - p)
+    found = chosen.measured({"params": params}, Data("", Part(x, x), Part(x[:1], x[:1])), size=2)
+    assert found["train_loss"] == pytest.approx(terms.sum(axis=1).mean(), abs=1e-4)
+    assert found["test_loss"] == pytest.approx(terms[0].sum(), abs=1e-4)
