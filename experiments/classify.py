@@ -43,13 +43,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-import optax
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-import natgrad_jax as ng
+from experiments import methods
 from experiments.data import Data, Part, folder
+from experiments.methods import BASELINE, Shared
 from experiments.problems import Name, Problem, problem
 from experiments.records import Records, finite, keep, kept
 from experiments.report import runs_picture, runs_table, trials_table
@@ -102,40 +102,22 @@ class Config:
 
 
 class Entry(NamedTuple):
-    """A method: config -> how its optimizer is made, the settings that are tried, whether it is of second order."""
+    """A method: config -> how its optimizer is made, the settings that are tried, whether its step can be clipped."""
 
     make: Callable[[Config], Make]
     tried: tuple[Setting, ...]
     natural: bool = True
 
 
-def natural(
-    method: Callable[..., optax.GradientTransformation], *statistics: str, refresh_every: int | None = None
-) -> Callable[[Config], Make]:
-    """A method of this package; `statistics` are its keywords for periods of what it averages."""
-    return lambda config: (
-        lambda setting, layers: method(
-            setting.rate,
-            layers,
-            damping=setting.damping,
-            momentum=0.9,
-            weight_decay=config.weight_decay or None,
-            kl_clip=config.kl_clip or None,
-            refresh_every=refresh_every or config.refresh_every,
-            **dict.fromkeys(statistics, config.statistics_every),
-        )
-    )
+def entry(name: str, tried: tuple[Setting, ...], refresh_every: int | None = None) -> Entry:
+    """A method of the registry; `refresh_every`, if it has a period of its own."""
 
+    def make(config: Config) -> Make:
+        period = refresh_every or config.refresh_every
+        shared = Shared(period, config.statistics_every, config.weight_decay, config.kl_clip)
+        return methods.METHODS[name].make("classifier", shared)
 
-def sgd(config: Config) -> Make:
-    """SGD with the momentum and the weight decay in the places where the second-order methods have them."""
-    decay = optax.add_decayed_weights(config.weight_decay)
-    return lambda setting, layers: optax.chain(decay, optax.trace(0.9), optax.scale_by_learning_rate(setting.rate))
-
-
-def adam(config: Config) -> Make:
-    """Adam with decoupled weight decay."""
-    return lambda setting, layers: optax.adamw(setting.rate, weight_decay=config.weight_decay)
+    return Entry(make, tried, methods.METHODS[name].clips)
 
 
 def rates(*values: float) -> tuple[Setting, ...]:
@@ -146,14 +128,13 @@ def rates(*values: float) -> tuple[Setting, ...]:
 GRID = tuple(Setting(*pair) for pair in product((3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3)))
 """The paper ran TENGraD and K-FAC at (0.003, 0.1), EKFAC at (0.001, 0.03), SGD-m at 0.03, all for ten epochs."""
 METHODS = {
-    "TENGraD": Entry(natural(ng.tengrad), GRID),
-    "TENGraD, 10": Entry(natural(ng.tengrad, refresh_every=10), GRID),
-    "K-FAC": Entry(natural(ng.kfac, "statistics_every"), GRID),
-    "EKFAC": Entry(natural(ng.ekfac, "statistics_every", "rescale_every"), GRID),
-    "SGD-m": Entry(sgd, rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2, 1e-1, 2e-1), natural=False),
-    "Adam": Entry(adam, rates(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2), natural=False),
+    "TENGraD": entry("TENGraD", GRID),
+    "TENGraD, 10": entry("TENGraD", GRID, refresh_every=10),
+    "K-FAC": entry("K-FAC", GRID),
+    "EKFAC": entry("EKFAC", GRID),
+    "SGD-m": entry("SGD-m", rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2, 1e-1, 2e-1)),
+    "Adam": entry("Adam", rates(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)),
 }
-BASELINE = "SGD-m"
 
 
 def chosen(config: Config) -> Problem:

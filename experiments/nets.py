@@ -1,7 +1,7 @@
 """The nets of the experiments on classification, and the autoencoder.
 
-The former take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm takes
-the moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+The former take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm
+takes the moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
 """
 
 from typing import Any
