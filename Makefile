@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks fidelity control race autoencoder classify crossover test bench lint format
+.PHONY: help demo notebooks fidelity control race autoencoder tune classify crossover test bench lint format
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -35,6 +35,9 @@ race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing
 
 autoencoder: $(VENV)/test.stamp ## the papers' MNIST autoencoder at their authors' settings and at ours; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
+
+tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
+	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
 
 classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of nine settings; tables, one picture
 	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)

@@ -4,6 +4,7 @@ A record of a trial has the loss and the accuracy at its end, one of a run those
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,18 +31,20 @@ def trials_table(trials: Records) -> Table:
     for (name, clip), records in groups.items():
         losses = [np.inf if record["loss"] is None else record["loss"] for record in records]
         record = records[int(np.argmin(losses))]
-        edges = [
-            number in (min(values), max(values)) and min(values) < max(values)
-            for number, values in zip(
-                (record["rate"], record["damping"]),
-                zip(*((other["rate"], other["damping"]) for other in records), strict=True),
-                strict=True,
-            )
-        ]
         cells = (f"{min(losses):.4f}", f"{100 * record['accuracy']:.2f}", f"{np.median(losses):.4f}")
-        setting = f"{Setting(record['rate'], record['damping'])}{'*' if any(edges) else ''}"
-        result.add_row(name, f"{clip:g}", setting, *cells, f"{np.isinf(losses).sum()}", f"{len(records)}")
+        result.add_row(
+            name, f"{clip:g}", starred(record, records), *cells, f"{np.isinf(losses).sum()}", f"{len(records)}"
+        )
     return result
+
+
+def starred(record: Mapping[str, Any], records: Records) -> str:
+    """The setting of a trial; with a star if a number of it is the least or the largest that was tried."""
+    edges = []
+    for number in ("rate", "damping"):
+        values = [other[number] for other in records]
+        edges.append(min(values) < max(values) and record[number] in (min(values), max(values)))
+    return f"{Setting(record['rate'], record['damping'])}{'*' if any(edges) else ''}"
 
 
 def runs_table(runs: Mapping[str, Records], pace: Pace, title: str) -> Table:

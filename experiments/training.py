@@ -234,28 +234,29 @@ def resumable(
 
 
 @contextmanager
-def shown(name: str, done: int, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
-    """A line about a run while it goes on: epoch, loss, seconds per step, time left.
+def shown(name: str, done: int, total: int, unit: str = "epoch") -> Iterator[Callable[[int, float, float], None]]:
+    """A line about work while it goes on: epoch or trial, loss, seconds per step, time left.
 
     Args:
-        name: of the run.
+        name: of the method.
         done: epochs before.
-        epochs: in all.
+        total: epochs in all.
+        unit: what is counted, if not epochs.
 
     Yields:
-        A function that is told an epoch, the loss of its last batch and the seconds of a step.
+        A function that is told how many are done, the loss and the seconds of a step.
     """
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed} of {task.total}, {task.fields[told]}left:"),
+        TextColumn(unit + " {task.completed} of {task.total}, {task.fields[told]}left:"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns) as progress:
-        line = progress.add_task(name, total=epochs, completed=done, told="")
+        line = progress.add_task(name, total=total, completed=done, told="")
 
-        def say(epoch: int, loss: float, step: float) -> None:
-            progress.update(line, completed=epoch, told=f"loss {loss:.4g}, {step:.3f} s a step, ")
+        def say(count: int, loss: float, step: float) -> None:
+            progress.update(line, completed=count, told=f"loss {loss:.4g}, {step:.3f} s a step, ")
 
         yield say
 

@@ -1,0 +1,70 @@
+"""The same budget of trials for every method: which settings they are, what is kept, what is the best."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from experiments import tune
+from experiments.methods import METHODS
+from experiments.records import keep, kept
+from experiments.training import Setting
+
+
+@pytest.mark.parametrize("how", ["drawn", "grid"])
+@pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
+def test_every_method_has_the_budget_within_its_range_unless_nothing_of_it_is_tuned(kind, how):
+    for name, method in METHODS.items():
+        found, own = method.ranges[kind], tune.settings(method.ranges[kind], 6, how, (0, 1))
+        assert len(set(own)) == (6 if method.tuned else 1), name
+        for setting in own:
+            for least, number, most in zip(found.least, setting, found.most, strict=True):
+                assert 0.99 * least <= number <= 1.01 * most  # three digits
+    assert tune.settings(METHODS["SOAP"].ranges[kind], 3, how, (0,))[0].damping == 1e-16
+
+
+def test_a_grid_stands_at_equal_ratios_and_draws_fill_every_stratum():
+    found = METHODS["K-FAC"].ranges["classifier"]
+    grid = tune.settings(found, 6, "grid", ())
+    assert grid == [Setting(*pair) for pair in product((0.003, 0.00949, 0.03), (0.03, 0.3))]
+    drawn = tune.settings(found, 50, "drawn", (3,))
+    for numbers, least, most in zip(zip(*drawn, strict=True), found.least, found.most, strict=True):
+        places = 50 * np.log(np.sort(numbers) / least) / np.log(most / least)
+        assert np.all(np.abs(places - np.arange(50) - 0.5) < 0.7)  # half a stratum, and three digits
+    assert drawn == tune.settings(found, 50, "drawn", (3,)) != tune.settings(found, 50, "drawn", (4,))
+
+
+def test_the_best_is_of_a_trial_that_did_not_diverge_among_the_longest(tmp_path):
+    path, key = tmp_path / "tune.jsonl", {"data": "mnist"}
+    rows = [(0.1, 2, None), (0.2, 2, 3.0), (0.3, 2, 4.0), (0.4, 1, 1.0)]
+    keep(
+        path,
+        [
+            {"name": "Adam", "rate": rate, "damping": 0.0, **key, "epochs": epochs, "loss": loss}
+            for rate, epochs, loss in rows
+        ],
+    )
+    assert tune.best(path, "Adam", key) == Setting(0.2)
+    assert tune.best(path, "Adam", {"data": "curves-like"}) is tune.best(path, "SOAP", key) is None
+
+
+@pytest.mark.slow
+def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
+    config = tune.small(tune.Config(output=tmp_path, only=("K-BFGS", "SGD-m"), smoke=True))
+    records = tune.run(config)
+    assert [record["name"] for record in records] == ["SGD-m", "SGD-m", "K-BFGS", "K-BFGS"]
+    assert kept(config.output / "tune.jsonl") == records
+    assert min(record["loss"] for record in records) < 543.4  # 784 ln 2
+
+    def work(*args):
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(tune, "Runner", work)
+    assert tune.run(config) == records
+    with pytest.raises(AssertionError, match="ran again"):
+        tune.run(replace(config, rates=(0.1,)))
+    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'TENGraD'"):
+        tune.run(replace(config, only=("KFAC",)))
+    shown = tune.table(records, "a net")
+    assert shown.row_count == 2 and all("*" in cell for cell in shown.columns[1].cells)
