@@ -33,7 +33,7 @@ control: $(VENV)/test.stamp ## which ways of choosing the step survive a small b
 race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
 
-autoencoder: $(VENV)/test.stamp ## the papers' MNIST autoencoder at their authors' settings and at ours; one table, one picture
+autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
 
 tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
