@@ -30,7 +30,8 @@ worse with the true ones. The usual settings had the lowest training loss after 
     K-BFGS                     [0.3, 0.3], the authors' own, also for K-BFGS(L); (0.2, 0.2) (0.3, 1); (0.3, 0.1) (0.5,
                                0.5) (1, 0.3) (1, 1) (3, 3) diverge
 
-which are not as many for each. TKFAC, TEKFAC and TENGraD have not been tried.
+which are not as many for each. TENGraD had 45 steps each of (0.03, 3: diverges) (0.01, 3) [0.01, 1]; TKFAC and TEKFAC
+have the settings of K-FAC and EKFAC.
 
 Seconds: as in `classify`, those of the picture are made of what a step costs beside SGD-m's, all methods in turn in
 one process, and of the step of SGD-m when it was least disturbed. What a run took on the machine as it was is in its

@@ -172,6 +172,8 @@ KRONECKER = ranges(
 )
 """Of K-FAC and its relatives. On a classifier the authors of TENGraD have (0.003, 0.1), for EKFAC (0.001, 0.03)."""
 EIGENBASIS = KRONECKER | {"autoencoder": tuned((0.03, 1.0), (0.01, 0.2), (0.5, 5.0))}
+OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3, 3.0))}
+"""Of TENGraD: where its batch has no gradients, its step is that of SGD with the learning rate over the damping."""
 OF_MOMENTS = ranges(tuned((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), tuned((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
 """Of K-BFGS; its authors have (0.3, 0.3) on the autoencoder, those of TENGraD (0.01, 0.03) for K-BFGS(L)."""
 PER_MODE = {"scale": "batch", "split": "per_mode"}
@@ -229,7 +231,7 @@ METHODS = {
         "tengrad",
         behind_momentum(ng.scale_by_tengrad, refresh_every=20),
         alike(ng.tengrad, clips=True),
-        KRONECKER,
+        OF_ONE_BATCH,
         clips=True,
     ),
     "TNT": Method(
