@@ -421,8 +421,9 @@ def picture(records: list[Record]) -> Figure:
     targets = baselines(records)
     for row, name in zip(axes, names, strict=True):
         for record in (record for record in records if record.problem == name):
+            dash = "--" if list(METHODS).index(record.method) >= 10 else "-"  # there are ten colors
             for axis, position in zip(row, (record.steps, record.seconds), strict=True):
-                (line,) = axis.plot(position, record.losses, label=record.method, linewidth=1.8)
+                (line,) = axis.plot(position, record.losses, label=record.method, linewidth=1.8, linestyle=dash)
                 axis.plot(position[-1], record.losses[-1], "o", color=line.get_color(), markersize=4)
         for axis, unit in zip(row, ("steps", "seconds of training"), strict=True):
             axis.axhline(targets[name], color="grey", linewidth=0.8, linestyle=":", zorder=0)
