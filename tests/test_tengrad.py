@@ -443,6 +443,11 @@ def test_settings_out_of_range_are_refused(settings, complaint):
         ng.scale_by_tengrad(table.task("mlp").layers, damping=0.1, **settings)
 
 
+def test_spring_refuses_a_damping_that_adapts_to_a_model_without_it():
+    with pytest.raises(ValueError, match="adaptive"):
+        ng.tengrad(0.1, table.task("mlp").layers, momentum="spring", damping=ng.adaptive_damping())
+
+
 def test_layers_of_unknown_size_or_without_cotangents_are_refused():
     layers = table.task("mlp").layers
     with pytest.raises(ValueError, match="`examples` is 0"):

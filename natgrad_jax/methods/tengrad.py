@@ -326,7 +326,7 @@ def tengrad(
         refresh_every: see `scale_by_tengrad`.
         kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
         momentum: weight of the old direction, "quadratic", or "spring" for that of `spring`, which is best with
-            `refresh_every=1`; None for none.
+            `refresh_every=1` and a damping that is not adaptive; None for none.
         spring_weight: weight of the last direction in `momentum="spring"`.
         weight_decay: strength, an l2 penalty of the loss if the step is controlled; None for none, else `update` needs
             `params`.
@@ -351,6 +351,11 @@ def tengrad(
         refresh_every=refresh_every,
     )
     if isinstance(momentum, str) and momentum == "spring":
-        known = 0.0 if isinstance(damping, AdaptiveDamping) else damping  # one that adapts comes with each step
-        direction, momentum = spring(direction, known, spring_weight), None
+        if isinstance(damping, AdaptiveDamping):
+            raise ValueError(
+                'The damping is adaptive, but with `momentum="spring"` it also says how strongly the last direction '
+                "pulls, which the model that it adapts to knows nothing of; give `damping` a number or a schedule, or "
+                'take `momentum="quadratic"`.'
+            )
+        direction, momentum = spring(direction, damping, spring_weight), None
     return complete(direction, learning_rate, damping, kl_clip, momentum, weight_decay, weight_decay_mask)
