@@ -75,6 +75,8 @@ def runs_table(runs: Mapping[str, Records], pace: Pace, title: str) -> Table:
 def runs_picture(runs: Mapping[str, Records], pace: Pace, title: str, order: Sequence[str]) -> Figure:
     """Training loss and test accuracy, against epochs and against seconds; in thin lines the losses of batches.
 
+    Runs that stay below half of the best accuracy are below the axis, so that the others can be told apart.
+
     Args:
         runs: name -> records, of the start and of every epoch.
         pace: what a step costs.
@@ -106,7 +108,10 @@ def runs_picture(runs: Mapping[str, Records], pace: Pace, title: str, order: Seq
     axes[0, 0].set(yscale="log", ylabel="training loss, nats an image")
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].yaxis.set_minor_formatter("{x:g}")
-    axes[1, 0].set(ylabel="test accuracy, %", xlabel="epochs")
+    reached = np.array([100 * row["test_accuracy"] for rows in runs.values() for row in rows[1:]])
+    above = reached[reached >= reached.max() / 2]
+    lowest = above.min() - 0.1 * (above.max() - above.min()) - 0.1
+    axes[1, 0].set(ylabel="test accuracy, %", xlabel="epochs", ylim=(lowest, None))
     axes[1, 1].set(xlabel="seconds on the idle machine (see the experiment)")
     axes[0, 0].set_title(title, loc="left", fontweight="bold")
     axes[0, 1].legend(frameon=False, fontsize=9)
