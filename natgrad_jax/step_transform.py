@@ -19,8 +19,7 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Scalar, ScalarOrSchedule
 from natgrad_jax.diagonal import diagonal
-from natgrad_jax.linalg import keep_finite
-from natgrad_jax.transform import NaturalGradientState, at_step, from_matrices, to_matrices
+from natgrad_jax.transform import NaturalGradientState, at_step, counted, from_matrices, kept_finite, to_matrices
 
 Others = Literal["diagonal", "gradient"]
 """Parameters of no known layer: a diagonal Fisher block each, or no preconditioning."""
@@ -237,21 +236,11 @@ def _warmed(
 
 def _counted(blocks: tuple[Layer, ...], states: States, state: NaturalGradientState) -> NaturalGradientState:
     """The new states where they are finite, and the counters of statistics."""
-    kept, rejected = _guarded(blocks, states, state.layers)
-    metrics = state.metrics
-    metrics = metrics._replace(
-        statistics=metrics.statistics + 1, rejected_statistics=metrics.rejected_statistics + rejected
-    )
-    return state._replace(layers=kept, metrics=metrics)
+    return counted(state, *_guarded(blocks, states, state.layers))
 
 
-def _guarded(blocks: tuple[Layer, ...], new: States, old: States) -> tuple[dict[str, Any], Array]:
-    """New states where they are finite, old ones elsewhere, and how many copies these are."""
-    states, rejected = {}, jnp.zeros((), jnp.int32)
-    for layer in blocks:
-        states[layer.name], bad = keep_finite(new[layer.name], old[layer.name], len(layer.stack))
-        rejected += bad
-    return states, rejected
+_guarded = partial(kept_finite, by_diagonal=False)
+"""An inverse that BFGS has updated may overflow anywhere."""
 
 
 def _check(curvature: Any, params: Any) -> None:

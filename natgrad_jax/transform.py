@@ -226,12 +226,12 @@ def _observe_all(
     evidence: Mapping[str, Evidence],
     state: NaturalGradientState,
 ) -> NaturalGradientState:
-    states, rejected = {}, jnp.zeros((), jnp.int32)
-    for layer in blocks:
-        old = state.layers[layer.name]
-        new = at(layer).observe(layer, old, evidence[layer.name])
-        states[layer.name], bad = _guarded(layer, new, old)
-        rejected += bad
+    new = {layer.name: at(layer).observe(layer, state.layers[layer.name], evidence[layer.name]) for layer in blocks}
+    return counted(state, *kept_finite(blocks, new, state.layers))
+
+
+def counted(state: NaturalGradientState, states: States, rejected: Array) -> NaturalGradientState:
+    """The state after a step's statistics: those of the layers, and the two counters."""
     metrics = state.metrics
     metrics = metrics._replace(
         statistics=metrics.statistics + 1, rejected_statistics=metrics.rejected_statistics + rejected
@@ -274,16 +274,24 @@ def _rescale_all(
 def _keep_finite_refreshes(
     blocks: tuple[Layer, ...], fresh: States, former: States, state: NaturalGradientState
 ) -> NaturalGradientState:
-    states, rejected = {}, state.metrics.rejected_refreshes
-    for layer in blocks:
-        states[layer.name], bad = _guarded(layer, fresh[layer.name], former[layer.name])
-        rejected += bad
+    states, rejected = kept_finite(blocks, fresh, former)
+    rejected += state.metrics.rejected_refreshes
     return state._replace(layers=states, metrics=state.metrics._replace(rejected_refreshes=rejected))
 
 
-def _guarded(layer: Layer, new: Any, old: Any) -> tuple[Any, Array]:
-    """The new state of a layer where it is finite, and in how many copies it is not."""
-    return keep_finite(new, old, len(layer.stack), by_diagonal=layer.kind != "parameter")
+def kept_finite(
+    blocks: tuple[Layer, ...], new: Mapping[str, Any], old: Mapping[str, Any], *, by_diagonal: bool = True
+) -> tuple[States, Array]:
+    """New states where they are finite, old ones elsewhere, and how many copies of layers these are.
+
+    Whether the diagonal of a matrix tells for the whole is `linalg.keep_finite`'s; never of a parameter's own array.
+    """
+    states, rejected = {}, jnp.zeros((), jnp.int32)
+    for layer in blocks:
+        whole = not by_diagonal or layer.kind == "parameter"
+        states[layer.name], bad = keep_finite(new[layer.name], old[layer.name], len(layer.stack), by_diagonal=not whole)
+        rejected += bad
+    return states, rejected
 
 
 def at_step(value: ScalarOrSchedule, count: Array) -> Scalar:
