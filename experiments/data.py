@@ -13,8 +13,8 @@ the sets known as CURVES and FACES, but are not the same images: their figures c
 
 Where the data come from is never chosen silently. If a folder is given (`folder()`, from NATGRAD_DATA), it is read, and
 what is missing there, truncated or another file than the published one is an error. If none is given, scikit-learn
-downloads the data once into its own folder, and says so. If that fails too, it is an error that says what to do:
-nothing puts the digits in the place of another set but whoever calls `digits`.
+downloads the data once into its own folder, and says so. If that fails too, it is a `ConnectionError` that says what
+to do; the experiments (`problems`) print it and go on with the digits, which need no download, under their own name.
 """
 
 import gzip

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from rich import print as say
 
 import natgrad_jax as ng
 from experiments.data import Data, Part, Rows, cifar10, curves, digits, faces, fashion_mnist, mnist
@@ -86,14 +87,14 @@ class Reconstruction(NamedTuple):
     """An autoencoder and its data, whose labels are the images themselves: rows of pixels.
 
     Attributes:
-        rows: folder -> rows.
+        images: folder -> images, or rows of their pixels.
         net: rows [N, D] -> outputs [N, D].
         likelihood: of the outputs; the loss is the sum over pixels.
         title: of the net, for people.
         fields: of a record, that tell the net.
     """
 
-    rows: Callable[[Path | None], Rows]
+    images: Callable[[Path | None], Data | Rows]
     net: nn.Module
     likelihood: ng.losses.Likelihood
     title: str
@@ -101,7 +102,8 @@ class Reconstruction(NamedTuple):
 
     def load(self, folder: Path | None) -> Data:
         """The data."""
-        found = self.rows(folder)
+        found = self.images(folder)
+        found = found.rows() if isinstance(found, Data) else found
         return Data(found.name, *(Part(part, part) for part in (found.train, found.test)))
 
     def stream(self, part: Part, size: int, seed: int, epoch: int) -> Iterable[Part]:
@@ -116,6 +118,28 @@ class Reconstruction(NamedTuple):
             losses = (len(piece) * float(_loss(variables, piece, self.net, self.likelihood)) for piece in pieces)
             found[name] = finite(sum(losses) / len(part), 4)
         return found
+
+
+def or_digits(load: Callable[[Path | None], Any], size: int, channels: int = 1) -> Callable[[Path | None], Any]:
+    """How data are loaded, if need be without them: what cannot be downloaded is replaced by the digits, which say so.
+
+    Args:
+        load: folder -> data, or rows.
+        size: pixels of a side of its images.
+        channels: of these.
+
+    Returns:
+        Folder -> data. A folder that lacks a file, or has another, remains an error.
+    """
+
+    def loaded(folder: Path | None) -> Any:
+        try:
+            return load(folder)
+        except ConnectionError as error:
+            say(f"[bold]{error}[/bold] Going on with the digits in their place, as the records will say.")
+            return digits(size, channels)
+
+    return loaded
 
 
 class Score(NamedTuple):
@@ -138,17 +162,17 @@ def _loss(variables, x, model, likelihood):
 
 def reconstruction(name: Reconstructed, smoke: bool = False) -> Reconstruction:
     """An autoencoder by the name of its data; for a smoke test a tiny one on enlarged digits, with its loss."""
-    rows, widths, gaussian = {
-        "mnist": (lambda folder: mnist(folder).rows(), (1000, 500, 250, 30), False),
+    images, widths, gaussian = {
+        "mnist": (or_digits(mnist, 28), (1000, 500, 250, 30), False),
         "curves": (lambda folder: curves(), (400, 200, 100, 50, 25, 6), False),
-        "faces": (faces, (2000, 1000, 500, 30), True),
+        "faces": (or_digits(faces, 25), (2000, 1000, 500, 30), True),
     }[name]
     if smoke:
-        rows, widths = (lambda folder: digits(28).rows()), (6, 3)
+        images, widths = (lambda folder: digits(28)), (6, 3)
     pixels = 625 if name == "faces" and not smoke else 784
     title = f"The autoencoder {pixels}-{'-'.join(map(str, widths))}-..."
     likelihood = ng.losses.squared_error if gaussian else ng.losses.sigmoid_binary_cross_entropy
-    return Reconstruction(rows, Autoencoder(widths), likelihood, title, {"problem": name, "widths": list(widths)})
+    return Reconstruction(images, Autoencoder(widths), likelihood, title, {"problem": name, "widths": list(widths)})
 
 
 def problem(name: Name, channels: int, units: int | None = None, depth: int = 20) -> Problem:
@@ -166,10 +190,12 @@ def problem(name: Name, channels: int, units: int | None = None, depth: int = 20
     if name == "fashion":
         units = units or (500 if channels == 128 else 128)
         net, told = ThreeConvolutions(channels, units), {"channels": channels, "units": units}
-        return Problem(fashion_mnist, (28, 1), net, f"3C1F, {channels} channels", f"{channels}", told)
+        return Problem(or_digits(fashion_mnist, 28), (28, 1), net, f"3C1F, {channels} channels", f"{channels}", told)
     told = {"problem": name, "width": channels}
     if name == "digits":
         heading = f"A small convnet, {channels} channels"
         return Problem(lambda _: digits(), (8, 1), SmallConvnet(channels), heading, f"digits_{channels}", told)
     heading, stem = f"ResNet-{depth}, {channels} channels", f"resnet{depth}_{channels}"
-    return Problem(cifar10, (32, 3), ResNet(depth, channels), heading, stem, told | {"depth": depth}, crops=True)
+    return Problem(
+        or_digits(cifar10, 32, 3), (32, 3), ResNet(depth, channels), heading, stem, told | {"depth": depth}, crops=True
+    )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from experiments import data
+from experiments import data, problems
 
 
 def idx_bytes(array):
@@ -139,6 +139,24 @@ def test_offline_it_is_said_what_to_do(load, monkeypatch):
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
     with pytest.raises(ConnectionError, match=r"could not be downloaded \(no route to host\). Let NATGRAD_DATA"):
         load(None, report=lambda line: None)
+
+
+@pytest.mark.parametrize("name", ["mnist", "faces", "fashion", "cifar10"])
+def test_offline_an_experiment_goes_on_with_the_digits_under_their_own_name_unless_a_folder_is_named(
+    name, monkeypatch, tmp_path, capsys
+):
+    def fetch(**options):
+        raise ConnectionResetError("no route to host")
+
+    monkeypatch.setattr(data, "fetch_openml", fetch)
+    monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
+    what = problems.reconstruction(name) if name in ("mnist", "faces") else problems.problem(name, 4)
+    found = what.load(None)
+    size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[name]
+    assert found.name == "digits" and found.train.images.shape == (1500, *size)
+    assert "Going on with the digits" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        what.load(tmp_path)
 
 
 def test_digits_come_in_the_size_of_other_images():
