@@ -61,11 +61,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import tune
-from experiments.data import Data, folder
+from experiments.data import Data, Part, folder
 from experiments.methods import ALL, BASELINE, METHODS, PERIOD
 from experiments.problems import Reconstructed, Reconstruction, reconstruction
 from experiments.records import Records, kept
-from experiments.training import Pace, Runner, Setting, Task, paced, resumable
+from experiments.training import Pace, Runner, Setting, Task, by_epoch, known_pace, paced, resumable
 
 
 class Logged(NamedTuple):
@@ -94,6 +94,11 @@ AUTHORS = {
     "TNT (authors)": Logged("TNT", Setting(1e-4, 0.1), {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
 }
 EPOCHS = {"mnist": 10, "curves": 50, "faces": 10}
+ADAM = "Adam"
+"""The run that others are to overtake."""
+PLATEAUS = {"curves": 130.0}
+"""A loss that is only reached when the plateau is left: the best constant image has 134.3."""
+ESTIMATE = "`make autoencoder ARGS=--estimate`, with --problem"
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,10 @@ class Found(NamedTuple):
     records: dict[str, list[Records]]
     pace: Pace
 
+    def of(self, wanted: Callable[[Run], bool]) -> "Found":
+        """Some of the runs."""
+        return self._replace(runs=[run for run in self.runs if wanted(run)])
+
     def losses(self, run: Run, epochs: int) -> np.ndarray:
         """Training losses [seeds, epochs + 1] of a run; infinite where it has diverged."""
         return np.array([[finite(row["train_loss"]) for row in rows[: epochs + 1]] for rows in self.records[run.name]])
@@ -319,6 +328,42 @@ def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Fo
     return Found(runs, records, pace)
 
 
+def found_in(folder: Path, problem: Reconstructed) -> Found | None:
+    """What a folder has of a problem: every seed of every run that is at its last epoch; None if there is none.
+
+    Args:
+        folder: of the records, of the trials, too.
+        problem: which.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: if there are runs, and not what their steps cost.
+    """
+    config = Config(output=folder, problem=problem)
+    rows = kept(records_path(config), {"problem": problem, "batch": config.batch})
+    if not rows:
+        return None
+    largest = max(rows, key=lambda row: row["images"])
+    blank = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))  # as many, and nothing of them
+    told = Data(largest["data"], blank, blank.first(0))
+    records: dict[str, list[Records]] = {}
+    for run in wanted(told, config):
+        seeds = sorted({row["seed"] for row in rows if row["name"] == run.method})
+        known = (by_epoch(records_path(config), identity(run, seed, told, config)) for seed in seeds)
+        if whole := [list(epochs.values())[: config.last + 1] for epochs in known if len(epochs) > config.last]:
+            records[run.name] = whole
+    if not records:
+        return None
+    runs = [run for run in wanted(told, config) if run.name in records]
+    key = tune.group(chosen(config), told, config.batch)
+    pace = known_pace(folder / "autoencoder_paces.jsonl", key, {run.method for run in runs})
+    if pace is None:
+        raise ValueError(f"{folder} has runs of {problem} and not what their steps cost; run {ESTIMATE} {problem}.")
+    return Found(runs, records, pace)
+
+
 def spread(numbers: np.ndarray) -> str:
     """The median over seeds, with the range."""
     if not np.isfinite(np.median(numbers)):
@@ -328,16 +373,20 @@ def spread(numbers: np.ndarray) -> str:
 
 
 def table(found: Found, config: Config) -> Table:
-    """Losses after some epochs beside what the authors logged, and what a step costs."""
+    """Losses after some epochs beside what the authors logged, what a step costs, and how soon Adam is overtaken."""
     result = Table(
         title=f"Training loss, nats an image; {chosen(config).title}",
         caption="In round brackets what the authors logged, in square ones the range over seeds. A step over SGD-m's: "
-        "all methods in turn in one process. s: of all epochs at that cost; own: as it was.",
+        "all methods in turn in one process. s: of all epochs at that cost. Adam's last: the first epoch at the end of "
+        "which the loss is no more than tuned Adam's last, and at which share of all its seconds.",
         caption_justify="left",
     )
     epochs = sorted({epoch for epoch in (1, 3, 5, 10, 20, 50, config.last) if epoch <= config.last})
+    plateau = PLATEAUS.get(config.problem)
     result.add_column("run", no_wrap=True)
-    for heading in ("rate, damping", *(f"epoch {epoch}" for epoch in epochs), "test", "a step / SGD-m's", "s", "own"):
+    for heading in ("rate, damping", "seeds", *(f"epoch {epoch}" for epoch in epochs), "test", "a step / SGD-m's"):
+        result.add_column(heading, justify="right")
+    for heading in ("s", "Adam's last", *([f"below {plateau:g}: steps (of Adam's)"] if plateau else [])):
         result.add_column(heading, justify="right")
     for run in found.runs:
         losses, cells = found.losses(run, config.last), []
@@ -347,17 +396,51 @@ def table(found: Found, config: Config) -> Table:
         ends = [rows[config.last] for rows in found.records[run.name]]
         took = f"{found.pace.later[run.method]:.2f}"
         took += f" ({run.logged.cost:.2f})" if run.logged and run.logged.cost else ""
-        own = [row["seconds"] for row in ends if row["seconds"] is not None]
         result.add_row(
             run.name,
             str(run.setting) if ALL[run.method].tuned else "its own",
+            f"{len(losses)}",
             *cells,
             spread(np.array([finite(row["test_loss"]) for row in ends])),
             took,
             f"{clock(found, run, config.last)[-1]:.0f}",
-            f"{np.median(own):.0f}" if own else "",
+            overtaken(found, run, config.last),
+            *([left(found, run, plateau)] if plateau else []),
         )
     return result
+
+
+def overtaken(found: Found, run: Run, epochs: int) -> str:
+    """When a run is as low as tuned Adam at its end: the epoch, and the share of all seconds of Adam."""
+    adam = next((other for other in found.runs if other.name == ADAM), None)
+    if adam is None:
+        return ""
+    level = np.median(found.losses(adam, epochs), axis=0)[-1]
+    reached = np.flatnonzero(np.median(found.losses(run, epochs), axis=0) <= level)
+    if not len(reached):
+        return "-"
+    return f"{reached[0]} ({clock(found, run, epochs)[reached[0]] / clock(found, adam, epochs)[-1]:.2f})"
+
+
+def left(found: Found, run: Run, level: float) -> str:
+    """After how many steps the loss of the batches is below a level, and the share of those of tuned Adam."""
+    first = found.records[run.name][0][0]
+    adam = steps_below(found.records.get(ADAM, []), level)
+    steps = steps_below(found.records[run.name], level)
+    if not np.isfinite(steps):
+        return "-"
+    return f"{steps * (first['images'] // first['batch']):.0f}" + (f" ({steps / adam:.2f})" if adam else "")
+
+
+def steps_below(seeds: list[Records], level: float) -> float:
+    """Epochs until a stretch of batches has a mean loss below a level, the median over seeds; 0 without any seed."""
+    found = []
+    for rows in seeds:
+        parts = [(row["epoch"] - 1, np.array(row["batch_losses"], float)) for row in rows[1:]]
+        ends = np.concatenate([before + (np.arange(len(part)) + 1) / len(part) for before, part in parts])
+        below = np.concatenate([part for _, part in parts]) < level
+        found.append(ends[np.argmax(below)] if below.any() else np.inf)
+    return float(np.median(found)) if found else 0.0
 
 
 def clock(found: Found, run: Run, epochs: int) -> np.ndarray:

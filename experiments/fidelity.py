@@ -51,7 +51,7 @@ import natgrad_jax as ng
 from experiments.data import Part, digits, folder, mnist
 from experiments.directions import DIRECTIONS, LIKELIHOOD, Angle, Batches, angles, best, natural_gradient
 from experiments.nets import StridedConvnet, TanhNet
-from experiments.records import finite, keep
+from experiments.records import finite, keep, kept
 from natgrad_jax import averages
 from natgrad_jax.layers import input_rows, output_rows, total
 from natgrad_jax.methods.ekfac import ekfac_block
@@ -141,7 +141,7 @@ class Record(NamedTuple):
     model: str
     stage: str
     right: float
-    layer: ng.Layer
+    layer: str
     errors: dict[str, float]
 
 
@@ -226,7 +226,7 @@ def measured(name: str, stage: str, model: nn.Module, params: Any, data: Part, c
             layer: errors(layer, evidence[layer.name]) for layer in capture.layers({"params": params}, images).known
         }
         return [
-            Record(name, stage, float(right), layer, {name: float(of_layer[name]) for name in NAMES})
+            Record(name, stage, float(right), label(layer), {name: float(of_layer[name]) for name in NAMES})
             for layer, of_layer in found.items()
         ]
 
@@ -372,7 +372,7 @@ def picture(found: Found, config: Config) -> Figure:
                 axis.bar(positions - 0.4 + (index + 0.5) * width, values, width, color=colour, label=name)
             best = [record.errors[BEST] for record in group]
             axis.hlines(best, positions - 0.44, positions + 0.44, color="black", linewidth=1.2, label=BEST)
-            axis.set_xticks(positions, [label(record.layer).replace(" ", "\n") for record in group], fontsize=9)
+            axis.set_xticks(positions, [record.layer.replace(" ", "\n") for record in group], fontsize=9)
             axis.set_title(f"{model}, {stage}: {group[0].right:.0%} right", loc="left", fontweight="bold")
         row[0].set_ylabel(r"error of a block, $\|F - \tilde{F}\|\;/\;\|F\|$")
     line, *bars = axes[0, 0].get_legend_handles_labels()[0]
@@ -403,9 +403,7 @@ def keep_all(found: Found, config: Config) -> None:
     """Write the records, a line of JSON each, in the place of older ones."""
     setting = {"data": source(config), "seed": config.seed}
     blocks = [
-        setting
-        | {"model": each.model, "stage": each.stage, "right": each.right, "layer": each.layer.name}
-        | each.errors
+        setting | {"model": each.model, "stage": each.stage, "right": each.right, "layer": each.layer} | each.errors
         for each in found.blocks
     ]
     directions = [
@@ -417,6 +415,20 @@ def keep_all(found: Found, config: Config) -> None:
     path = config.output / "fidelity.jsonl"
     path.unlink(missing_ok=True)
     keep(path, blocks + directions)
+
+
+def found_in(folder: Path) -> Found:
+    """What `keep_all` wrote into a folder; nothing if there is no file."""
+    found, entries = Found([], {}), {"model", "stage", "right", "layer"}
+    for record in kept(folder / "fidelity.jsonl"):
+        if "layer" in record:
+            errors = {name: record[name] for name in NAMES}
+            found.blocks.append(Record(**{name: record[name] for name in entries}, errors=errors))
+        else:
+            angle = {name: record[name] for name in Angle._fields}
+            angle["error"] = np.nan if angle["error"] is None else angle["error"]
+            found.angles.setdefault(record["stage"], {}).setdefault(record["method"], []).append(Angle(**angle))
+    return found
 
 
 def main(config: Config) -> None:

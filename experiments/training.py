@@ -180,6 +180,11 @@ def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int =
         yield Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], labels)
 
 
+def by_epoch(path: Path, key: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What a file has of a run: {epoch: record}."""
+    return {record["epoch"]: record for record in kept(path, key)}
+
+
 def resumable(
     path: Path,
     key: Mapping[str, Any],
@@ -206,7 +211,7 @@ def resumable(
     Returns:
         A record for the start and for every epoch.
     """
-    rows = {record["epoch"]: record for record in kept(path, key)}
+    rows = by_epoch(path, key)
     if len(rows) > epochs:
         return [rows[count] for count in range(epochs + 1)]
     runner, place = start(), state_path(path, key)
@@ -331,11 +336,17 @@ def paced(
     Returns:
         The costs.
     """
-    if known := [record for record in kept(path, key) if {*names, baseline} <= set(record["first"])]:
-        return Pace(known[-1]["idle"], known[-1]["first"], known[-1]["later"])
+    if known := known_pace(path, key, {*names, baseline}):
+        return known
     pace = timed(runners(), stream(), period, rounds, baseline)
     keep(path, [{**key, **pace._asdict()}])
     return pace
+
+
+def known_pace(path: Path, key: Mapping[str, Any], names: Iterable[str]) -> Pace | None:
+    """The last cost of steps in a file that has all these methods, if any."""
+    known = [record for record in kept(path, key) if set(names) <= set(record["first"])]
+    return Pace(*(known[-1][entry] for entry in Pace._fields)) if known else None
 
 
 def in_turn(stretches: Mapping[str, Callable[[], float]], turns: int) -> dict[str, np.ndarray]:

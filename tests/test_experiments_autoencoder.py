@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import autoencoder, tune
 from experiments.data import Data, Part
-from experiments.methods import ALL, METHODS
-from experiments.records import keep, kept
-from experiments.training import Pace, Setting
+from experiments.methods import METHODS
+from experiments.records import keep
+from experiments.training import Setting
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_runs_of_all_seeds_go_on_where_they_stopped_and_are_shown_beside_the_log
 
     shown = autoencoder.table(longer, config)
     assert shown.row_count == 3
-    first = list(shown.columns[2].cells)
+    first = list(shown.columns[3].cells)
     assert first[0].endswith("(169.0)") and "[" in first[0]  # logged after an epoch, and the range of the seeds
     axes = autoencoder.picture(longer, config).axes
     assert [len(axis.lines) for axis in axes] == [2, 1, 2, 2]  # a row of dots beside the first
@@ -65,7 +66,7 @@ def test_runs_of_all_seeds_go_on_where_they_stopped_and_are_shown_beside_the_log
     assert without_seconds(straight.records["K-BFGS"][0]) == without_seconds(longer.records["K-BFGS"][1])
 
 
-NOTHING = Data("mnist", Part([], []), Part([], []))
+NOTHING = Data("mnist", *2 * (Part(np.empty((0, 0)), np.empty(0)),))
 
 
 def test_a_tuned_run_has_the_best_setting_of_the_trials_or_the_usual_one(tmp_path):
@@ -87,14 +88,49 @@ def test_an_unknown_run_and_authors_who_logged_nothing_are_refused(config):
         autoencoder.wanted(NOTHING, replace(config, problem="curves", runs="authors", only=()))
 
 
-def test_the_committed_runs_are_found_and_shown_without_seconds():
-    config = autoencoder.Config(output=Path(autoencoder.__file__).parent / "results")
-    data = NOTHING._replace(train=Part([], range(60000)))
-    pace = Pace(0.1, dict.fromkeys(ALL, 1.0), dict.fromkeys(ALL, 1.0))
-    key = tune.group(autoencoder.chosen(config), data, config.batch)
-    assert len(kept(autoencoder.records_path(config), key | {"seed": 0})) >= 16 * 11
-    runs, path = autoencoder.wanted(data, replace(config, runs="authors")), autoencoder.records_path(config)
-    records = {run.name: [kept(path, autoencoder.identity(run, 0, data, config))] for run in runs}
-    found = autoencoder.Found(runs, records, pace)
-    assert "61.4 (61.6)" in list(autoencoder.table(found, config).columns[5].cells)
-    assert "Left: 0 epochs" in autoencoder.plan(runs, pace, data, config)
+def test_the_committed_runs_are_found_and_shown():
+    folder = Path(autoencoder.__file__).parent / "results"
+    found = autoencoder.found_in(folder, "mnist")
+    assert {run.name for run in found.runs} >= {*autoencoder.AUTHORS, "Adam", "K-FAC, adaptive"}
+    shown = autoencoder.table(found, autoencoder.Config(output=folder))
+    assert "61.4 (61.6)" in list(shown.columns[6].cells)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Adam and K-FAC in a folder, two epochs of four steps, with what a step costs: K-FAC is dearer and sooner down."""
+    config = autoencoder.Config(output=tmp_path, problem="curves", epochs=2)
+    key, entries = tune.group(autoencoder.chosen(config), NOTHING._replace(name="curves-like"), 1000), []
+    ends = {"Adam": [(140, 139, 135, 131), (130, 129, 125, 120)], "K-FAC": [(135, 129, 120, 118), (110, 105, 101, 99)]}
+    for name, epochs in ends.items():
+        setting = METHODS[name].ranges["autoencoder"].usual
+        own = {"name": name, **setting._asdict(), **key, "images": 4000, "seed": 0, "seconds": 1.0, "test_loss": 1.0}
+        entries.append(own | {"epoch": 0, "batch_losses": [], "train_loss": 500.0})
+        for epoch, losses in enumerate(epochs, 1):
+            entries.append(own | {"epoch": epoch, "batch_losses": losses, "train_loss": float(losses[-1])})
+    keep(autoencoder.records_path(config), entries)
+    costs = {"SGD-m": 1.0, "Adam": 1.0, "K-FAC": 1.5}
+    keep(tmp_path / "autoencoder_paces.jsonl", [{**key, "rounds": 1, "idle": 0.5, "first": costs, "later": costs}])
+    return config
+
+
+def test_how_soon_a_run_is_as_low_as_adam_at_its_end_and_off_the_plateau(two, monkeypatch):
+    monkeypatch.setitem(autoencoder.EPOCHS, "curves", 2)
+    found = autoencoder.found_in(two.output, "curves")
+    assert [run.name for run in found.runs] == ["Adam", "K-FAC"]
+    columns = [list(column.cells) for column in autoencoder.table(found, two).columns]
+    assert columns[-2:] == [["2 (1.00)", "1 (0.75)"], ["6 (1.00)", "2 (0.33)"]]
+    adam, kfac = found.runs
+    alone = found.of(lambda run: run is kfac)
+    assert (autoencoder.overtaken(alone, kfac, 2), autoencoder.left(alone, kfac, 50.0)) == ("", "-")
+    assert autoencoder.overtaken(found, adam, 1) == "1 (1.00)"
+
+
+def test_a_folder_without_runs_has_nothing_and_one_without_costs_says_what_to_do(two, tmp_path, monkeypatch):
+    monkeypatch.setitem(autoencoder.EPOCHS, "curves", 3)
+    assert autoencoder.found_in(two.output, "curves") is None  # none is at its last epoch
+    assert autoencoder.found_in(two.output, "mnist") is None
+    monkeypatch.setitem(autoencoder.EPOCHS, "curves", 2)
+    (two.output / "autoencoder_paces.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"what their steps cost; run `make autoencoder ARGS=--estimate`"):
+        autoencoder.found_in(two.output, "curves")

@@ -137,7 +137,7 @@ def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method
     config = fidelity.Config(output=tmp_path, data=None, **fidelity.SMOKE, **fidelity.SMALL)
     with jax.enable_x64(False):
         found = fidelity.run(config)
-    assert [each.layer.name for each in found.blocks] == ["Dense_0", "Dense_1"] * 2 + [*LAYERS] * 2
+    assert [each.layer.split()[0] for each in found.blocks] == ["Dense_0", "Dense_1"] * 2 + [*LAYERS] * 2
     assert all(fidelity.holds(each, name) for each in found.blocks for name in NO_WORSE)
     assert found.blocks[0].errors != found.blocks[2].errors, "training changed nothing"
     assert {stage: tuple(angles) for stage, angles in found.angles.items()} == dict.fromkeys(
@@ -148,6 +148,9 @@ def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method
     fidelity.keep_all(found, config)
     assert len(kept(tmp_path / "fidelity.jsonl", {"model": "CNN"})) == 6
     assert len(kept(tmp_path / "fidelity.jsonl", {"method": "SOAP", "stage": "start"})) == 5
+    read = fidelity.found_in(tmp_path)
+    assert read.blocks == found.blocks and list(read.angles["trained"]) == list(DIRECTIONS)
+    assert list(fidelity.table(read, config).columns[-1].cells) == list(fidelity.table(found, config).columns[-1].cells)
     console = Console(width=80, record=True, quiet=True)
     console.print(fidelity.table(found, config))
     figure = fidelity.picture(found, config)
