@@ -39,7 +39,7 @@ autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' se
 tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
 	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
 
-classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of nine settings; tables, one picture
+classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
 
 crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture

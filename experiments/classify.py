@@ -1,87 +1,86 @@
-"""Does TENGraD train the convnet of its paper better, per epoch and per second, than K-FAC, EKFAC, SGD-m and Adam?
+"""Which method trains the convnet of TENGraD best, per epoch and per second?
 
-TENGraD inverts the Fisher block of one batch exactly, in the space of its examples; K-FAC and EKFAC average their
-approximations over batches. The net is the paper's for Fashion-MNIST, "3C1F": three convolutions of 3x3 with padding
-and ReLU, a max pool of 3, a dense layer with ReLU and one of logits. The paper's has 128 channels and 500 units and is
-work for a GPU; with 16 or 32 channels it has 128 units. 60,000 images with pixels in [0, 1], batches of 128, weights
-and biases uniform in +-1/sqrt(fan in) at the start, a constant learning rate, momentum 0.9. As in the paper all is
-refreshed at every 100th step, and the statistics of K-FAC and EKFAC (and the scale of EKFAC) are taken at every 20th.
-The weight decay is decoupled and the same for all. `kl_clip` holds for all second-order methods or for none.
+The net is the one of TENGraD's paper for Fashion-MNIST, "3C1F": three convolutions of 3x3 with padding and ReLU, a max
+pool of 3, a dense layer with ReLU and one of logits. The paper's has 128 channels and 500 units and is work for a GPU;
+with 16 or 32 channels it has 128 units. 60,000 images with pixels in [0, 1], batches of 128, weights and biases uniform
+in +-1/sqrt(fan in) at the start, a constant learning rate, momentum 0.9. As in the paper all is refreshed at every
+100th step; statistics that are averaged, and the scales of EKFAC and TEKFAC, are taken at every 20th. The weight decay
+is decoupled and the same for all. `kl_clip` holds for all methods that have it, or for none. How each method is made
+stands in `methods`; "adaptive" and SOAP keep periods of their own.
 
-All methods have the same number of trials: nine, of a learning rate, and for the second-order methods of three rates
-with three dampings around those of the paper, each on the first images of the training set from the same start. The
-setting with the least loss of these images at the end is the one that runs. The runs have the same initial parameters
-and the same batches in the same order. Losses and accuracies are of all images, without the weight decay, measured
-outside the clock.
+Every method has the best setting among the trials of `make tune` on the same problem, net and batch, an equal number
+for each; where there are none, the usual setting of `methods`. Periods, decay and clip of the trials are the defaults
+here; they choose also where a run has others. All runs of a seed have the same initial parameters and the same batches
+in the same order. Losses and accuracies are of all images, without the weight decay, measured outside the clock. With
+several seeds the table has medians and ranges, the picture lines and bands.
 
 Expected: per epoch TENGraD at least level with K-FAC and EKFAC, and all of them ahead of SGD-m; per second, on two CPU
-cores, nothing far ahead of Adam: with so few channels a second-order step costs up to twice one of SGD-m. Found, with
-one seed and three epochs: K-FAC ahead per epoch at 16 channels and level with Adam at 32; per second Adam, nothing far
-ahead of it. TENGraD's step costs next to nothing more than SGD-m's; it is level with Adam and EKFAC after an epoch and
-then stays behind, at the rate that the trials chose, since the Fisher matrix of one batch of 128 serves for 100 steps.
-That of every tenth step ("TENGraD, 10") did no better. SGD-m, at 32 channels, fell to chance in the first epoch at
-either of its two best rates. (The trials at 32 channels were of 12,800 images: `--subset 12800`.)
+cores, nothing far ahead of Adam: with so few channels a second-order step costs up to twice one of SGD-m. Found, in an
+earlier edition, of K-FAC, EKFAC, TENGraD, SGD-m and Adam alone, each at the best of nine settings around those of the
+paper, with one seed and three epochs: K-FAC ahead per epoch at 16 channels and level with Adam at 32; per second Adam,
+nothing far ahead of it. TENGraD's step cost next to nothing more than SGD-m's; it was level with Adam and EKFAC after
+an epoch and then stayed behind, since the Fisher matrix of one batch of 128 served for 100 steps. That of every tenth
+step did no better. SGD-m, at 32 channels, fell to chance in the first epoch at either of its two best rates.
 
 Seconds: what a run took is in its record, but a machine that was busy at one method and idle at the next says nothing
 about the two. So the picture's seconds are made of what a step costs, measured apart: all methods in turn in one
 process, 20 steps at a time, over the first refresh period (with its early refreshes) and over later ones, each in units
 of the same periods of SGD-m; times the step of SGD-m when it was least disturbed. No compilation is in either.
 
-What is done is kept, line by line, and not done again: a trial, an epoch of a run, the timing. A run that was
-interrupted goes on from its last whole epoch, and one that is asked for more epochs from its end. Whoever changes a
-setting runs only what depends on it.
+Every epoch is kept, line by line, and a run that was interrupted, or is asked for more epochs, goes on from its last
+whole one. Whoever changes a setting runs only what depends on it.
 
+    make tune ARGS="--problem fashion --images 12000 --epochs 1"    (first the trials)
     make classify                                     (says beforehand how long it will take)
-    make classify ARGS="--epochs 0"                   (the trials alone)
-    make classify ARGS="--epochs 0 --kl-clip 0"       (the same without the clip; the table shows both)
-    make classify ARGS="--channels 32 --only TENGraD K-FAC"
+    make classify ARGS=--estimate                     (says so, and no more)
+    make classify ARGS="--channels 32 --only TENGraD K-FAC --seeds 0 1 2"
+    make classify ARGS="--only TENGraD --refresh-every 10"
     make classify ARGS="--problem cifar10 --depth 32" (a ResNet, for a GPU; batch norm, random crops, mirrored)
     make classify ARGS="--problem digits --epochs 30" (a small convnet, on what scikit-learn brings along)
     make classify ARGS="--smoke"                      (a minute, on the digits)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import product
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
+from rich.table import Table
 
-from experiments import methods
-from experiments.data import Data, Part, folder
-from experiments.methods import BASELINE, Shared
+from experiments import tune
+from experiments.data import Data, folder
+from experiments.methods import BASELINE, METHODS, Shared
 from experiments.problems import Name, Problem, problem
-from experiments.records import Records, finite, keep, kept
-from experiments.report import runs_picture, runs_table, trials_table
-from experiments.training import Make, Pace, Runner, Runners, Setting, Task, paced, resumable
+from experiments.records import Records, kept
+from experiments.training import Pace, Runner, Runners, Setting, Task, paced, resumable
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that all methods share; what is tried for each stands in `METHODS`.
+    """The numbers that all methods share.
 
     Attributes:
-        output: folder of the records, of the states from which runs go on, and of the picture.
+        output: folder of the records, of the states from which runs go on, and of the picture; of the trials, too.
         only: names of the methods; all if empty.
         problem: Fashion-MNIST with the net of the paper; CIFAR-10 with a ResNet; the digits with a small convnet.
         depth: of the ResNet.
         channels: of the convolutions, of the first ones if there are more later; 128 in the paper.
         units: of the hidden dense layer; None for 500 at 128 channels, as in the paper, and 128 at fewer.
-        epochs: passes over the data; 0 for the trials alone.
+        epochs: passes over the data.
         batch: images in a step.
-        subset: training images of a trial.
-        trial_epochs: passes of a trial over them.
         refresh_every: steps between refreshes.
         statistics_every: steps between statistics, for methods that average them.
         weight_decay: strength, for all methods; 0 for none.
-        kl_clip: bound on a step, for all second-order methods; 0 for none.
-        seed: of the initial parameters, the order of the data and the labels drawn.
+        kl_clip: bound on a step, for all methods that have one; 0 for none.
+        seeds: each of initial parameters, the order of the data and the labels drawn.
         rounds: how many refresh periods after the first are timed, at least one.
+        estimate: only measure what a step costs, and say how long the runs will take.
         smoke: a tiny net on the digits, enlarged to the size of the images, to see that everything runs.
         data: a folder with the files as they were published; without it they are downloaded. See `data`.
     """
@@ -94,52 +93,20 @@ class Config:
     units: int | None = None
     epochs: int = 3
     batch: int = 128
-    subset: int = 25_600
-    trial_epochs: int = 1
-    refresh_every: int = 100
-    statistics_every: int = 20
-    weight_decay: float = 1e-3
-    kl_clip: float = 1e-2
-    seed: int = 0
+    refresh_every: int = Shared().refresh_every
+    statistics_every: int = Shared().statistics_every
+    weight_decay: float = Shared().weight_decay
+    kl_clip: float = Shared().kl_clip
+    seeds: tuple[int, ...] = (0,)
     rounds: int = 1
+    estimate: bool = False
     smoke: bool = False
     data: Path | None = field(default_factory=folder)
 
-
-class Entry(NamedTuple):
-    """A method: config -> how its optimizer is made, the settings that are tried, whether its step can be clipped."""
-
-    make: Callable[[Config], Make]
-    tried: tuple[Setting, ...]
-    natural: bool = True
-
-
-def entry(name: str, tried: tuple[Setting, ...], refresh_every: int | None = None) -> Entry:
-    """A method of the registry; `refresh_every`, if it has a period of its own."""
-
-    def make(config: Config) -> Make:
-        period = refresh_every or config.refresh_every
-        shared = Shared(period, config.statistics_every, config.weight_decay, config.kl_clip)
-        return methods.METHODS[name].make("classifier", shared)
-
-    return Entry(make, tried, methods.METHODS[name].clips)
-
-
-def rates(*values: float) -> tuple[Setting, ...]:
-    """Settings of a first-order method."""
-    return tuple(map(Setting, values))
-
-
-GRID = tuple(Setting(*pair) for pair in product((3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3)))
-"""The paper ran TENGraD and K-FAC at (0.003, 0.1), EKFAC at (0.001, 0.03), SGD-m at 0.03, all for ten epochs."""
-METHODS = {
-    "TENGraD": entry("TENGraD", GRID),
-    "TENGraD, 10": entry("TENGraD", GRID, refresh_every=10),
-    "K-FAC": entry("K-FAC", GRID),
-    "EKFAC": entry("EKFAC", GRID),
-    "SGD-m": entry("SGD-m", rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2, 1e-1, 2e-1)),
-    "Adam": entry("Adam", rates(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)),
-}
+    @property
+    def shared(self) -> Shared:
+        """What goes into every method."""
+        return Shared(self.refresh_every, self.statistics_every, self.weight_decay, self.kl_clip)
 
 
 def chosen(config: Config) -> Problem:
@@ -152,90 +119,59 @@ def load(config: Config) -> Data:
     return chosen(config).enlarged_digits() if config.smoke else chosen(config).load(config.data)
 
 
-def compiled(name: str, data: Data, config: Config) -> Runner:
-    """A method on the problem."""
-    entry, batch = METHODS[name], data.train.first(config.batch)
-    task = Task(chosen(config).net, chosen(config).likelihood, batch, config.seed, {"train": True})
-    return Runner(entry.make(config), entry.tried[0], task)
+def wanted(data: Data, config: Config) -> dict[str, Setting]:
+    """What is to be run.
+
+    Args:
+        data: of the problem.
+        config: the numbers.
+
+    Returns:
+        Name of a method -> its setting.
+
+    Raises:
+        ValueError: if a name is unknown, or there is no epoch to be run.
+    """
+    if unknown := set(config.only) - set(METHODS):
+        raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
+    if config.epochs < 1:
+        raise ValueError(f"`epochs` is {config.epochs}, expected 1 or more; `estimate` says how long they take.")
+    path, key = config.output / "tune.jsonl", tune.group(chosen(config), data, config.batch)
+    names = [name for name in METHODS if not config.only or name in config.only]
+    return {name: tune.best(path, name, key) or METHODS[name].ranges["classifier"].usual for name in names}
 
 
-def identity(name: str, setting: Setting, images: int, data: Data, config: Config) -> dict[str, Any]:
+def identity(name: str, setting: Setting, seed: int, data: Data, config: Config) -> dict[str, Any]:
     """All that the numbers of a run depend on, but for how long it is."""
-    kl_clip = config.kl_clip if METHODS[name].natural else 0.0
     return {
         "name": name,
         **setting._asdict(),
         "data": data.name,
-        "images": images,
+        "images": len(data.train.labels),
         **chosen(config).fields,
         "batch": config.batch,
         "periods": [config.refresh_every, config.statistics_every],
         "weight_decay": config.weight_decay,
-        "kl_clip": kl_clip,
-        "seed": config.seed,
+        "kl_clip": config.kl_clip if METHODS[name].clips else 0.0,
+        "seed": seed,
     }
 
 
-def trial(name: str, setting: Setting, runners: Runners, data: Data, config: Config) -> dict[str, Any]:
-    """One trial: its record, with the loss of its images at the end."""
-    part, runner, seconds = data.train.first(config.subset), runners(name), 0.0
-    runner.begin(setting)
-    for epoch in range(config.trial_epochs):
-        seconds += runner.run(chosen(config).stream(part, config.batch, config.seed, epoch))[1]
-    found = chosen(config).score(runner.variables, part)
-    return {
-        "epochs": config.trial_epochs,
-        "loss": finite(found.loss, 5),
-        "accuracy": round(found.accuracy, 5),
-        "seconds": round(seconds, 2),
-    }
+def compiled(name: str, data: Data, config: Config) -> Runner:
+    """A method on the problem, for all settings and seeds."""
+    what, method = chosen(config), METHODS[name]
+    task = Task(what.net, what.likelihood, data.train.first(config.batch), options={"train": True})
+    make = method.make("classifier", config.shared)
+    return Runner(make, method.ranges["classifier"].usual, task, method.labels)
 
 
-def tune(names: list[str], runners: Runners, data: Data, config: Config) -> Records:
-    """Every trial that is not in the file yet; the records of all trials of the methods."""
-    path, records = trials_path(config), []
-    for name in names:
-        for setting in track(METHODS[name].tried, description=f"trials of {name:<10}"):
-            key = trial_key(name, setting, data, config)
-            if not (known := kept(path, key)):
-                known = [key | trial(name, setting, runners, data, config)]
-                keep(path, known)
-            records.append(known[-1])
-    return records
-
-
-def trial_key(name: str, setting: Setting, data: Data, config: Config) -> dict[str, Any]:
-    """What tells one trial from all others."""
-    images = min(config.subset, len(data.train.labels))
-    return identity(name, setting, images, data, config) | {"epochs": config.trial_epochs}
-
-
-def best(name: str, trials: Records) -> Setting:
-    """The setting of the trial with the least loss.
-
-    Args:
-        name: of the method.
-        trials: records.
-
-    Returns:
-        The setting.
-
-    Raises:
-        ValueError: if all diverged.
-    """
-    whole = [record for record in trials if record["name"] == name and record["loss"] is not None]
-    if not whole:
-        raise ValueError(f"Every trial of {name} diverged; try other settings in METHODS.")
-    record = min(whole, key=lambda record: record["loss"])
-    return Setting(record["rate"], record["damping"])
-
-
-def train(name: str, setting: Setting, runners: Runners, data: Data, config: Config) -> Records:
-    """One run, from where it stopped if it did.
+def train(name: str, setting: Setting, seed: int, runners: Runners, data: Data, config: Config) -> Records:
+    """One run of one seed, from where it stopped if it did.
 
     Args:
         name: of the method.
         setting: its own.
+        seed: its seed.
         runners: name -> runner.
         data: of training and testing.
         config: the numbers.
@@ -243,142 +179,218 @@ def train(name: str, setting: Setting, runners: Runners, data: Data, config: Con
     Returns:
         A record for the start and for every epoch.
     """
-    key, what = identity(name, setting, len(data.train.labels), data, config), chosen(config)
+    what = chosen(config)
 
     def start() -> Runner:
         runner = runners(name)
-        runner.begin(setting)
+        runner.begin(setting, seed)
         return runner
 
     return resumable(
-        config.output / "classify.jsonl",
-        key,
+        records_path(config),
+        identity(name, setting, seed, data, config),
         start,
-        lambda epoch: what.stream(data.train, config.batch, config.seed, epoch),
+        lambda epoch: what.stream(data.train, config.batch, seed, epoch),
         lambda runner: what.measured(runner.variables, data),
         epochs=config.epochs,
-        steps=len(data.train.labels) // config.batch,
+        steps=steps(data, config),
     )
 
 
-def cost(names: list[str], runners: Runners, data: Data, config: Config) -> Pace:
-    """The cost of steps, measured unless it is in the file."""
-    key = {"data": data.name, **chosen(config).fields, "batch": config.batch}
-    key |= {"periods": [config.refresh_every, config.statistics_every], "rounds": config.rounds}
-    path = config.output / "classify_paces.jsonl"
-
-    def started() -> dict[str, Runner]:
-        used = {name: runners(name) for name in (*names, BASELINE)}
-        for name, runner in used.items():
-            tried = METHODS[name].tried
-            runner.begin(Setting(min(s.rate for s in tried), max(s.damping for s in tried)))
-        return used
-
-    def stream() -> list[Part]:
-        return list(chosen(config).stream(data.train.first(40 * config.batch), config.batch, config.seed, 0))
-
-    size = {"period": config.refresh_every, "rounds": config.rounds, "baseline": BASELINE}
-    return paced(path, key, started, names, stream, **size)
+def steps(data: Data, config: Config) -> int:
+    """Of an epoch."""
+    return len(data.train.labels) // config.batch
 
 
-def plan(names: list[str], pace: Pace, data: Data, config: Config) -> str:
+def records_path(config: Config) -> Path:
+    """Where the epochs of runs are kept."""
+    return config.output / "classify.jsonl"
+
+
+def cost(names: Iterable[str], data: Data, config: Config) -> Pace:
+    """What a step of each method costs, measured unless it is in the file."""
+    periods = [config.refresh_every, config.statistics_every]
+    key = tune.group(chosen(config), data, config.batch) | {"periods": periods, "rounds": config.rounds}
+    return paced(
+        config.output / "classify_paces.jsonl",
+        key,
+        lambda: {name: compiled(name, data, config) for name in METHODS if name in {*names, BASELINE}},
+        names,
+        lambda: list(chosen(config).stream(data.train.first(40 * config.batch), config.batch, 0, 0)),
+        period=config.refresh_every,
+        rounds=config.rounds,
+        baseline=BASELINE,
+    )
+
+
+def plan(settings: dict[str, Setting], pace: Pace, data: Data, config: Config) -> str:
     """How long what is left to do will take, on a machine with nothing else to do."""
-    per_trial, period = min(config.subset, len(data.train.labels)), config.refresh_every
-    measuring = 0.4 * pace.idle / config.batch  # seconds an image: a forward pass
-    trials, seconds = 0, {"trials": 0.0, "runs": 0.0}
-    for name in names:
-        left = [s for s in METHODS[name].tried if not kept(trials_path(config), trial_key(name, s, data, config))]
-        trials += len(left)
-        steps = config.trial_epochs * (per_trial // config.batch)
-        seconds["trials"] += len(left) * (pace.seconds(name, steps, period) + measuring * per_trial)
-        steps = config.epochs * (len(data.train.labels) // config.batch)
-        images = (config.epochs + 1) * (len(data.train.labels) + len(data.test.labels))
-        seconds["runs"] += (pace.seconds(name, steps, period) + measuring * images) if config.epochs else 0.0
-    costs = ", ".join(f"{name} {pace.later[name]:.2f}" for name in names if name != BASELINE)
+    images = len(data.train.labels) + len(data.test.labels)
+    measuring = 0.4 * pace.idle * images / config.batch  # a forward pass
+    epochs, seconds = 0, 0.0
+    for name, setting in settings.items():
+        for seed in config.seeds:
+            known = kept(records_path(config), identity(name, setting, seed, data, config))
+            left = config.epochs - max(len({record["epoch"] for record in known}) - 1, 0)
+            if left > 0:
+                epochs += left
+                seconds += pace.seconds(name, left * steps(data, config), 0) + left * measuring
+    costs = ", ".join(f"{name} {pace.later[name]:.2f}" for name in settings if name != BASELINE)
     return (
         f"{chosen(config).title}: a step of {BASELINE} takes {1000 * pace.idle:.0f} ms; so many times as long take "
-        f"{costs}.\n"
-        f"Left: {trials} trials, {seconds['trials'] / 60:.1f} minutes on an idle machine; then {len(names)} runs of "
-        f"{config.epochs} epochs, {seconds['runs'] / 60:.1f} minutes, less what of them is in the records."
+        f"{costs}.\nLeft: {epochs} epochs in all, {seconds / 60:.1f} minutes on an idle machine."
     )
-
-
-def trials_path(config: Config) -> Path:
-    """Where the trials are kept."""
-    return config.output / "classify_trials.jsonl"
 
 
 class Found(NamedTuple):
-    """All that was found."""
+    """All that was found: settings, the records of each method by seed (none of an estimate), and the cost of steps."""
 
-    trials: Records
-    runs: dict[str, Records]
+    settings: dict[str, Setting]
+    records: dict[str, list[Records]]
     pace: Pace
+
+    def numbers(self, name: str, entry: str) -> np.ndarray:
+        """An entry of the records of a method [seeds, epochs + 1]; infinite where it has diverged."""
+        values = [[np.inf if row[entry] is None else row[entry] for row in rows] for rows in self.records[name]]
+        return np.array(values)
+
+    def clock(self, name: str, epochs: np.ndarray) -> np.ndarray:
+        """Seconds after so many epochs, by the cost of a step."""
+        first = self.records[name][0][0]
+        per_epoch, period = first["images"] // first["batch"], first["periods"][0]
+        return np.array([self.pace.seconds(name, epoch * per_epoch, period) for epoch in epochs])
 
 
 def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Found:
-    """The timing, the trials and the runs, but for what is in the files.
+    """The timing and the runs, but for what is in the files.
 
     Args:
         config: the numbers.
         report: told what it will take.
 
     Returns:
-        Trials, runs and the cost of a step.
-
-    Raises:
-        ValueError: if there is no method of a name.
+        What was found.
     """
-    if unknown := set(config.only) - set(METHODS):
-        raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
-    names = [name for name in METHODS if not config.only or name in config.only]
     data = load(config)
+    settings, runners = wanted(data, config), lru_cache(maxsize=1)(lambda name: compiled(name, data, config))
     config.output.mkdir(parents=True, exist_ok=True)
-    runners = cache(lambda name: compiled(name, data, config))
-    pace = cost(names, runners, data, config)
-    report(plan(names, pace, data, config))
-    trials = tune(names, runners, data, config)
-    if not config.epochs:
-        return Found(trials, {}, pace)
-    return Found(trials, {name: train(name, best(name, trials), runners, data, config) for name in names}, pace)
+    pace = cost(settings, data, config)
+    report(plan(settings, pace, data, config))
+    if config.estimate:
+        return Found(settings, {}, pace)
+    records = {
+        name: [train(name, setting, seed, runners, data, config) for seed in config.seeds]
+        for name, setting in settings.items()
+    }
+    return Found(settings, records, pace)
 
 
-def comparable(trials: Records, config: Config) -> Records:
-    """These trials, and those in the file that differ only in the clip."""
-    varied = ("name", "rate", "damping", "kl_clip", "loss", "accuracy", "seconds")
-    key = {field: value for field, value in trials[0].items() if field not in varied}
-    names = {record["name"] for record in trials}
-    return [record for record in kept(trials_path(config), key) if record["name"] in names]
+def spread(numbers: np.ndarray, digits: int) -> str:
+    """The median over seeds, with the range."""
+    if not np.isfinite(np.median(numbers)):
+        return "-"
+    text = f"{np.median(numbers):.{digits}f}"
+    return text if len(numbers) == 1 else f"{text} [{numbers.min():.{digits}f}, {numbers.max():.{digits}f}]"
+
+
+def table(found: Found, config: Config) -> Table:
+    """Loss and accuracy after some epochs, and what a step costs."""
+    result = Table(
+        title=f"Training loss, and test accuracy in %; {chosen(config).title}",
+        caption="In square brackets the range over seeds. A step over SGD-m's: all methods in turn in one process, "
+        "after the first refresh period. The seconds are of all epochs at that cost.",
+        caption_justify="left",
+    )
+    epochs = sorted({epoch for epoch in (1, 2, 3, 5, 10, 20, config.epochs) if epoch <= config.epochs})
+    result.add_column("method", no_wrap=True)
+    for heading in ("rate, damping", *(f"epoch {epoch}" for epoch in epochs), "a step / SGD-m's", "s"):
+        result.add_column(heading, justify="right")
+    for name, setting in found.settings.items():
+        losses, accuracies = found.numbers(name, "train_loss"), 100 * found.numbers(name, "test_accuracy")
+        between = "  " if len(config.seeds) == 1 else "\n"
+        result.add_row(
+            name,
+            str(setting) if METHODS[name].tuned else "its own",
+            *(spread(losses[:, epoch], 4) + between + spread(accuracies[:, epoch], 2) for epoch in epochs),
+            f"{found.pace.later[name]:.2f}",
+            f"{found.clock(name, np.array([config.epochs]))[0]:.0f}",
+        )
+    return result
+
+
+def picture(found: Found, config: Config) -> Figure:
+    """Training loss and test accuracy, against epochs and seconds; in thin lines the losses of batches, of a few runs.
+
+    Runs that stay below half of the best accuracy are below the axis, so that the others can be told apart.
+
+    Args:
+        found: what was found.
+        config: the numbers.
+
+    Returns:
+        The picture.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8), sharex="col", sharey="row", layout="constrained")
+    colors, reached, epochs = plt.get_cmap("tab20"), [], np.arange(1, config.epochs + 1)
+    for name, seeds in found.records.items():
+        color = colors(list(METHODS).index(name) % 20)
+        losses, accuracies = found.numbers(name, "train_loss")[:, 1:], 100 * found.numbers(name, "test_accuracy")[:, 1:]
+        losses = np.where(np.isfinite(losses), losses, np.nan)
+        batches = np.array([[row["batch_losses"] for row in rows[1:]] for rows in seeds], float)
+        middles = (np.arange(batches[0].size) + 0.5) / batches.shape[-1]
+        style = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1.6, "label": name}
+        for column, time in enumerate((lambda epochs: epochs, lambda epochs, name=name: found.clock(name, epochs))):
+            for axis, numbers in zip(axes[:, column], (losses, accuracies), strict=True):
+                axis.plot(time(epochs), np.median(numbers, axis=0), **style)
+                band = {"color": color, "alpha": 0.2, "linewidth": 0}
+                axis.fill_between(time(epochs), numbers.min(axis=0), numbers.max(axis=0), **band)
+            if len(found.records) <= 6:
+                lines = {"color": color, "linewidth": 0.8, "alpha": 0.6}
+                axes[0, column].plot(time(middles), np.median(batches, axis=0).ravel(), **lines)
+        reached.extend(np.median(accuracies, axis=0))
+    for axis in axes.flat:
+        axis.grid(alpha=0.2, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(yscale="log", ylabel="training loss, nats an image")
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].yaxis.set_minor_formatter("{x:g}")
+    above = [accuracy for accuracy in reached if accuracy >= max(reached) / 2]
+    lowest = min(above) - 0.1 * (max(above) - min(above)) - 0.1
+    axes[1, 0].set(ylabel="test accuracy, %", xlabel="epochs", ylim=(lowest, None))
+    axes[1, 1].set(xlabel="seconds on the idle machine (see the experiment)")
+    axes[0, 0].set_title(chosen(config).title, loc="left", fontweight="bold")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
 
 
 def small(config: Config) -> Config:
-    """A tiny net on the digits, a few steps, in a folder of its own."""
+    """A tiny net on the digits, a few methods of two seeds, a few steps, in a folder of its own."""
     return replace(
         config,
         output=config.output / "smoke",
+        only=config.only or ("SGD-m", "TENGraD", "K-BFGS"),
         smoke=True,
         depth=8,
         channels=3,
         units=8,
         epochs=1,
         batch=100,
-        subset=300,
         refresh_every=5,
         statistics_every=2,
+        seeds=(0, 1),
     )
 
 
 def main(config: Config) -> None:
-    """Say what it takes, run, print the tables, write the picture."""
-    config, console = small(config) if config.smoke else config, Console(width=160)
+    """Say what it takes, run, print the table, write the picture."""
+    config, console = small(config) if config.smoke else config, Console(width=180)
     found = run(config, console.print)
-    console.print(trials_table(comparable(found.trials, config)))
-    if found.runs:
-        title = chosen(config).title
-        console.print(runs_table(found.runs, found.pace, title))
-        path = config.output / f"classify_{chosen(config).stem}.png"
-        runs_picture(found.runs, found.pace, title, list(METHODS)).savefig(path, dpi=110)
-        console.print(f"Picture: {path}")
+    if config.estimate:
+        return
+    console.print(table(found, config))
+    path = config.output / f"classify_{chosen(config).stem}.png"
+    picture(found, config).savefig(path, dpi=110)
+    console.print(f"Picture: {path}")
 
 
 if __name__ == "__main__":

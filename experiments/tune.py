@@ -10,8 +10,12 @@ Expected: with six trials every method within a tenth of its best loss, but for 
 diagonal (of K-FAC and its relatives the step is the learning rate over the damping), where half the trials diverge.
 
 What is done is kept, line by line, and not done again; whoever raises the budget pays for all trials, since the strata
-move, unless a setting is the same. `make autoencoder` runs every method at the best that is kept here. The trials with
-most epochs count, of any budget. In the table * marks a best number at an edge of what was tried: try beyond it.
+move, unless a setting is the same. `make autoencoder` and `make classify` run every method at the best that is kept
+here. The trials with most epochs count, of any budget. In the table * marks a best number at an edge of what was tried:
+try beyond it.
+
+A trial on a classifier has the model, batches and options of a run of `make classify` with the same `--channels`,
+`--units` and `--depth`; periods, weight decay and clip are `methods.Shared()`, the defaults there.
 
     make tune                                                       (MNIST; hours on two cores; needs NATGRAD_DATA)
     make tune ARGS="--problem curves --budget 6 --epochs 10"
@@ -37,7 +41,6 @@ from experiments.data import Data, folder
 from experiments.methods import METHODS, Kind, Range
 from experiments.problems import Name, Problem, Reconstructed, Reconstruction, problem, reconstruction
 from experiments.records import Records, keep, kept
-from experiments.report import starred
 from experiments.training import Runner, Setting, Task, shown
 
 
@@ -57,7 +60,9 @@ class Config:
         batch: examples in a step; by default 1000 on an autoencoder, 128 on a classifier.
         images: only the first so many for training; all if None.
         seed: of the settings, of the initial parameters, the order of the data and the labels drawn.
-        channels: of a classifier's convolutions.
+        channels: of a classifier's convolutions, of the first ones if there are more later.
+        units: of its hidden dense layer on Fashion-MNIST; None for 500 at 128 channels, and 128 at fewer.
+        depth: of the ResNet on CIFAR-10.
         smoke: a tiny net on enlarged digits, to see that everything runs.
         data: a folder with the files as they were published; without it they are downloaded. See `data`.
     """
@@ -74,6 +79,8 @@ class Config:
     images: int | None = None
     seed: int = 0
     channels: int = 16
+    units: int | None = None
+    depth: int = 20
     smoke: bool = False
     data: Path | None = field(default_factory=folder)
 
@@ -87,7 +94,8 @@ def chosen(config: Config) -> Problem | Reconstruction:
     """The problem of a configuration."""
     if config.kind == "autoencoder":
         return reconstruction(config.problem, config.smoke)  # type: ignore[bad-argument-type]
-    return problem("digits" if config.smoke else config.problem, config.channels)  # type: ignore[bad-argument-type]
+    name = "digits" if config.smoke else config.problem
+    return problem(name, config.channels, config.units, config.depth)  # type: ignore[bad-argument-type]
 
 
 def settings(found: Range, budget: int, how: str, seed: Iterable[int]) -> list[Setting]:
@@ -233,6 +241,15 @@ def table(records: Records, title: str) -> Table:
         numbers = (f"{losses.min():.5g}", f"{np.median(losses):.5g}", f"{np.isinf(losses).sum()}", f"{len(own)}")
         result.add_row(name, setting, *numbers, f"{seconds:.1f}")
     return result
+
+
+def starred(record: Mapping[str, Any], records: Records) -> str:
+    """The setting of a trial; with a star if a number of it is the least or the largest that was tried."""
+    edges = []
+    for number in ("rate", "damping"):
+        values = [other[number] for other in records]
+        edges.append(min(values) < max(values) and record[number] in (min(values), max(values)))
+    return f"{Setting(record['rate'], record['damping'])}{'*' if any(edges) else ''}"
 
 
 def small(config: Config) -> Config:

@@ -49,6 +49,12 @@ def test_the_best_is_of_a_trial_that_did_not_diverge_among_the_longest(tmp_path)
     assert tune.best(path, "Adam", {"data": "curves-like"}) is tune.best(path, "SOAP", key) is None
 
 
+def test_a_number_at_an_edge_of_what_was_tried_has_a_star_but_not_the_only_one():
+    three = [{"rate": rate, "damping": 1e-8} for rate in (0.1, 0.2, 0.3)]
+    assert [tune.starred(record, three) for record in three] == ["0.1, 1e-08*", "0.2, 1e-08", "0.3, 1e-08*"]
+    assert tune.starred({"rate": 0.2, "damping": 3.0}, [*three, {"rate": 0.2, "damping": 3.0}]) == "0.2, 3*"
+
+
 @pytest.mark.slow
 def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
     config = tune.small(tune.Config(output=tmp_path, only=("K-BFGS", "SGD-m"), smoke=True))
