@@ -61,10 +61,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import tune
-from experiments.data import Data, Part, folder
+from experiments.data import Data, folder, told
 from experiments.methods import ALL, BASELINE, METHODS, PERIOD
 from experiments.problems import Reconstructed, Reconstruction, reconstruction
 from experiments.records import Records, kept
+from experiments.tables import spread
 from experiments.training import Pace, Runner, Setting, Task, by_epoch, known_pace, paced, resumable
 
 
@@ -188,8 +189,8 @@ def wanted(data: Data, config: Config) -> list[Run]:
 
 def identity(run: Run, seed: int, data: Data, config: Config) -> dict[str, Any]:
     """All that the numbers of a run depend on, but for how long it is."""
-    told = {"images": len(data.train.labels), "seed": seed}
-    return {"name": run.method, **run.setting._asdict(), **tune.group(chosen(config), data, config.batch), **told}
+    size = {"images": len(data.train.labels), "seed": seed}
+    return {"name": run.method, **run.setting._asdict(), **tune.group(chosen(config), data, config.batch), **size}
 
 
 def compiled(name: str, data: Data, config: Config) -> Runner:
@@ -345,31 +346,21 @@ def found_in(folder: Path, problem: Reconstructed) -> Found | None:
     rows = kept(records_path(config), {"problem": problem, "batch": config.batch})
     if not rows:
         return None
-    largest = max(rows, key=lambda row: row["images"])
-    blank = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))  # as many, and nothing of them
-    told = Data(largest["data"], blank, blank.first(0))
+    data = told(rows)
     records: dict[str, list[Records]] = {}
-    for run in wanted(told, config):
+    for run in wanted(data, config):
         seeds = sorted({row["seed"] for row in rows if row["name"] == run.method})
-        known = (by_epoch(records_path(config), identity(run, seed, told, config)) for seed in seeds)
+        known = (by_epoch(records_path(config), identity(run, seed, data, config)) for seed in seeds)
         if whole := [list(epochs.values())[: config.last + 1] for epochs in known if len(epochs) > config.last]:
             records[run.name] = whole
     if not records:
         return None
-    runs = [run for run in wanted(told, config) if run.name in records]
-    key = tune.group(chosen(config), told, config.batch)
+    runs = [run for run in wanted(data, config) if run.name in records]
+    key = tune.group(chosen(config), data, config.batch)
     pace = known_pace(folder / "autoencoder_paces.jsonl", key, {run.method for run in runs})
     if pace is None:
         raise ValueError(f"{folder} has runs of {problem} and not what their steps cost; run {ESTIMATE} {problem}.")
     return Found(runs, records, pace)
-
-
-def spread(numbers: np.ndarray) -> str:
-    """The median over seeds, with the range."""
-    if not np.isfinite(np.median(numbers)):
-        return "-"
-    text = f"{np.median(numbers):.1f}"
-    return text if len(numbers) == 1 else f"{text} [{numbers.min():.1f}, {numbers.max():.1f}]"
 
 
 def table(found: Found, config: Config) -> Table:
@@ -392,7 +383,7 @@ def table(found: Found, config: Config) -> Table:
         losses, cells = found.losses(run, config.last), []
         for epoch in epochs:
             logged = run.logged.losses.get(epoch) if run.logged else None
-            cells.append(spread(losses[:, epoch]) + (f" ({logged:.1f})" if logged else ""))
+            cells.append(spread(losses[:, epoch], 1) + (f" ({logged:.1f})" if logged else ""))
         ends = [rows[config.last] for rows in found.records[run.name]]
         took = f"{found.pace.later[run.method]:.2f}"
         took += f" ({run.logged.cost:.2f})" if run.logged and run.logged.cost else ""
@@ -401,7 +392,7 @@ def table(found: Found, config: Config) -> Table:
             str(run.setting) if ALL[run.method].tuned else "its own",
             f"{len(losses)}",
             *cells,
-            spread(np.array([finite(row["test_loss"]) for row in ends])),
+            spread(np.array([finite(row["test_loss"]) for row in ends]), 1),
             took,
             f"{clock(found, run, config.last)[-1]:.0f}",
             overtaken(found, run, config.last),

@@ -30,7 +30,7 @@ of the same periods of SGD-m; times the step of SGD-m when it was least disturbe
 Every epoch is kept, line by line, and a run that was interrupted, or is asked for more epochs, goes on from its last
 whole one. Whoever changes a setting runs only what depends on it.
 
-    make tune ARGS="--problem fashion --images 12000 --epochs 1"    (first the trials)
+    make tune ARGS="--problem fashion --images 25600 --epochs 1"    (first the trials)
     make classify                                     (says beforehand how long it will take)
     make classify ARGS=--estimate                     (says so, and no more)
     make classify ARGS="--channels 32 --only TENGraD K-FAC --seeds 0 1 2"
@@ -54,11 +54,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import tune
-from experiments.data import Data, folder
+from experiments.data import Data, folder, told
 from experiments.methods import BASELINE, METHODS, Shared
 from experiments.problems import Name, Problem, problem
 from experiments.records import Records, kept
-from experiments.training import Pace, Runner, Runners, Setting, Task, paced, resumable
+from experiments.tables import spread
+from experiments.training import Pace, Runner, Runners, Setting, Task, known_pace, paced, resumable
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,21 @@ def identity(name: str, setting: Setting, seed: int, data: Data, config: Config)
         "data": data.name,
         "images": len(data.train.labels),
         **chosen(config).fields,
-        "batch": config.batch,
-        "periods": [config.refresh_every, config.statistics_every],
-        "weight_decay": config.weight_decay,
-        "kl_clip": config.kl_clip if METHODS[name].clips else 0.0,
+        **common(config),
+        "kl_clip": clip(name, config),
         "seed": seed,
     }
+
+
+def common(config: Config) -> dict[str, Any]:
+    """What all runs of a configuration share, beside the problem."""
+    periods = [config.refresh_every, config.statistics_every]
+    return {"batch": config.batch, "periods": periods, "weight_decay": config.weight_decay}
+
+
+def clip(name: str, config: Config) -> float:
+    """The clip of a method; 0 if it has none."""
+    return config.kl_clip if METHODS[name].clips else 0.0
 
 
 def compiled(name: str, data: Data, config: Config) -> Runner:
@@ -209,11 +219,9 @@ def records_path(config: Config) -> Path:
 
 def cost(names: Iterable[str], data: Data, config: Config) -> Pace:
     """What a step of each method costs, measured unless it is in the file."""
-    periods = [config.refresh_every, config.statistics_every]
-    key = tune.group(chosen(config), data, config.batch) | {"periods": periods, "rounds": config.rounds}
     return paced(
-        config.output / "classify_paces.jsonl",
-        key,
+        paces_path(config),
+        pace_key(data, config),
         lambda: {name: compiled(name, data, config) for name in METHODS if name in {*names, BASELINE}},
         names,
         lambda: list(chosen(config).stream(data.train.first(40 * config.batch), config.batch, 0, 0)),
@@ -221,6 +229,17 @@ def cost(names: Iterable[str], data: Data, config: Config) -> Pace:
         rounds=config.rounds,
         baseline=BASELINE,
     )
+
+
+def paces_path(config: Config) -> Path:
+    """Where the costs of steps are kept."""
+    return config.output / "classify_paces.jsonl"
+
+
+def pace_key(data: Data, config: Config) -> dict[str, Any]:
+    """What tells costs of steps from all others."""
+    periods = [config.refresh_every, config.statistics_every]
+    return tune.group(chosen(config), data, config.batch) | {"periods": periods, "rounds": config.rounds}
 
 
 def plan(settings: dict[str, Setting], pace: Pace, data: Data, config: Config) -> str:
@@ -285,12 +304,39 @@ def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Fo
     return Found(settings, records, pace)
 
 
-def spread(numbers: np.ndarray, digits: int) -> str:
-    """The median over seeds, with the range."""
-    if not np.isfinite(np.median(numbers)):
-        return "-"
-    text = f"{np.median(numbers):.{digits}f}"
-    return text if len(numbers) == 1 else f"{text} [{numbers.min():.{digits}f}, {numbers.max():.{digits}f}]"
+def found_in(config: Config) -> Found | None:
+    """What the records have of a problem: of each method one setting, with every seed that is at the last epoch.
+
+    Args:
+        config: the problem, the numbers that all methods share, and the folder.
+
+    Returns:
+        Runs at the settings of the trials, and where these have none, at the last one that has any; None without any.
+
+    Raises:
+        ValueError: if there are runs, and not what their steps cost.
+    """
+    runs: dict[tuple[str, Setting], dict[int, dict[int, Any]]] = {}
+    for row in kept(records_path(config), {**chosen(config).fields, **common(config)}):
+        if row["name"] in METHODS and row["kl_clip"] == clip(row["name"], config) and row["epoch"] <= config.epochs:
+            own = runs.setdefault((row["name"], Setting(row["rate"], row["damping"])), {})
+            own.setdefault(row["seed"], {})[row["epoch"]] = row
+    at_the_end = {
+        key: [list(epochs.values()) for epochs in seeds.values() if len(epochs) > config.epochs]
+        for key, seeds in runs.items()
+    }
+    whole = {key: seeds for key, seeds in at_the_end.items() if seeds}
+    if not whole:
+        return None
+    data = told(row for seeds in whole.values() for rows in seeds for row in rows)
+    best = wanted(data, config)
+    settings = {name: setting for name, setting in whole if setting == best[name] or (name, best[name]) not in whole}
+    settings = {name: settings[name] for name in METHODS if name in settings}
+    pace = known_pace(paces_path(config), pace_key(data, config), settings)
+    if pace is None:
+        known = f"runs of {chosen(config).title}"
+        raise ValueError(f"{config.output} has {known} and not what their steps cost; `--estimate` measures it.")
+    return Found(settings, {name: whole[name, setting] for name, setting in settings.items()}, pace)
 
 
 def table(found: Found, config: Config) -> Table:
@@ -307,7 +353,7 @@ def table(found: Found, config: Config) -> Table:
         result.add_column(heading, justify="right")
     for name, setting in found.settings.items():
         losses, accuracies = found.numbers(name, "train_loss"), 100 * found.numbers(name, "test_accuracy")
-        between = "  " if len(config.seeds) == 1 else "\n"
+        between = "  " if len(losses) == 1 else "\n"
         result.add_row(
             name,
             str(setting) if METHODS[name].tuned else "its own",

@@ -1,10 +1,11 @@
 """Which learning rate and damping are best for each method on a problem, if all have the same number of trials?
 
 A trial is a short run from the same start on the same batches; the setting with the least training loss at its end is
-the best. The settings lie within the ranges of `methods`. By default each number is drawn log-uniformly, in strata: of
-six learning rates one lies in each sixth of the range, and so do the dampings, in another order. As a grid, the numbers
-stand at equal ratios, ends included; six trials are then three learning rates by two dampings, or six learning rates
-where there is no damping. What is not tuned, "adaptive", has one trial.
+the best. Every method tries its usual setting, of its authors or of earlier trials, and as many more within the ranges
+of `methods`. By default each number is drawn log-uniformly, in strata: of six learning rates one lies in each sixth of
+the range, and so do the dampings, in another order. As a grid, the numbers stand at equal ratios, ends included; six
+are then three learning rates by two dampings, or six learning rates where there is no damping. What is not tuned,
+"adaptive", has one trial.
 
 Expected: with six trials every method within a tenth of its best loss, but for those whose stable settings are a narrow
 diagonal (of K-FAC and its relatives the step is the learning rate over the damping), where half the trials diverge.
@@ -20,7 +21,7 @@ A trial on a classifier has the model, batches and options of a run of `make cla
     make tune                                                       (MNIST; hours on two cores; needs NATGRAD_DATA)
     make tune ARGS="--problem curves --budget 6 --epochs 10"
     make tune ARGS="--only K-FAC --rates 0.1 0.3 --dampings 3 10"   (these settings, in place of drawn ones)
-    make tune ARGS="--problem fashion --images 12000 --epochs 1"    (the convnet of `make classify`)
+    make tune ARGS="--problem fashion --images 25600 --epochs 1"    (the convnet of `make classify`)
     make tune ARGS="--smoke"                                        (seconds)
 """
 
@@ -52,7 +53,7 @@ class Config:
         output: folder of the records.
         only: names of the methods; all if empty.
         problem: an autoencoder, or a problem of classification.
-        budget: trials of every method.
+        budget: trials of every method beside its usual setting.
         epochs: passes of a trial.
         how: the settings are drawn, or a grid.
         rates: learning rates to be tried instead, each with each of the dampings.
@@ -99,7 +100,7 @@ def chosen(config: Config) -> Problem | Reconstruction:
 
 
 def settings(found: Range, budget: int, how: str, seed: Iterable[int]) -> list[Setting]:
-    """The settings of so many trials; one if nothing is tuned.
+    """The settings of so many trials within a range; one if nothing is tuned.
 
     Args:
         found: the range.
@@ -133,7 +134,8 @@ def tried(name: str, config: Config) -> list[Setting]:
     found = METHODS[name].ranges[config.kind]
     if config.rates:
         return [Setting(*pair) for pair in product(config.rates, config.dampings or (found.usual.damping,))]
-    return settings(found, config.budget, config.how, (config.seed, crc32(name.encode())))
+    within = settings(found, config.budget, config.how, (config.seed, crc32(name.encode())))
+    return list(dict.fromkeys((found.usual, *within)))
 
 
 def group(what: Problem | Reconstruction, data: Data, batch: int) -> dict[str, Any]:
@@ -230,16 +232,15 @@ def table(records: Records, title: str) -> Table:
         caption_justify="left",
     )
     result.add_column("method", no_wrap=True)
-    for heading in ("best", "loss", "median loss", "diverged", "trials", "seconds of a trial"):
+    for heading in ("best", "loss", "median loss", "diverged", "trials"):
         result.add_column(heading, justify="right")
     for name in dict.fromkeys(record["name"] for record in records):
         own = [record for record in records if record["name"] == name]
         losses = np.array([np.inf if record["loss"] is None else record["loss"] for record in own])
         record = own[int(np.argmin(losses))]
         setting = starred(record, own) if METHODS[name].tuned else "its own"
-        seconds = np.median([record["seconds"] for record in own])
         numbers = (f"{losses.min():.5g}", f"{np.median(losses):.5g}", f"{np.isinf(losses).sum()}", f"{len(own)}")
-        result.add_row(name, setting, *numbers, f"{seconds:.1f}")
+        result.add_row(name, setting, *numbers)
     return result
 
 
@@ -253,7 +254,7 @@ def starred(record: Mapping[str, Any], records: Records) -> str:
 
 
 def small(config: Config) -> Config:
-    """A tiny net on the digits, two methods, two trials of an epoch, in a folder of its own."""
+    """A tiny net on the digits, two methods, three trials of an epoch, in a folder of its own."""
     only = config.only or ("SGD-m", "K-BFGS")
     return replace(config, output=config.output / "smoke", only=only, channels=2, budget=2, epochs=1, batch=300)
 

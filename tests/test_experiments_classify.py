@@ -12,7 +12,7 @@ import natgrad_jax as ng
 from experiments import classify, tune
 from experiments.data import Data, Part
 from experiments.methods import METHODS, Shared
-from experiments.records import keep, kept
+from experiments.records import keep
 from experiments.training import Pace, Setting
 
 PACE = Pace(0.1, dict.fromkeys(METHODS, 1.0), dict.fromkeys(METHODS, 2.0))
@@ -134,19 +134,28 @@ def test_records_of_fashion_mnist_are_as_they_were_and_no_other_problem_finds_th
 
 def test_the_committed_runs_are_found_and_shown():
     config = classify.Config(output=Path(classify.__file__).parent / "results")
-    data = NOTHING._replace(train=Part([], range(60000)))
-    settings = {"SGD-m": Setting(0.06), "K-FAC": Setting(0.01, 0.03)}
-    known = {
-        name: kept(classify.records_path(config), classify.identity(name, setting, 0, data, config))
-        for name, setting in settings.items()
-    }
-    found = classify.Found(settings, {name: [rows] for name, rows in known.items()}, PACE)
-    shown = classify.table(found, config)
-    assert [list(column.cells) for column in shown.columns[:2]] == [["SGD-m", "K-FAC"], ["0.06", "0.01, 0.03"]]
-    assert list(shown.columns[4].cells) == ["0.3687  85.60", "0.1604  91.32"]
-    assert list(shown.columns[6].cells) == ["271", "271"]  # 3 * 468 steps of 0.2 s, but 100 of 0.1 s
-    assert "Left: 0 epochs" in classify.plan(settings, PACE, data, config)
-    assert "Left: 6 epochs" in classify.plan(settings, PACE, data, replace(config, seeds=(1,)))
+    found = classify.found_in(config)
+    assert {"SGD-m", "K-FAC", "TENGraD"} <= set(found.settings)
+    assert classify.table(found, config).row_count == len(found.settings)
+    assert classify.found_in(replace(config, channels=5)) is None
+
+
+def test_a_folder_has_of_a_method_the_setting_of_the_trials_else_the_last_that_came_to_its_end(tmp_path):
+    config = classify.Config(output=tmp_path, epochs=1)
+    data = NOTHING._replace(train=Part([], range(256)))
+    ran = {"Adam": (0.002, 0.004, 0.001), "SOAP": (0.1, 0.2, 0.3)}
+    for name, rates in ran.items():
+        for rate in rates:
+            own = classify.identity(name, Setting(rate), 0, data, config) | {"test_accuracy": 0.5, "train_loss": rate}
+            keep(classify.records_path(config), (own | {"epoch": epoch} for epoch in range(1 + (rate < 0.3))))
+    trial = {"name": "Adam", "damping": 0.0, **tune.group(classify.chosen(config), data, 128), "epochs": 1}
+    keep(tmp_path / "tune.jsonl", [trial | {"rate": 0.004, "loss": 0.4}])
+    with pytest.raises(ValueError, match="not what their steps cost"):
+        classify.found_in(config)
+    keep(classify.paces_path(config), [classify.pace_key(data, config) | PACE._asdict()])
+    found = classify.found_in(config)
+    assert found.settings == {"Adam": Setting(0.004), "SOAP": Setting(0.2)}
+    assert found.numbers("SOAP", "train_loss").tolist() == [[0.2, 0.2]]
 
 
 def shown_of(count):

@@ -59,7 +59,8 @@ def test_a_number_at_an_edge_of_what_was_tried_has_a_star_but_not_the_only_one()
 def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
     config = tune.small(tune.Config(output=tmp_path, only=("K-BFGS", "SGD-m"), smoke=True))
     records = tune.run(config)
-    assert [record["name"] for record in records] == ["SGD-m", "SGD-m", "K-BFGS", "K-BFGS"]
+    assert [record["name"] for record in records] == 3 * ["SGD-m"] + 3 * ["K-BFGS"]
+    assert [record["rate"] for record in records[::3]] == [0.003, 0.3]  # the usual ones first
     assert kept(config.output / "tune.jsonl") == records
     assert min(record["loss"] for record in records) < 543.4  # 784 ln 2
 

@@ -1,0 +1,30 @@
+"""Numbers of several seeds for reading, and tables as Markdown."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from rich.table import Table
+
+
+def spread(numbers: np.ndarray, digits: int) -> str:
+    """The median of numbers [seeds], with their range if there are several; "-" if it is not finite."""
+    if not np.isfinite(np.median(numbers)):
+        return "-"
+    text = f"{np.median(numbers):.{digits}f}"
+    return text if len(numbers) == 1 else f"{text} [{numbers.min():.{digits}f}, {numbers.max():.{digits}f}]"
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown: the title above it, the caption below."""
+    sides = {"left": "---", "right": "---:"}
+    lines = [
+        _line(str(column.header) for column in table.columns),
+        _line(sides.get(column.justify, "---") for column in table.columns),
+        *(map(_line, zip(*(map(str, column.cells) for column in table.columns), strict=True))),
+    ]
+    parts = (f"**{table.title}**" if table.title else "", "\n".join(lines), str(table.caption or ""))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
