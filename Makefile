@@ -48,7 +48,7 @@ crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/test.stamp ## what a step costs beside Adam's
+bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types

@@ -91,6 +91,19 @@ class StridedConvnet(nn.Module):
         return nn.Dense(10)(x)
 
 
+class ThreeStages(nn.Module):
+    """Three convolutions of 3x3, the second and the third of stride 2, with ReLU, and a dense layer of logits."""
+
+    channels: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, H, W, C] -> logits [N, 10]."""
+        for channels, stride in zip(self.channels, (1, 2, 2), strict=True):
+            x = nn.relu(nn.Conv(channels, (3, 3), strides=stride)(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
 class ResNet(nn.Module):
     """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 Records = list[dict[str, Any]]
@@ -54,6 +55,16 @@ def keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def finite(number: float, digits: int) -> float | None:
     """A number for a line of JSON; None if it is not finite."""
     return round(float(number), digits) if np.isfinite(number) else None
+
+
+def machine() -> dict[str, Any]:
+    """What a measured time depends on beside its setting: the release of JAX, and the device with what it may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return {"jax": jax.__version__, "device": device.device_kind}
+    available = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(available(0)) if available else os.cpu_count()
+    return {"jax": jax.__version__, "device": f"{cores} CPU core{'s' * (cores != 1)}"}
 
 
 class State(NamedTuple):

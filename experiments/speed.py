@@ -1,270 +1,289 @@
-"""What does a step cost, in units of Adam's step on the same model?
+"""What do a step, its compilation and its memory cost, in units of Adam's on the same model?
 
 Two models: the MNIST autoencoder of the papers (784-1000-500-250-30-250-500-1000-784, ReLU, batch 500) and a small
 convolutional network (16, 32 and 64 channels, strides 1, 2 and 2, dense head, 28 x 28, batch 128). The inputs are
-noise: a step costs the same on noise. All optimizers of a model run in turn in one process, a block of steps each, and
-a figure is the median over rounds of block time over Adam's block time, so that a busy machine spoils all alike. A
-block holds whole refresh periods. The first step holds tracing and compilation.
+noise: a step costs the same on noise. Every method of the package, SGD with momentum and, where it can be imported
+(its release wants jax <= 0.9.1), kfac-jax with fixed settings; each with statistics at every step and a refresh at
+every 10th, and with statistics at every 10th and a refresh at every 100th. What EKFAC, TEKFAC and SOAP measure in their
+basis goes with the statistics; TENGraD takes its statistics where it refreshes, K-BFGS refreshes nothing.
 
-Expected: by flop count 2.2 x Adam for K-FAC on the autoencoder with statistics every 10 and inverses every 100 steps.
+Each method is made, measured and dropped in one process with an Adam of its own, and all figures are over this Adam's,
+so that a busy machine spoils both alike:
 
-If kfac-jax can be imported (its release wants jax <= 0.9.1), it runs in turn with ours: fixed settings, one sampled
-label, statistics every step, inverses every 10.
+    step      median over rounds of the time of a block of steps over that of Adam's block just before it. A block
+              holds whole periods. What comes with the first step alone is not in it.
+    compile   seconds of tracing, lowering and compiling the jitted step, with JAX's caches empty. A refresh and
+              statistics are branches of that one program.
+    held      bytes of the parameters and of the optimizer's state, which stay between the steps.
+    peak      bytes that the compiled step needs at once by XLA's account: arguments, outputs and scratch, less what an
+              output takes over from an argument. The branches share their scratch, so it is that of the dearest,
+              whether or not a step takes it. LAPACK's own workspace on a CPU is not in it.
+
+Of kfac-jax, which owns its loop and its programs, only step and held.
+
+Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with statistics every 10 and inverses every 100
+steps, and more for the methods with an eigenbasis or a root. Adam holds three arrays of the size of the parameters.
+K-FAC holds two, parameters and momentum, and two pairs of factors: for a layer of I x O, 2 (I^2 + O^2) / (I O) times
+its weights, which is 4 where it is square and 600 for the head of the convnet, 3136 x 10. To compile, a program with
+branches for statistics and refreshes takes several times as long as Adam's.
 
 glibc returns blocks above 32 MB to the system at once, so a step whose scratch memory is larger than that faults it in
 again page by page, which takes more than half of Adam's time on these models. `make bench` sets the variables that
 keep it.
 
-    make bench                                        (some 5 minutes)
-    make bench ARGS="--models cnn --methods kfac"
+    make bench                                        (some 20 minutes)
+    make bench ARGS="--models cnn --methods K-FAC SOAP"
+    make bench ARGS="--smoke"
+
+A record is kept as soon as a method is measured; table and picture show the newest of each that this machine made.
 """
 
-import importlib
-import importlib.util
-import inspect
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import matplotlib.pyplot as plt
+import numpy as np
 import tyro
-from flax import linen as nn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import natgrad_jax as ng
+from experiments.records import Records, finite, keep, kept, machine
+from experiments.stepping import ADAM, METHODS, MODELS, Method, Peer, Problem, Runner, problem
+from experiments.training import Setting
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the experiment."""
+    """Every number of the experiment.
 
+    Attributes:
+        output: folder of the records and of the picture.
+        models: "autoencoder", "cnn", or "tiny", a dense net of a few units.
+        methods: names as in the table or as in the package; none for all. Adam is always measured.
+        rounds: pairs of blocks, Adam's and the method's.
+        block: least steps of a block.
+        damping: of the methods that do not adapt it.
+        learning_rate: so small that the parameters stay where they are.
+        seed: of the parameters and of the noise.
+        smoke: two methods on the tiny net, to see that everything runs.
+    """
+
+    output: Path = Path("results")
     models: tuple[str, ...] = ("autoencoder", "cnn")
-    methods: tuple[str, ...] = ("kfac", "tkfac", "ekfac", "tekfac")  # beginnings of the names to measure beside Adam
-    rounds: int = 5
+    methods: tuple[str, ...] = ()
+    rounds: int = 3
+    block: int = 20
     damping: float = 1.0
     learning_rate: float = 1e-6
     seed: int = 0
+    smoke: bool = False
 
 
-class Autoencoder(nn.Module):
-    """The MNIST autoencoder of the papers, with a linear code."""
+def measure(name: str, given: Problem, method: Method, config: Config) -> dict[str, Any]:
+    """One method on one model, and an Adam in turn with it.
 
-    @nn.compact
-    def __call__(self, x):
-        """Logits [N, 784] of pixels [N, 784]."""
-        for width in (1000, 500, 250):
-            x = nn.relu(nn.Dense(width)(x))
-        x = nn.Dense(30)(x)
-        for width in (250, 500, 1000):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(784)(x)
+    Args:
+        name: of the model.
+        given: the model.
+        method: to measure.
+        config: the numbers.
 
+    Returns:
+        A record: what was measured, with units, and its ratios to Adam's without; None for what could not be.
+    """
+    setting = Setting(config.learning_rate, config.damping)
+    base = Runner(ADAM, given, setting)
+    runner = base if method is ADAM else (Runner if method.make else Peer)(method, given, setting)
+    steps = config.block + -config.block % method.period
+    mine, adams = [], []
+    for _ in range(config.rounds):
+        adams.append(base.block(config.block) / config.block)
+        mine.append(adams[-1] if runner is base else runner.block(steps) / steps)
+    ratios = [one / other for one, other in zip(mine, adams, strict=True)]
 
-class CNN(nn.Module):
-    """Three convolutions and a dense head."""
+    def over(one: float | None, other: float | None) -> float | None:
+        return finite(one / other, 3) if one and other else None
 
-    @nn.compact
-    def __call__(self, x):
-        """Logits [N, 10] of images [N, 28, 28, 1]."""
-        for channels, stride in ((16, 1), (32, 2), (64, 2)):
-            x = nn.relu(nn.Conv(channels, (3, 3), strides=stride)(x))
-        return nn.Dense(10)(x.reshape(len(x), -1))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model, its likelihood and one batch."""
-
-    model: nn.Module
-    likelihood: ng.losses.Likelihood
-    inputs: jax.Array
-    targets: jax.Array
-
-    def outputs(self, params: Any, inputs: jax.Array) -> Any:
-        """The model's outputs, without any capture."""
-        return self.model.apply({"params": params}, inputs)
-
-
-def problem(name: str, key: jax.Array) -> Problem:
-    """The model of that name with a batch of noise."""
-    if name == "autoencoder":
-        x = jax.random.uniform(key, (500, 784))
-        return Problem(Autoencoder(), ng.losses.sigmoid_binary_cross_entropy, x, x)
-    x = jax.random.uniform(key, (128, 28, 28, 1))
-    return Problem(CNN(), ng.losses.softmax_cross_entropy, x, jnp.arange(128) % 10)
+    return {
+        "model": name,
+        "method": method.name,
+        "statistics_every": method.statistics_every,
+        "refresh_every": method.refresh_every,
+        **machine(),
+        "milliseconds": finite(1000 * statistics.median(mine), 3),
+        "step": finite(statistics.median(ratios), 3),
+        "least": finite(min(ratios), 3),
+        "most": finite(max(ratios), 3),
+        "compile_seconds": runner.seconds and finite(runner.seconds, 3),
+        "compile": over(runner.seconds, base.seconds),
+        "held_bytes": runner.held,
+        "held": over(runner.held, base.held),
+        "peak_bytes": runner.peak,
+        "peak": over(runner.peak, base.peak),
+    }
 
 
-class Runner:
-    """One optimizer on one problem: a jitted step with donated state, and its times."""
-
-    def __init__(self, period: int, given: Problem, step: Callable[..., Any], params: Any, state: Any):
-        """Compile the step and take the first one."""
-        self.period, self.given = period, given
-        self._step = jax.jit(step, donate_argnums=(0, 1))
-        self._key = jax.random.key(1)
-        self._params, self._state = jax.tree.map(jnp.array, (params, state))
-        self.first = self.block(1)
-
-    def block(self, steps: int) -> float:
-        """Seconds of so many steps."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._key, key = jax.random.split(self._key)
-            arguments = (self._params, self._state, self.given.inputs, self.given.targets, key)
-            self._params, self._state = self._step(*arguments)
-        jax.block_until_ready((self._params, self._state))
-        return time.perf_counter() - start
-
-
-def adam(given: Problem, params: Any, config: Config) -> Runner:
-    """Optax's Adam with plain `jax.grad`."""
-    tx = optax.adam(config.learning_rate)
-
-    def step(params, state, x, y, key):
-        del key
-        grad = jax.grad(lambda params: given.likelihood(given.outputs(params, x), y))(params)
-        updates, state = tx.update(grad, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Runner(1, given, step, params, tx.init(params))
-
-
-def natural(method: Callable[..., Any], every: tuple[int, int]) -> Callable[[Problem, Any, Config], Runner]:
-    """A method of ours with statistics and refreshes at such steps."""
-
-    def build(given, params, config):
-        capture = ng.linen.capture(given.model, given.likelihood)
-        layers = capture.layers({"params": params}, given.inputs)
-        periods = dict(zip(("statistics_every", "refresh_every", "rescale_every"), (*every, every[0]), strict=True))
-        options = {"damping": config.damping, "early_refresh": False, **periods}
-        own = inspect.signature(method).parameters
-        tx = method(config.learning_rate, layers, **{name: options[name] for name in options if name in own})
-
-        def step(params, state, x, y, key):
-            out = capture.value_and_grad({"params": params}, x, y, key=key)
-            updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
-            return optax.apply_updates(params, updates), state
-
-        return Runner(every[1], given, step, params, tx.init(params))
-
-    return build
-
-
-class Peer:
-    """kfac-jax, which owns its loop: the same times as a `Runner`."""
-
-    def __init__(self, given: Problem, params: Any, config: Config):
-        """Compile the step and take the first one."""
-        kfac_jax = importlib.import_module("kfac_jax")
-
-        def loss(params, batch):
-            outputs = given.outputs(params, batch[0])
-            if given.likelihood is ng.losses.softmax_cross_entropy:
-                kfac_jax.register_softmax_cross_entropy_loss(outputs, batch[1])
-            else:
-                kfac_jax.register_multi_bernoulli_predictive_distribution(outputs, batch[1])
-            return given.likelihood(outputs, batch[1])
-
-        self.period, self._config = 10, config
-        self._batch = (given.inputs, given.targets)
-        self._optimizer = kfac_jax.Optimizer(
-            value_and_grad_func=jax.value_and_grad(loss),
-            l2_reg=0.0,
-            use_adaptive_learning_rate=False,
-            use_adaptive_momentum=False,
-            use_adaptive_damping=False,
-            inverse_update_period=10,
-            num_burnin_steps=0,
-            estimation_mode="fisher_gradients",
-            multi_device=False,
-        )
-        self._key, self._count = jax.random.key(1), 0
-        self._params = jax.tree.map(jnp.array, params)
-        self._state = self._optimizer.init(self._params, self._key, self._batch)
-        self.first = self.block(1)
-
-    def block(self, steps: int) -> float:
-        """Seconds of so many steps."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._key, key = jax.random.split(self._key)
-            self._params, self._state, _ = self._optimizer.step(
-                self._params,
-                self._state,
-                key,
-                batch=self._batch,
-                global_step_int=self._count,
-                learning_rate=jnp.asarray(self._config.learning_rate),
-                momentum=jnp.asarray(0.9),
-                damping=jnp.asarray(self._config.damping),
-            )
-            self._count += 1
-        jax.block_until_ready((self._params, self._state))
-        return time.perf_counter() - start
-
-
-METHODS: dict[str, Callable[[Problem, Any, Config], Runner | Peer]] = {
-    "adam": adam,
-    **{f"kfac {every}": natural(ng.kfac, every) for every in ((1, 10), (10, 10), (10, 100))},
-    **{f"tkfac {every}": natural(ng.tkfac, every) for every in ((1, 10), (10, 100))},
-    **{f"ekfac {every}": natural(ng.ekfac, every) for every in ((1, 10), (10, 100))},
-    **{f"tekfac {every}": natural(ng.tekfac, every) for every in ((1, 10), (10, 100))},
-    **{f"tengrad {every}": natural(ng.tengrad, every) for every in ((10, 10), (100, 100))},
-    **({"kfac-jax (1, 10)": Peer} if importlib.util.find_spec("kfac_jax") else {}),
-}
-
-
-def run(config: Config) -> list[dict[str, Any]]:
-    """Measure every method on every model.
+def run(config: Config) -> Records:
+    """Measure every method that is asked for on every model, and keep the records.
 
     Args:
         config: every number.
 
     Returns:
-        One record per model and method: seconds per step, ratio to Adam and its range over rounds, first step.
+        The newest records that this machine made of these models, in the order of the methods.
+
+    Raises:
+        ValueError: if there is no model or no method of a name.
     """
-    records = []
-    for name in config.models:
-        given = problem(name, jax.random.key(config.seed))
-        params = given.model.init(jax.random.key(config.seed), given.inputs)["params"]
-        wanted = {method: build for method, build in METHODS.items() if method.startswith(("adam", *config.methods))}
-        runners = {method: build(given, params, config) for method, build in wanted.items()}
-        times: dict[str, list[float]] = {method: [] for method in runners}
-        for _ in track(range(config.rounds), description=name):
-            for method, runner in runners.items():
-                steps = max(20, runner.period)
-                times[method].append(runner.block(steps) / steps)
-        for method, runner in runners.items():
-            ratios = [mine / base for mine, base in zip(times[method], times["adam"], strict=True)]
-            records.append({
-                "model": name,
-                "method": method,
-                "milliseconds": 1000 * statistics.median(times[method]),
-                "ratio": statistics.median(ratios),
-                "least": min(ratios),
-                "most": max(ratios),
-                "first": runner.first / runners["adam"].first,
-            })
-    return records
+    names = {name for method in METHODS for name in (method.name, method.of)}
+    for asked, there in ((config.models, set(MODELS)), (config.methods, names)):
+        if unknown := set(asked) - there:
+            raise ValueError(f"There is no {sorted(unknown)}; there are {sorted(there)}.")
+    wanted = [
+        method
+        for method in METHODS
+        if not config.methods or method is ADAM or {method.name, method.of} & set(config.methods)
+    ]
+    path = config.output / "speed.jsonl"
+    Runner(
+        ADAM, problem("tiny", config.seed), Setting(0.0)
+    )  # the first compilation of a process loads the compiler, too
+    problems = {name: problem(name, config.seed) for name in config.models}
+    for name, method in track([(name, method) for name in problems for method in wanted], "measuring"):
+        keep(path, [measure(name, problems[name], method, config)])
+    newest = {identity(record): record for record in kept(path, machine())}
+    every = [(name, method.name, *method[3:5]) for name in config.models for method in METHODS]
+    return [newest[one] for one in every if one in newest]
+
+
+def identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a record from the others of this machine."""
+    return tuple(record[name] for name in ("model", "method", "statistics_every", "refresh_every"))
+
+
+FIGURES = {
+    "step": ("a step", ("step",)),
+    "compile": ("compilation", ("compile",)),
+    "memory": ("memory (dark: held between steps; light: peak of a step)", ("peak", "held")),
+}
+"""Panels: their titles, and the ratios in each, those behind first."""
+
+
+def table(records: Records) -> Table:
+    """Every figure, with its ratio to Adam's."""
+    result = Table(
+        title="A step, its compilation and its memory, over those of Adam (x Adam)",
+        caption="A step: median over rounds, and their range; held: parameters and state; MB are a million bytes.",
+        caption_justify="left",
+    )
+    for heading in ("model", "method"):
+        result.add_column(heading)
+    for heading in ("statistics", "refresh", "ms", "x Adam", "range", "compile s", "x Adam", "held MB", "x Adam"):
+        result.add_column(heading, justify="right")
+    for heading in ("peak MB", "x Adam"):
+        result.add_column(heading, justify="right")
+    before = None
+    for record in records:
+        if before not in (None, record["model"]):
+            result.add_section()
+        before = record["model"]
+        periods = (str(record[name] or "") for name in ("statistics_every", "refresh_every"))
+        spread = "-".join(shown(record[name]) for name in ("least", "most"))
+        megabytes = {name: (record[f"{name}_bytes"] or np.nan) / 1e6 for name in ("held", "peak")}
+        result.add_row(
+            record["model"],
+            record["method"],
+            *periods,
+            *(shown(record["milliseconds"]), shown(record["step"]), spread),
+            *(shown(record["compile_seconds"]), shown(record["compile"])),
+            *(cell for name in megabytes for cell in (shown(megabytes[name]), shown(record[name]))),
+        )
+    return result
+
+
+def shown(number: float | None) -> str:
+    """A number with three digits; a dash if there is none."""
+    if number is None or not np.isfinite(number):
+        return "-"
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def label(record: dict[str, Any]) -> str:
+    """A method with its periods."""
+    periods = [str(record[name] or "-") for name in ("statistics_every", "refresh_every")]
+    return record["method"] + (f" ({', '.join(periods)})" if set(periods) != {"-"} else "")
+
+
+def picture(records: Records) -> Figure:
+    """The ratios to Adam's as bars from 1: a row of panels for each model, a panel for each figure."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    rows = [[record for record in records if record["model"] == model] for model in models]
+    heights = [len(row) for row in rows]
+    figure, axes = plt.subplots(
+        len(models),
+        len(FIGURES),
+        figsize=(16, 1.2 + sum(0.9 + 0.27 * height for height in heights)),
+        gridspec_kw={"height_ratios": [height + 3 for height in heights]},
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
+    )
+    for model, row, line in zip(models, rows, axes, strict=True):
+        for axis, (title, ratios) in zip(line, FIGURES.values(), strict=True):
+            bars(axis, row, ratios)
+            axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        line[0].set_yticks(range(len(row)), [label(record) for record in row])
+        line[0].invert_yaxis()
+        line[0].set_ylabel(model, fontweight="bold")
+    figure.suptitle(
+        "Times Adam's, same model (in brackets: steps between statistics, between refreshes)", x=0.01, ha="left"
+    )
+    return figure
+
+
+def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
+    """A bar from 1 for each record and ratio, with the number at its end."""
+    values = np.array([[record[name] or np.nan for name in ratios] for record in records])  # [R, F]
+    for column, color in zip(values.T, ("#a9c4de", "#1f5f99")[-len(ratios) :], strict=True):
+        axis.barh(range(len(records)), column - 1, left=1, height=0.7, color=color)
+    ends = values.max(axis=1)
+    if ratios == ("step",):
+        ends = np.array([record["most"] for record in records])
+        for index, record in enumerate(records):
+            axis.plot([record["least"], record["most"]], [index, index], color="black", linewidth=1.2)
+    for index, (end, row) in enumerate(zip(ends, values, strict=True)):
+        text = " / ".join(shown(value) for value in row[::-1])
+        axis.annotate(text, (np.nanmax([end, 1]), index), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    found = values[np.isfinite(values)]
+    if len(found) and found.max() > 10 * found.min():
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(x=0.16, y=0.01)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main(config: Config) -> None:
-    """Measure and print one table."""
-    table = Table(title="A step in units of Adam's step (median over rounds, in one process)")
-    for column in ("model", "method (statistics, refresh)", "ms", "x Adam", "range", "first step x Adam's"):
-        table.add_column(column, justify="left" if column[0] == "m" and column != "ms" else "right")
-    for record in run(config):
-        spread = f"{record['least']:.2f}-{record['most']:.2f}"
-        cells = (f"{record['milliseconds']:.1f}", f"{record['ratio']:.2f}", spread, f"{record['first']:.1f}")
-        table.add_row(record["model"], record["method"], *cells)
-    Console().print(table)
+    """Measure, print the table, write the picture."""
+    if config.smoke:
+        config = replace(config, output=config.output / "smoke", models=("tiny",), methods=("TENGraD", "MBF"), rounds=1)
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
+    records, console = run(config), Console(width=160)
+    console.print(table(records))
+    path = config.output / "speed.png"
+    picture(records).savefig(path, dpi=110)
+    console.print(f"Picture: {path}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    plt.switch_backend("agg")
+    main(tyro.cli(Config, description=__doc__))

@@ -1,7 +1,10 @@
 """Records of experiments, and what is left of them when a process is killed."""
 
 import json
+import os
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,3 +74,17 @@ def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
 
 def test_a_number_that_is_not_finite_is_none():
     assert [records.finite(number, 2) for number in (1.2345, np.nan, -np.inf)] == [1.23, None, None]
+
+
+def test_a_machine_is_a_release_of_jax_and_a_device_with_the_cores_that_it_may_use(monkeypatch):
+    assert set(records.machine()) == {"jax", "device"} and records.machine()["jax"] == jax.__version__
+    for cores, device in ((1, "1 CPU core"), (3, "3 CPU cores")):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")])
+            patch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+            assert records.machine()["device"] == device
+            patch.delattr(os, "sched_getaffinity")  # as on a Mac
+            patch.setattr(os, "cpu_count", lambda: 8)
+            assert records.machine()["device"] == "8 CPU cores"
+            patch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")])
+            assert records.machine()["device"] == "NVIDIA H200"

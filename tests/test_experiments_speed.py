@@ -1,0 +1,123 @@
+"""What a step, its compilation and its memory cost, in small: records, table, picture, and every method once."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from experiments import records, speed, stepping
+from experiments.training import Setting
+from tests import methods_table as table_of
+
+SETTING = Setting(1e-6, 1.0)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """SGD and TENGraD on the tiny net; the tests that follow find what was compiled before."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    monkeypatch.setattr(speed, "METHODS", [method for method in stepping.METHODS if method.refresh_every != 100])
+    return speed.Config(output=tmp_path, models=("tiny",), methods=("sgd", "TENGraD"), rounds=2, block=3)
+
+
+def record(method, **figures):
+    """A record of a run that never was."""
+    ratios = {"step": 2.0, "least": 1.5, "most": 2.5, "compile": 3.0, "held": 1.2, "peak": 1.4} | figures
+    sizes = {"milliseconds": 1.0, "compile_seconds": 0.5, "held_bytes": 12_000_000, "peak_bytes": 14_000_000}
+    periods = {"statistics_every": None, "refresh_every": 10}
+    return {"model": "tiny", "method": method, **periods, **records.machine(), **sizes, **ratios}
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_beside_adam_kept_and_shown(config):
+    found = speed.run(config)
+    assert records.kept(config.output / "speed.jsonl") == found
+    assert [(one["method"], one["statistics_every"], one["refresh_every"]) for one in found] == [
+        ("Adam", None, None),
+        ("SGD-m", None, None),
+        ("TENGraD", None, 10),
+    ]
+    for one in found:
+        assert one.items() >= {"model": "tiny", **records.machine()}.items()
+        assert 0 < one["least"] <= one["step"] <= one["most"]
+        assert min(one["milliseconds"], one["compile_seconds"]) > 0
+        assert one["peak_bytes"] > one["held_bytes"]  # it counts the batch, too
+    adam, sgd, _ = found
+    assert [adam[name] for name in ("step", "least", "most", "compile", "held", "peak")] == 6 * [1]
+    parameters = 12 * 8 + 8 + 8 * 10 + 10
+    assert adam["held_bytes"] == 4 * (3 * parameters + 1)  # parameters, two moments, a count
+    assert sgd["held_bytes"] == 4 * 2 * parameters
+    assert sgd["held"] == pytest.approx(sgd["held_bytes"] / adam["held_bytes"], abs=1e-3)
+    assert speed.table(found).row_count == 3
+
+
+def test_only_the_newest_record_of_this_machine_is_shown(config, monkeypatch):
+    monkeypatch.setattr(speed, "Runner", lambda *_: None)
+    steps = iter((2.0, 3.0))
+    monkeypatch.setattr(speed, "measure", lambda *_: record("Adam", step=next(steps), refresh_every=None))
+    monkeypatch.setattr(speed, "METHODS", (speed.ADAM,))
+    config = replace(config, methods=())
+    records.keep(config.output / "speed.jsonl", [record("Adam", refresh_every=None, device="another")])
+    assert [one["step"] for one in speed.run(config)] == [2.0]
+    assert [one["step"] for one in speed.run(config)] == [3.0]
+    assert len(records.kept(config.output / "speed.jsonl")) == 3
+
+
+def test_the_picture_has_a_bar_for_every_number_and_a_log_axis_where_ratios_spread():
+    plt.switch_backend("agg")
+    nothing = {"compile": None, "peak": None, "compile_seconds": None, "peak_bytes": None}
+    rows = [record("Adam", step=1.0, held=1.0), record("TENGraD", compile=40.0), record("kfac-jax", **nothing)]
+    figure = speed.picture(rows)
+    step, compilation, memory = figure.axes
+    assert [len(axis.patches) for axis in figure.axes] == [3, 3, 6]
+    ends = [bar.get_x() + bar.get_width() for bar in step.patches]
+    np.testing.assert_allclose(ends, [1, 2, 2])
+    assert [axis.get_xscale() for axis in (step, compilation, memory)] == ["linear", "log", "linear"]
+    assert [tick.get_text() for tick in step.get_yticklabels()] == [f"{row['method']} (-, 10)" for row in rows]
+    figure.draw_without_rendering()
+    plt.close(figure)
+    cells = [list(column.cells)[2] for column in speed.table(rows).columns]
+    assert cells == ["tiny", "kfac-jax", "", "10", "1", "2", "1.5-2.5", "-", "-", "12", "1.2", "-", "-"]
+
+
+def test_a_backend_that_says_nothing_of_memory_leaves_no_peak():
+    assert stepping.peak(None) is None
+    names = ("argument", "temp", "output", "alias")
+    found = SimpleNamespace(**{f"{name}_size_in_bytes": 10**power for power, name in enumerate(names)})
+    assert stepping.peak(found) == 1 + 10 + 100 - 1000
+
+
+def test_every_method_of_the_package_occurs_often_and_rarely():
+    ours = [method for method in stepping.METHODS if method.labels]
+    assert {method.of for method in ours} == {name.split()[0] for name in table_of.ALL_NAMES}
+    for name in {method.name for method in ours}:
+        assert len({method[3:5] for method in ours if method.name == name}) >= 2
+    assert len({method[:1] + method[3:5] for method in stepping.METHODS}) == len(stepping.METHODS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dict.fromkeys(method.name for method in stepping.METHODS if method.make))
+def test_a_step_of_every_method_leaves_a_state_of_the_same_shapes(name):
+    given = stepping.problem("tiny", 0)
+    method = next(method for method in stepping.METHODS if method.name == name)
+    step, init = stepping.program(method, given, SETTING)
+    before = given.params, jax.eval_shape(init, given.params)
+    after = jax.eval_shape(step, *before, given.inputs, given.targets, jax.random.key(0))
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (before, after)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_block_holds_whole_periods():
+    periods = {(method.name, *method[3:5]): method.period for method in stepping.METHODS}
+    assert periods["Adam", None, None] == 1
+    assert periods["K-FAC", 10, 100] == periods["TENGraD", None, 100] == 100
+    assert periods["K-BFGS", 10, None] == 10
+
+
+@pytest.mark.parametrize("option", [{"models": ("resnet",)}, {"methods": ("KFAC",)}])
+def test_an_unknown_name_is_refused(config, option):
+    with pytest.raises(ValueError, match=r"There is no \['(resnet|KFAC)'\]; there are \["):
+        speed.run(replace(config, **option))
