@@ -170,9 +170,10 @@ def identity(record: dict[str, Any]) -> tuple[Any, ...]:
 FIGURES = {
     "step": ("a step", ("step",)),
     "compile": ("compilation", ("compile",)),
-    "memory": ("memory (dark: held between steps; light: peak of a step)", ("peak", "held")),
+    "memory": ("memory: held between steps (dark) / peak (light)", ("held", "peak")),
 }
-"""Panels: their titles, and the ratios in each, those behind first."""
+"""Panels: their titles, and the ratios in each."""
+COLORS = ("#1f5f99", "#a9c4de")
 
 
 def table(records: Records) -> Table:
@@ -250,16 +251,18 @@ def picture(records: Records) -> Figure:
 def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
     """A bar from 1 for each record and ratio, with the number at its end."""
     values = np.array([[record[name] or np.nan for name in ratios] for record in records])  # [R, F]
-    for column, color in zip(values.T, ("#a9c4de", "#1f5f99")[-len(ratios) :], strict=True):
-        axis.barh(range(len(records)), column - 1, left=1, height=0.7, color=color)
-    ends = values.max(axis=1)
+    height = 0.8 / len(ratios)
+    for index, (column, color) in enumerate(zip(values.T, COLORS, strict=False)):
+        places = np.arange(len(records)) + height * (index - (len(ratios) - 1) / 2)
+        axis.barh(places, column - 1, left=1, height=height, color=color)
+    ends = np.nanmax(values, axis=1, initial=1)
     if ratios == ("step",):
         ends = np.array([record["most"] for record in records])
         for index, record in enumerate(records):
             axis.plot([record["least"], record["most"]], [index, index], color="black", linewidth=1.2)
     for index, (end, row) in enumerate(zip(ends, values, strict=True)):
-        text = " / ".join(shown(value) for value in row[::-1])
-        axis.annotate(text, (np.nanmax([end, 1]), index), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        text = " / ".join(shown(value) for value in row)
+        axis.annotate(text, (max(end, 1), index), (4, 0), textcoords="offset points", va="center", fontsize=8)
     found = values[np.isfinite(values)]
     if len(found) and found.max() > 10 * found.min():
         axis.set_xscale("log")
