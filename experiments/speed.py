@@ -151,20 +151,19 @@ def run(config: Config) -> Records:
         if not config.methods or method is ADAM or {method.name, method.of} & set(config.methods)
     ]
     path = config.output / "speed.jsonl"
-    Runner(
-        ADAM, problem("tiny", config.seed), Setting(0.0)
-    )  # the first compilation of a process loads the compiler, too
+    Runner(ADAM, problem("tiny", config.seed), Setting(0.0))  # a process loads the compiler with its first program
     problems = {name: problem(name, config.seed) for name in config.models}
     for name, method in track([(name, method) for name in problems for method in wanted], "measuring"):
         keep(path, [measure(name, problems[name], method, config)])
-    newest = {identity(record): record for record in kept(path, machine())}
-    every = [(name, method.name, *method[3:5]) for name in config.models for method in METHODS]
-    return [newest[one] for one in every if one in newest]
+    return [record for record in newest(kept(path, machine())) if record["model"] in config.models]
 
 
-def identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a record from the others of this machine."""
-    return tuple(record[name] for name in ("model", "method", "statistics_every", "refresh_every"))
+def newest(records: Records) -> Records:
+    """The newest record of every method on every model, in the order of the methods; then of those not known here."""
+    entries = ("model", "method", "statistics_every", "refresh_every")
+    found = {tuple(record[entry] for entry in entries): record for record in records}
+    order = [(name, method.name, *method[3:5]) for name in MODELS for method in METHODS]
+    return [found[one] for one in (*filter(found.__contains__, order), *(found.keys() - set(order)))]
 
 
 FIGURES = {

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 import natgrad_jax as ng
 from experiments.data import Part
-from experiments.records import Records, State, finite, keep, kept, save, saved, state_path
+from experiments.records import Records, State, finite, keep, kept, machine, save, saved, state_path
 
 
 class Setting(NamedTuple):
@@ -221,7 +221,7 @@ def resumable(
         keep(path, (row for row in done if row["epoch"] not in rows))
     else:
         prepare(runner)
-        done: Records = [{**key, "epoch": 0, "seconds": 0.0, "batch_losses": [], **measure(runner)}]
+        done: Records = [{**key, **machine(), "epoch": 0, "seconds": 0.0, "batch_losses": [], **measure(runner)}]
         keep(path, done)
     with shown(str(key["name"]), len(done) - 1, epochs) as say:
         for count in range(len(done), epochs + 1):
@@ -231,7 +231,7 @@ def resumable(
                 "seconds": round(done[-1]["seconds"] + seconds, 2),
                 "batch_losses": [finite(stretch.mean(), 5) for stretch in np.array_split(losses, min(10, len(losses)))],
             }
-            done.append({**key, **row, **measure(runner)})
+            done.append({**key, **machine(), **row, **measure(runner)})
             save(place, State(jax.tree.leaves(runner.carry), done))
             keep(path, done[-1:])
             say(count, losses[-1], seconds / len(losses))
@@ -339,7 +339,7 @@ def paced(
     if known := known_pace(path, key, {*names, baseline}):
         return known
     pace = timed(runners(), stream(), period, rounds, baseline)
-    keep(path, [{**key, **pace._asdict()}])
+    keep(path, [{**key, **machine(), **pace._asdict()}])
     return pace
 
 

@@ -41,7 +41,7 @@ from rich.table import Table
 from experiments.data import Data, folder
 from experiments.methods import METHODS, Kind, Range
 from experiments.problems import Name, Problem, Reconstructed, Reconstruction, problem, reconstruction
-from experiments.records import Records, keep, kept
+from experiments.records import Records, keep, kept, machine
 from experiments.training import Runner, Setting, Task, shown
 
 
@@ -216,7 +216,7 @@ def run(config: Config) -> Records:
             for count, setting in enumerate(wanted, 1):
                 own: dict[str, Any] = {"name": name, **setting._asdict(), **key}
                 if not (known := kept(path, own)):
-                    known = [own | compiled()(setting)]
+                    known = [own | machine() | compiled()(setting)]
                     keep(path, known)
                 records.append(record := known[-1])
                 steps = config.epochs * (len(data.train.labels) // batch)

@@ -122,8 +122,8 @@ def test_how_soon_a_run_is_as_low_as_adam_at_its_end_and_off_the_plateau(two, mo
     assert columns[-2:] == [["2 (1.00)", "1 (0.75)"], ["6 (1.00)", "2 (0.33)"]]
     adam, kfac = found.runs
     alone = found.of(lambda run: run is kfac)
-    assert (autoencoder.overtaken(alone, kfac, 2), autoencoder.left(alone, kfac, 50.0)) == ("", "-")
-    assert autoencoder.overtaken(found, adam, 1) == "1 (1.00)"
+    assert autoencoder.overtaken(alone, kfac, 2) == (np.inf, np.inf) and autoencoder.left(found, kfac, 50.0) == "-"
+    assert autoencoder.overtaken(found, adam, 1) == (1, 1)
 
 
 def test_a_folder_without_runs_has_nothing_and_one_without_costs_says_what_to_do(two, tmp_path, monkeypatch):

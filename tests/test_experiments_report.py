@@ -1,0 +1,77 @@
+"""One page of all that was found: every run of the committed results is on it, and the goals are told as they are."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.table import Table
+
+from experiments import report
+from experiments.records import keep, kept
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the committed results."""
+    return Path(shutil.copytree(RESULTS, tmp_path_factory.mktemp("results") / "results"))
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """The page of the committed results."""
+    return report.page(folder)
+
+
+def test_the_page_has_every_experiment_of_the_committed_records_with_its_pictures_and_where_it_ran(folder, page):
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert headings[0] == "Goals"
+    for part in ("The papers' autoencoder: mnist", "3C1F, 16 channels: fashion", "Fidelity to the Fisher matrix"):
+        assert part in headings and f"| {part} | `make " in page
+    linked = [line.split("](")[1][:-1] for line in page.splitlines() if line.startswith("![")]
+    assert len(linked) == len(set(linked)) >= len(headings) - 1
+    assert all((folder / name).exists() for name in linked)
+    ran = {record["name"] for record in kept(folder / "autoencoder.jsonl")}
+    assert all(f"| {name} |" in page for name in ran - {"Adam of TNT", "Shampoo"})
+    assert "| K-FAC (K-BFGS authors) | 0.1, 3 |" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_records(page):
+    assert (RESULTS / "report.md").read_text() == page
+
+
+def test_the_committed_results_have_at_most_three_megabytes():
+    assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 3e6
+
+
+def test_a_goal_that_is_missed_is_told_so():
+    table = Table("goal", "asked", "measured", "by", "reached")
+    report.row(table, "half", 0.5, {"slow": 0.9, "fast": 0.4, "never": np.inf}, ".2f")
+    report.row(table, "half", 0.5, {"slow": 0.9}, ".2f")
+    first, second = zip(*(column.cells for column in table.columns), strict=True)
+    assert first == ("half", "0.5", "0.40", "fast", "yes") and second[2:] == ("0.90", "slow", "no")
+
+
+def test_where_records_are_from_and_that_some_do_not_say():
+    rows = [
+        {"device": "2 CPU cores", "jax": "0.9"},
+        {"device": "a GPU", "jax": "0.9"},
+        {"device": "a GPU", "jax": "0.9"},
+    ]
+    section = report.Section("", [], rows, [], {})
+    assert section.where == "2 CPU cores, jax 0.9; a GPU, jax 0.9"
+    assert section._replace(records=[*rows[:1], {}]).where.endswith("; some before this was recorded")
+    assert section._replace(records=[{}]).where == "not recorded"
+
+
+def test_only_the_longest_trials_of_a_problem_are_shown(tmp_path):
+    rows = [{"problem": "mnist", "epochs": epochs} for epochs in (1, 2, 2)] + [{"problem": "curves", "epochs": 9}]
+    keep(tmp_path / "tune.jsonl", rows)
+    assert report.newest_trials(tmp_path, {"problem": "mnist"}) == rows[1:3]
+
+
+def test_a_folder_without_records_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="has no records; `make` lists the experiments"):
+        report.page(tmp_path)
