@@ -163,7 +163,7 @@ def newest(records: Records) -> Records:
     entries = ("model", "method", "statistics_every", "refresh_every")
     found = {tuple(record[entry] for entry in entries): record for record in records}
     order = [(name, method.name, *method[3:5]) for name in MODELS for method in METHODS]
-    return [found[one] for one in (*filter(found.__contains__, order), *(found.keys() - set(order)))]
+    return [found[one] for one in (*filter(found.__contains__, order), *(one for one in found if one not in order))]
 
 
 FIGURES = {
