@@ -94,7 +94,8 @@ def of_classifier(folder: Path, problem: Name, channels: int) -> Section | None:
     trials = newest_trials(folder, what.fields)
     named = f"--problem {problem} --channels {channels}"
     tables = [classify.table(found, config), *([tune.table(trials, what.title)] if trials else [])]
-    commands = [made("tune", f"{named} --images 25600 --epochs 1"), made("classify", named)]
+    size = f"--images {trials[0]['images']} --epochs {trials[0]['epochs']}" if trials else ""
+    commands = [made("tune", f"{named} {size}".strip()), made("classify", named)]
     return Section(f"{what.title}: {runs[0]['data']}", commands, runs, tables, pictures)
 
 
