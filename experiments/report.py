@@ -78,6 +78,7 @@ def of_autoencoder(folder: Path, problem: Reconstructed) -> Section | None:
     option = "" if problem == "mnist" else f"--problem {problem}"
     commands, title = [made("tune", option), made("autoencoder", option)], autoencoder.chosen(config).title
     tables = [autoencoder.table(found, config), *([tune.table(trials, title)] if trials else [])]
+    pictures |= of_trials(trials, f"{title}, {problem}", folder / f"tune_{problem}.png")
     return Section(f"The papers' autoencoder: {runs[0]['data']}", commands, runs, tables, pictures)
 
 
@@ -94,6 +95,7 @@ def of_classifier(folder: Path, problem: Name, channels: int) -> Section | None:
     trials = newest_trials(folder, what.fields)
     named = f"--problem {problem} --channels {channels}"
     tables = [classify.table(found, config), *([tune.table(trials, what.title)] if trials else [])]
+    pictures |= of_trials(trials, what.title, folder / f"tune_{what.stem}.png")
     size = f"--images {trials[0]['images']} --epochs {trials[0]['epochs']}" if trials else ""
     commands = [made("tune", f"{named} {size}".strip()), made("classify", named)]
     return Section(f"{what.title}: {runs[0]['data']}", commands, runs, tables, pictures)
@@ -140,6 +142,12 @@ def newest_trials(folder: Path, fields: Mapping[str, Any]) -> Records:
     found = kept(folder / "tune.jsonl", fields)
     most = max((record["epochs"] for record in found), default=0)
     return [record for record in found if record["epochs"] == most]
+
+
+def of_trials(trials: Records, title: str, path: Path) -> dict[str, str]:
+    """Their picture, if there are any."""
+    told = f"{title}: loss of the trials against learning rate, a panel for each method"
+    return {drawn(tune.picture(trials, title), path): told} if trials else {}
 
 
 def made(target: str, options: str = "") -> str:

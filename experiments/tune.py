@@ -33,8 +33,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from zlib import crc32
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -253,6 +256,45 @@ def starred(record: Mapping[str, Any], records: Records) -> str:
     return f"{Setting(record['rate'], record['damping'])}{'*' if any(edges) else ''}"
 
 
+def picture(records: Records, title: str) -> Figure:
+    """Loss against learning rate, a panel for each tuned method; the color is the damping, a cross a diverged trial."""
+    names = [name for name in dict.fromkeys(record["name"] for record in records) if METHODS[name].tuned]
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    options: dict[str, Any] = {"sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, figsize=(0.6 + 2.5 * columns, 0.8 + 2.1 * rows), **options)
+    highest = max(record["loss"] or 0.0 for record in records)
+    for axis, name in zip(axes.flat, names, strict=False):
+        own = [record for record in records if record["name"] == name]
+        rates, dampings = (np.array([record[entry] for record in own]) for entry in ("rate", "damping"))
+        losses = np.array([record["loss"] for record in own], float)
+        depth = np.log(dampings / dampings.min()) if dampings.min() < dampings.max() else np.zeros(len(own))
+        good = np.isfinite(losses)
+        for these, heights, marker in ((good, losses, "o"), (~good, np.full(len(own), highest), "x")):
+            shades = {"c": depth[these], "cmap": "viridis", "vmin": 0, "vmax": max(depth.max(), 1)}
+            axis.scatter(rates[these], heights[these], 36, marker=marker, **shades)
+        if good.any():
+            best = np.nanargmin(losses)
+            axis.plot(rates[best], losses[best], "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
+        axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        axis.set(xscale="log", yscale="log")
+        for scale, ticks in ((axis.xaxis, (1, 3)), (axis.yaxis, (1, 2, 3, 5, 7))):
+            scale.set_major_locator(LogLocator(subs=ticks))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("")
+        axis.tick_params(which="both", labelsize=8)
+        axis.grid(alpha=0.2, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.supxlabel(
+        "learning rate (violet to yellow: small to large damping; cross: diverged; ring: best)", fontsize=10
+    )
+    figure.supylabel("training loss of a trial", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
 def small(config: Config) -> Config:
     """A tiny net on the digits, two methods, three trials of an epoch, in a folder of its own."""
     only = config.only or ("SGD-m", "K-BFGS")
@@ -262,9 +304,13 @@ def small(config: Config) -> Config:
 def main(config: Config) -> None:
     """Run, print the table."""
     config, console = small(config) if config.smoke else config, Console(width=160)
-    console.print(table(run(config), chosen(config).title))
-    console.print(f"Records: {config.output / 'tune.jsonl'}")
+    records, title = run(config), chosen(config).title
+    console.print(table(records, title))
+    path = config.output / f"tune_{config.problem}.png"
+    picture(records, title).savefig(path, dpi=110)
+    console.print(f"Picture: {path}; records: {config.output / 'tune.jsonl'}")
 
 
 if __name__ == "__main__":
+    plt.switch_backend("agg")
     main(tyro.cli(Config, description=__doc__))

@@ -55,6 +55,21 @@ def test_a_number_at_an_edge_of_what_was_tried_has_a_star_but_not_the_only_one()
     assert tune.starred({"rate": 0.2, "damping": 3.0}, [*three, {"rate": 0.2, "damping": 3.0}]) == "0.2, 3*"
 
 
+def test_the_picture_has_a_panel_for_every_tuned_method_with_its_trials_a_ring_and_crosses():
+    losses = {"SGD-m": (3.0, 2.0, None), "K-FAC": (None, None, None), "K-FAC, adaptive": (1.0,)}
+    trials = [
+        {"name": name, "rate": 0.1 * 2**place, "damping": 1.0 + place, "loss": loss}
+        for name, own in losses.items()
+        for place, loss in enumerate(own)
+    ]
+    figure = tune.picture(trials, "a net")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["SGD-m", "K-FAC"]
+    points = [[len(drawn.get_offsets()) for drawn in axis.collections] for axis in figure.axes]
+    assert points == [[2, 1], [0, 3]]  # dots, crosses
+    (ring,) = figure.axes[0].lines
+    assert ring.get_data()[0] == [0.2] and not figure.axes[1].lines
+
+
 @pytest.mark.slow
 def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
     config = tune.small(tune.Config(output=tmp_path, only=("K-BFGS", "SGD-m"), smoke=True))
