@@ -95,7 +95,7 @@ def of_classifier(folder: Path, problem: Name, channels: int) -> Section | None:
     trials = newest_trials(folder, what.fields)
     named = f"--problem {problem} --channels {channels}"
     tables = [classify.table(found, config), *([tune.table(trials, what.title)] if trials else [])]
-    pictures |= of_trials(trials, what.title, folder / f"tune_{what.stem}.png")
+    pictures |= of_trials(trials, what.title, folder / f"tune_{problem}_{channels}.png")
     size = f"--images {trials[0]['images']} --epochs {trials[0]['epochs']}" if trials else ""
     commands = [made("tune", f"{named} {size}".strip()), made("classify", named)]
     return Section(f"{what.title}: {runs[0]['data']}", commands, runs, tables, pictures)
@@ -178,8 +178,9 @@ def goals(folder: Path) -> Table | None:
         row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10", 62.0, ends, ".1f")
     if curves := autoencoder.found_in(folder, "curves"):
         level = autoencoder.PLATEAUS["curves"]
-        adam = autoencoder.epochs_below(curves.records[autoencoder.ADAM], level)
-        shares = {run.name: autoencoder.epochs_below(curves.records[run.name], level) / adam for run in ours(curves)}
+        until = {name: autoencoder.epochs_below(seeds, level) for name, seeds in curves.records.items()}
+        adam = until.get(autoencoder.ADAM)
+        shares = {run.name: until[run.name] / adam for run in ours(curves)} if adam else {}
         row(table, f"curves: below {level:g}, off the plateau, in so much of tuned Adam's steps", 0.2, shares, ".2f")
     return table if table.row_count else None
 
@@ -190,7 +191,9 @@ def ours(found: autoencoder.Found) -> list[autoencoder.Run]:
 
 
 def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], form: str) -> None:
-    """A goal that the least of some numbers is no more than what was asked."""
+    """A goal that the least of some numbers is no more than what was asked; no row without any."""
+    if not measured:
+        return
     best = min(measured, key=measured.__getitem__)
     told = f"{measured[best]:{form}}"
     table.add_row(goal, f"{asked:g}", told, best, "yes" if measured[best] <= asked else "no")

@@ -18,7 +18,7 @@ try beyond it.
 A trial on a classifier has the model, batches and options of a run of `make classify` with the same `--channels`,
 `--units` and `--depth`; periods, weight decay and clip are `methods.Shared()`, the defaults there.
 
-    make tune                                                       (MNIST; hours on two cores; needs NATGRAD_DATA)
+    make tune                                                       (MNIST; some 40 minutes on two cores)
     make tune ARGS="--problem curves --budget 6 --epochs 10"
     make tune ARGS="--only K-FAC --rates 0.1 0.3 --dampings 3 10"   (these settings, in place of drawn ones)
     make tune ARGS="--problem fashion --images 25600 --epochs 1"    (the convnet of `make classify`)

@@ -50,6 +50,7 @@ def test_a_goal_that_is_missed_is_told_so():
     table = Table("goal", "asked", "measured", "by", "reached")
     report.row(table, "half", 0.5, {"slow": 0.9, "fast": 0.4, "never": np.inf}, ".2f")
     report.row(table, "half", 0.5, {"slow": 0.9}, ".2f")
+    report.row(table, "of nothing", 0.5, {}, ".2f")
     first, second = zip(*(column.cells for column in table.columns), strict=True)
     assert first == ("half", "0.5", "0.40", "fast", "yes") and second[2:] == ("0.90", "slow", "no")
 
