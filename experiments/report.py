@@ -79,7 +79,8 @@ def of_autoencoder(folder: Path, problem: Reconstructed) -> Section | None:
     commands, title = [made("tune", option), made("autoencoder", option)], autoencoder.chosen(config).title
     tables = [autoencoder.table(found, config), *([tune.table(trials, title)] if trials else [])]
     pictures |= of_trials(trials, f"{title}, {problem}", folder / f"tune_{problem}.png")
-    return Section(f"The papers' autoencoder: {runs[0]['data']}", commands, runs, tables, pictures)
+    records = runs + kept(folder / "autoencoder_paces.jsonl", {"problem": problem})
+    return Section(f"The papers' autoencoder: {runs[0]['data']}", commands, records, tables, pictures)
 
 
 def of_classifier(folder: Path, problem: Name, channels: int) -> Section | None:
@@ -98,7 +99,8 @@ def of_classifier(folder: Path, problem: Name, channels: int) -> Section | None:
     pictures |= of_trials(trials, what.title, folder / f"tune_{problem}_{channels}.png")
     size = f"--images {trials[0]['images']} --epochs {trials[0]['epochs']}" if trials else ""
     commands = [made("tune", f"{named} {size}".strip()), made("classify", named)]
-    return Section(f"{what.title}: {runs[0]['data']}", commands, runs, tables, pictures)
+    records = runs + kept(classify.paces_path(config), what.fields)
+    return Section(f"{what.title}: {runs[0]['data']}", commands, records, tables, pictures)
 
 
 def of_others(folder: Path) -> Iterator[Section]:
