@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import autoencoder, classify, crossover, fidelity, speed, tune
+from experiments.methods import METHODS
 from experiments.problems import Name, Reconstructed
 from experiments.records import Records, kept
 from experiments.tables import markdown
@@ -140,10 +141,10 @@ PICTURES = {
 
 
 def newest_trials(folder: Path, fields: Mapping[str, Any]) -> Records:
-    """The trials with most epochs on a problem."""
+    """The trials with most epochs on a problem, in the order of the methods."""
     found = kept(folder / "tune.jsonl", fields)
     most = max((record["epochs"] for record in found), default=0)
-    return [record for record in found if record["epochs"] == most]
+    return [record for name in METHODS for record in found if record["name"] == name and record["epochs"] == most]
 
 
 def of_trials(trials: Records, title: str, path: Path) -> dict[str, str]:

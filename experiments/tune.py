@@ -242,7 +242,8 @@ def table(records: Records, title: str) -> Table:
         losses = np.array([np.inf if record["loss"] is None else record["loss"] for record in own])
         record = own[int(np.argmin(losses))]
         setting = starred(record, own) if METHODS[name].tuned else "its own"
-        numbers = (f"{losses.min():.5g}", f"{np.median(losses):.5g}", f"{np.isinf(losses).sum()}", f"{len(own)}")
+        median = f"{np.median(losses):.5g}" if np.isfinite(np.median(losses)) else "-"
+        numbers = (f"{losses.min():.5g}", median, f"{np.isinf(losses).sum()}", f"{len(own)}")
         result.add_row(name, setting, *numbers)
     return result
 

@@ -67,10 +67,11 @@ def test_where_records_are_from_and_that_some_do_not_say():
     assert section._replace(records=[{}]).where == "not recorded"
 
 
-def test_only_the_longest_trials_of_a_problem_are_shown(tmp_path):
-    rows = [{"problem": "mnist", "epochs": epochs} for epochs in (1, 2, 2)] + [{"problem": "curves", "epochs": 9}]
+def test_only_the_longest_trials_of_a_problem_are_shown_in_the_order_of_the_methods(tmp_path):
+    told = (("mnist", "Adam", 1), ("mnist", "Adam", 2), ("mnist", "SGD-m", 2), ("curves", "Adam", 9))
+    rows = [dict(zip(("problem", "name", "epochs"), row, strict=True)) for row in told]
     keep(tmp_path / "tune.jsonl", rows)
-    assert report.newest_trials(tmp_path, {"problem": "mnist"}) == rows[1:3]
+    assert report.newest_trials(tmp_path, {"problem": "mnist"}) == [rows[2], rows[1]]
 
 
 def test_a_folder_without_records_says_what_to_do(tmp_path):
