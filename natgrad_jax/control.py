@@ -156,10 +156,10 @@ def controlled(
         def untested(step):
             return step, None if last is None else step, state.ratio, state.rejected
 
-        due = rule.is_due(count) if rule else False
+        due = rule.is_due(count, state.ratio) if rule else False
         step, before, ratio, rejected = jax.lax.cond(due, tested, untested, step) if rule else untested(step)
         if rule:
-            strength = jnp.where(due, rule.adapted(strength, ratio, count), strength)  # 7
+            strength = jnp.where(due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
         return step, ControlState(
             count=jnp.asarray(optax.safe_increment(count)),
             damping=strength.astype(jnp.float32),

@@ -55,7 +55,7 @@ class AdaptiveDamping:
         factor: by which the damping falls in a step where the model is good, to the power of `every` when tested.
         every: steps between tests.
         calibration: number of first steps that are tested each, with `calibration_factor`.
-        calibration_factor: by which the damping falls or rises in each of them.
+        calibration_factor: by which the damping falls or rises in each of them, and in each that follows a bad test.
         least: lower bound of the damping.
         most: upper bound of the damping.
     """
@@ -68,24 +68,28 @@ class AdaptiveDamping:
     least: float
     most: float
 
-    def is_due(self, count: Array) -> Array:
-        """Whether the step of this count is tested."""
-        return (count < self.calibration) | (count % self.every == 0)
+    def is_due(self, count: Array, ratio: Array) -> Array:
+        """Whether the step of this count is tested: in its turn, or because the ratio of the last test was bad."""
+        return self._moves_fast(count, ratio) | (count % self.every == 0)
 
-    def adapted(self, damping: Array, ratio: Array, count: Array) -> Array:
+    def adapted(self, damping: Array, before: Array, ratio: Array, count: Array) -> Array:
         """The damping after a test.
 
         Args:
             damping: before.
+            before: the ratio of the last test.
             ratio: change of the loss over the change that the model foretold; NaN where either is not finite.
             count: of the step, int32.
 
         Returns:
             A smaller damping for a ratio above 3/4, a larger one for a ratio below 1/4 or NaN, within the bounds.
         """
-        by = jnp.where(count < self.calibration, self.calibration_factor, self.factor**self.every)
+        by = jnp.where(self._moves_fast(count, before), self.calibration_factor, self.factor**self.every)
         change = jnp.where(ratio > 0.75, by, jnp.where(ratio >= 0.25, 1, 1 / by))
         return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
+
+    def _moves_fast(self, count: Array, ratio: Array) -> Array:
+        return (count < self.calibration) | (count > 0) & ~(ratio >= 0.25)
 
 
 Damping = ScalarOrSchedule | AdaptiveDamping
@@ -112,7 +116,8 @@ def adaptive_damping(
 
     as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is that of kfac-jax. The first `calibration`
     steps are tested each and move the damping by `calibration_factor`, so that its start need not be known to an order
-    of magnitude. A tested step that raises the loss of its own batch, or makes it NaN, is not taken.
+    of magnitude; and so is every step after a test with a bad rho or NaN, until one is good again. A tested step that
+    raises the loss of its own batch, or makes it NaN, is not taken.
 
     It goes with `learning_rate="quadratic"`. Beside a given learning rate it is no trust region: of short steps the
     model is right at every damping. A small batch tests a step on the very examples that it was made for, so that the
@@ -123,7 +128,8 @@ def adaptive_damping(
         factor: by which the damping falls per step while the model is good, in (0, 1); it rises by the inverse.
         every: steps between tests; a test costs one forward pass.
         calibration: number of first steps that are tested each; 0 for none.
-        calibration_factor: by which the damping falls in each of these, in (0, 1); it rises by the inverse.
+        calibration_factor: by which the damping falls in each of these, and after a bad test, in (0, 1); it rises by
+            the inverse.
         least: lower bound of the damping.
         most: upper bound of the damping.
 

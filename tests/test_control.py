@@ -159,10 +159,20 @@ def test_the_ratio_is_one_where_the_loss_is_its_own_quadratic_model(activation, 
 )
 def test_the_damping_falls_after_a_good_ratio_and_rises_after_a_bad_one_or_nan(ratio, factor):
     rule = ng.adaptive_damping(1.0, factor=0.5**0.25, every=4, calibration=2, calibration_factor=0.1, least=0.3, most=3)
-    found = rule.adapted(jnp.asarray(1.0), jnp.asarray(ratio), jnp.asarray(8))
-    np.testing.assert_allclose(found, factor, rtol=1e-6)
-    bounds = {0.5: 0.3, 1: 1.0, 2: 3.0}[factor]
-    np.testing.assert_allclose(rule.adapted(jnp.asarray(1.0), jnp.asarray(ratio), jnp.asarray(0)), bounds, rtol=1e-6)
+    bounds = {0.5: 0.3, 1: 1.0, 2: 3.0}[factor]  # by 10, and then the bounds
+    for count, before, moved in ((8, 1.0, factor), (0, 1.0, bounds), (8, 0.1, bounds), (8, np.nan, bounds)):
+        found = rule.adapted(*map(jnp.asarray, (1.0, before, ratio, count)))
+        np.testing.assert_allclose(found, moved, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "due"),
+    [(0, np.nan, True), (1, 1.0, True), (2, 1.0, False), (4, 1.0, True)]  # calibration, and every fourth
+    + [(6, 0.25, False), (6, 0.2, True), (6, -np.inf, True), (6, np.nan, True)],  # after a bad test
+)
+def test_a_step_is_tested_in_its_turn_and_after_a_bad_test(count, ratio, due):
+    rule = ng.adaptive_damping(1.0, every=4, calibration=2)
+    assert bool(rule.is_due(jnp.asarray(count), jnp.asarray(ratio))) == due
 
 
 def controlled_steps(rule, learning_rate="quadratic", steps=6, where="mlp", **settings):
@@ -197,6 +207,14 @@ def test_a_tested_step_that_raises_the_loss_is_not_taken_and_raises_the_damping(
     assert not np.any(flat(states[0].last))
     states, losses, params = controlled_steps(0.1, learning_rate=300.0, steps=2, momentum=0.9)  # the control
     assert losses[1] > losses[0]
+
+
+def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
+    rule = ng.adaptive_damping(0.1, every=50, calibration=0, factor=0.99)
+    states, _, params = controlled_steps(rule, learning_rate=300.0, steps=3, momentum=0.9)
+    assert [int(state.rejected) for state in states] == [1, 2, 3]
+    np.testing.assert_allclose([state.damping for state in states], 0.1 * 0.99**-50 * 2.0 ** np.arange(3), rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, params[3], params[0])
 
 
 @pytest.mark.parametrize("every", [1, 3])
