@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -173,12 +172,9 @@ def goals(folder: Path) -> Table | None:
     if mnist := autoencoder.found_in(folder, "mnist"):
         shares = {run.name: autoencoder.overtaken(mnist, run, 10)[1] for run in ours(mnist)}
         row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
-        ends = {
-            run.name: float(np.median(mnist.losses(run, 10)[:, 10]))
-            for run in mnist.runs
-            if run.method in ("K-FAC", "K-BFGS", "K-BFGS(L)")
-        }
-        row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10", 62.0, ends, ".1f")
+        asked = ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")
+        ends = {run.name: mnist.losses(run, 10)[:, 10].max() for run in mnist.runs if run.method in asked}
+        row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
     if curves := autoencoder.found_in(folder, "curves"):
         level = autoencoder.PLATEAUS["curves"]
         until = {name: autoencoder.epochs_below(seeds, level) for name, seeds in curves.records.items()}

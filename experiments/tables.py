@@ -7,11 +7,14 @@ from rich.table import Table
 
 
 def spread(numbers: np.ndarray, digits: int) -> str:
-    """The median of numbers [seeds], with their range if there are several; "-" if it is not finite."""
-    if not np.isfinite(np.median(numbers)):
+    """The median of numbers [seeds], with their range if there are several; those that are not finite are counted."""
+    there = numbers[np.isfinite(numbers)]
+    if not len(there):
         return "-"
-    text = f"{np.median(numbers):.{digits}f}"
-    return text if len(numbers) == 1 else f"{text} [{numbers.min():.{digits}f}, {numbers.max():.{digits}f}]"
+    text = f"{np.median(there):.{digits}f}"
+    if len(there) > 1:
+        text += f" [{there.min():.{digits}f}, {there.max():.{digits}f}]"
+    return text if len(there) == len(numbers) else f"{text}, {len(numbers) - len(there)} of {len(numbers)} diverged"
 
 
 def markdown(table: Table) -> str:

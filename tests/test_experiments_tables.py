@@ -9,7 +9,9 @@ from experiments.tables import markdown, spread
 def test_numbers_of_seeds_are_a_median_with_a_range_and_one_is_a_number():
     assert spread(np.array([3.0, 1.04, 2.0]), 1) == "2.0 [1.0, 3.0]"
     assert spread(np.array([1.25]), 2) == "1.25"
-    assert spread(np.array([1.0, np.inf, np.inf]), 1) == "-"
+    assert spread(np.array([1.0, np.inf, np.inf]), 1) == "1.0, 2 of 3 diverged"
+    assert spread(np.array([1.0, np.nan, 3.0]), 0) == "2 [1, 3], 1 of 3 diverged"
+    assert spread(np.array([np.inf]), 1) == "-"
 
 
 def test_a_table_as_markdown_has_its_title_its_caption_and_a_cell_on_one_line():
