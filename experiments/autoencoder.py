@@ -436,12 +436,14 @@ def picture(found: Found, config: Config) -> Figure:
     for (runs, title), pair in zip(groups, axes, strict=True):
         for index, run in enumerate(runs):
             color, losses = colors(list(ALL).index(run.method) % 20), found.losses(run, config.last)[:, 1:]
-            losses = np.where(np.isfinite(losses), losses, np.nan)
+            there = losses[np.isfinite(losses[:, -1])]
+            lost = f", {len(losses) - len(there)} of {len(losses)} diverged" if len(there) < len(losses) else ""
+            there = there if len(there) else np.where(np.isfinite(losses), losses, np.nan)
             again = run.method in {other.method for other in runs[:index]}
             style = {"color": color, "linestyle": "--" if again else "-"}
             for axis, time in zip(pair, (np.arange(config.last + 1), clock(found, run, config.last)), strict=True):
-                axis.plot(time[1:], np.median(losses, axis=0), label=run.name, linewidth=1.8, **style)
-                axis.fill_between(time[1:], losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, linewidth=0)
+                axis.plot(time[1:], np.median(there, axis=0), label=run.name + lost, linewidth=1.8, **style)
+                axis.fill_between(time[1:], there.min(axis=0), there.max(axis=0), color=color, alpha=0.2, linewidth=0)
             if run.logged:
                 dots = [(epoch, loss) for epoch, loss in run.logged.losses.items() if epoch <= config.last]
                 pair[0].plot(*zip(*dots, strict=True), "o", color=color, markersize=5)
