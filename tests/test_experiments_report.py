@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.table import Table
 
 from experiments import report
@@ -40,6 +41,17 @@ def test_the_page_has_every_experiment_of_the_committed_records_with_its_picture
 
 def test_the_committed_page_is_that_of_the_committed_records(page):
     assert (RESULTS / "report.md").read_text() == page
+
+
+def test_a_picture_of_the_page_has_256_colors_and_looks_as_before(tmp_path):
+    path, rng = tmp_path / "picture.png", np.random.default_rng(0)
+    tints = rng.integers(0, 256, (40, 3), np.uint8)
+    before = tints[rng.integers(0, 40, (50, 60))]
+    Image.fromarray(before).save(path)
+    report.shrink(path)
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        assert np.abs(np.asarray(picture.convert("RGB"), int) - before).max() <= 1
 
 
 def test_the_committed_results_have_at_most_three_megabytes():
