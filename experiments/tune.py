@@ -242,9 +242,9 @@ def table(records: Records, title: str) -> Table:
         losses = np.array([np.inf if record["loss"] is None else record["loss"] for record in own])
         record = own[int(np.argmin(losses))]
         setting = starred(record, own) if METHODS[name].tuned else "its own"
-        median = f"{np.median(losses):.5g}" if np.isfinite(np.median(losses)) else "-"
-        numbers = (f"{losses.min():.5g}", median, f"{np.isinf(losses).sum()}", f"{len(own)}")
-        result.add_row(name, setting, *numbers)
+        least, median = (f"{loss:.5g}" if np.isfinite(loss) else "-" for loss in (losses.min(), np.median(losses)))
+        numbers = (least, median, f"{np.isinf(losses).sum()}", f"{len(own)}")
+        result.add_row(name, setting if np.isfinite(losses.min()) else "-", *numbers)
     return result
 
 

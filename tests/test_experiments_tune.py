@@ -70,6 +70,17 @@ def test_the_picture_has_a_panel_for_every_tuned_method_with_its_trials_a_ring_a
     assert ring.get_data()[0] == [0.2] and not figure.axes[1].lines
 
 
+def test_the_table_has_dashes_where_every_trial_or_half_of_them_diverged():
+    losses = {"TNT": (None, None), "Adam": (None, 2.0, None)}
+    trials = [
+        {"name": name, "rate": 0.1 * 2**place, "damping": 1.0, "loss": loss, "images": 9, "epochs": 1}
+        for name, own in losses.items()
+        for place, loss in enumerate(own)
+    ]
+    rows = list(zip(*(column.cells for column in tune.table(trials, "a net").columns), strict=True))
+    assert rows == [("TNT", "-", "-", "-", "2", "2"), ("Adam", "0.2, 1", "2", "-", "2", "3")]
+
+
 @pytest.mark.slow
 def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
     config = tune.small(tune.Config(output=tmp_path, only=("K-BFGS", "SGD-m"), smoke=True))
