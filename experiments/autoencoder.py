@@ -49,7 +49,7 @@ from experiments.data import Data, folder, told
 from experiments.methods import ALL, BASELINE, METHODS, PERIOD
 from experiments.problems import Reconstructed, Reconstruction, reconstruction
 from experiments.records import Records, kept
-from experiments.tables import spread
+from experiments.tables import by_seed, spread
 from experiments.training import Pace, Runner, Setting, Task, by_epoch, known_pace, paced, resumable
 
 
@@ -229,11 +229,16 @@ def records_path(config: Config) -> Path:
     return config.output / "autoencoder.jsonl"
 
 
+def paces_path(config: Config) -> Path:
+    """Where the costs of steps are kept."""
+    return config.output / "autoencoder_paces.jsonl"
+
+
 def cost(names: set[str], data: Data, config: Config) -> Pace:
     """What a step of each method costs, measured unless it is in the file."""
     key = tune.group(chosen(config), data, config.batch) | {"rounds": config.rounds}
     return paced(
-        config.output / "autoencoder_paces.jsonl",
+        paces_path(config),
         key,
         lambda: {name: compiled(name, data, config) for name in ALL if name in {*names, BASELINE}},
         names,
@@ -281,12 +286,7 @@ class Found(NamedTuple):
 
     def losses(self, run: Run, epochs: int) -> np.ndarray:
         """Training losses [seeds, epochs + 1] of a run; infinite where it has diverged."""
-        return np.array([[finite(row["train_loss"]) for row in rows[: epochs + 1]] for rows in self.records[run.name]])
-
-
-def finite(loss: float | None) -> float:
-    """The number of a record."""
-    return np.inf if loss is None else loss
+        return by_seed(self.records[run.name], "train_loss")[:, : epochs + 1]
 
 
 def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Found:
@@ -332,16 +332,17 @@ def found_in(folder: Path, problem: Reconstructed) -> Found | None:
         return None
     data = told(rows)
     records: dict[str, list[Records]] = {}
-    for run in wanted(data, config):
-        seeds = sorted({row["seed"] for row in rows if row["name"] == run.method})
-        known = (by_epoch(records_path(config), identity(run, seed, data, config)) for seed in seeds)
+    runs, seeds = wanted(data, config), sorted({row["seed"] for row in rows})
+    for run in runs:
+        keys = (identity(run, seed, data, config).items() for seed in seeds)
+        known = (by_epoch(row for row in rows if key <= row.items()) for key in keys)
         if whole := [list(epochs.values())[: config.last + 1] for epochs in known if len(epochs) > config.last]:
             records[run.name] = whole
     if not records:
         return None
-    runs = [run for run in wanted(data, config) if run.name in records]
+    runs = [run for run in runs if run.name in records]
     key = tune.group(chosen(config), data, config.batch)
-    pace = known_pace(folder / "autoencoder_paces.jsonl", key, {run.method for run in runs})
+    pace = known_pace(paces_path(config), key, {run.method for run in runs})
     if pace is None:
         raise ValueError(f"{folder} has runs of {problem} and not what their steps cost; run {ESTIMATE} {problem}.")
     return Found(runs, records, pace)
@@ -368,7 +369,6 @@ def table(found: Found, config: Config) -> Table:
         for after in epochs:
             logged = run.logged.losses.get(after) if run.logged else None
             cells.append(spread(losses[:, after], 1) + (f" ({logged:.1f})" if logged else ""))
-        ends = [rows[config.last] for rows in found.records[run.name]]
         epoch, part = overtaken(found, run, config.last)
         took = f"{found.pace.later[run.method]:.2f}"
         took += f" ({run.logged.cost:.2f})" if run.logged and run.logged.cost else ""
@@ -377,7 +377,7 @@ def table(found: Found, config: Config) -> Table:
             str(run.setting) if ALL[run.method].tuned else "its own",
             f"{len(losses)}",
             *cells,
-            spread(np.array([finite(row["test_loss"]) for row in ends]), 1),
+            spread(by_seed(found.records[run.name], "test_loss")[:, config.last], 1),
             took,
             f"{clock(found, run, config.last)[-1]:.0f}",
             f"{epoch:.0f} ({part:.2f})" if np.isfinite(epoch) else "-",

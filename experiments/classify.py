@@ -55,7 +55,7 @@ from experiments.data import Data, folder, told
 from experiments.methods import BASELINE, METHODS, Shared
 from experiments.problems import Name, Problem, problem
 from experiments.records import Records, kept
-from experiments.tables import spread
+from experiments.tables import by_seed, spread
 from experiments.training import Pace, Runner, Runners, Setting, Task, known_pace, paced, resumable
 
 
@@ -267,8 +267,7 @@ class Found(NamedTuple):
 
     def numbers(self, name: str, entry: str) -> np.ndarray:
         """An entry of the records of a method [seeds, epochs + 1]; infinite where it has diverged."""
-        values = [[np.inf if row[entry] is None else row[entry] for row in rows] for rows in self.records[name]]
-        return np.array(values)
+        return by_seed(self.records[name], entry)
 
     def clock(self, name: str, epochs: np.ndarray) -> np.ndarray:
         """Seconds after so many epochs, by the cost of a step."""

@@ -62,11 +62,8 @@ class Section(NamedTuple):
         return "; ".join(told + ["some before this was recorded" if told else "not recorded"] * before)
 
 
-def of_autoencoder(folder: Path, problem: Reconstructed) -> Section | None:
+def of_autoencoder(folder: Path, problem: Reconstructed, found: autoencoder.Found) -> Section:
     """The runs of an autoencoder, those of several seeds once more by themselves, and the trials before."""
-    found = autoencoder.found_in(folder, problem)
-    if found is None:
-        return None
     config, stem = autoencoder.Config(output=folder, problem=problem), f"autoencoder_{problem}"
     shown = f"Training loss of the autoencoder on {problem} against epochs and seconds"
     pictures = {drawn(autoencoder.picture(found, config), folder / f"{stem}.png"): shown}
@@ -80,7 +77,7 @@ def of_autoencoder(folder: Path, problem: Reconstructed) -> Section | None:
     commands, title = [made("tune", option), made("autoencoder", option)], autoencoder.chosen(config).title
     tables = [autoencoder.table(found, config), *([tune.table(trials, title)] if trials else [])]
     pictures |= of_trials(trials, f"{title}, {problem}", folder / f"tune_{problem}.png")
-    records = runs + kept(folder / "autoencoder_paces.jsonl", {"problem": problem})
+    records = runs + kept(autoencoder.paces_path(config), {"problem": problem})
     return Section(f"The papers' autoencoder: {runs[0]['data']}", commands, records, tables, pictures)
 
 
@@ -172,18 +169,18 @@ def shrink(path: Path) -> None:
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def goals(folder: Path) -> Table | None:
+def goals(runs: Mapping[Reconstructed, autoencoder.Found]) -> Table | None:
     """What this package wants to reach, and what was measured; None if there is nothing to say it from."""
     table = Table(caption="Ours: tuned runs of this package's methods, without SGD-m and Adam.")
     for heading in ("goal", "asked", "measured", "by", "reached"):
         table.add_column(heading)
-    if mnist := autoencoder.found_in(folder, "mnist"):
+    if mnist := runs.get("mnist"):
         shares = {run.name: autoencoder.overtaken(mnist, run, 10)[1] for run in ours(mnist)}
         row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
         asked = ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")
         ends = {run.name: mnist.losses(run, 10)[:, 10].max() for run in mnist.runs if run.method in asked}
         row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
-    if curves := autoencoder.found_in(folder, "curves"):
+    if curves := runs.get("curves"):
         level = autoencoder.PLATEAUS["curves"]
         until = {name: autoencoder.epochs_below(seeds, level) for name, seeds in curves.records.items()}
         adam = until.get(autoencoder.ADAM)
@@ -218,7 +215,9 @@ def page(folder: Path) -> str:
     Raises:
         ValueError: if there are no records.
     """
-    sections = [section for problem in get_args(Reconstructed) if (section := of_autoencoder(folder, problem))]
+    all_runs = {problem: autoencoder.found_in(folder, problem) for problem in get_args(Reconstructed)}
+    runs = {problem: found for problem, found in all_runs.items() if found}
+    sections = [of_autoencoder(folder, problem, found) for problem, found in runs.items()]
     for problem, channels in product(get_args(Name), (16, 32, 128)):
         sections += [section] if (section := of_classifier(folder, problem, channels)) else []
     sections += of_others(folder)
@@ -230,7 +229,7 @@ def page(folder: Path) -> str:
     for section in sections:
         commands = ", ".join(f"`{command}`" for command in section.commands)
         overview.add_row(section.title, commands, f"{len(section.records)}", section.where if section.records else "")
-    asked = goals(folder)
+    asked = goals(runs)
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []
     for section in sections:

@@ -5,6 +5,13 @@ from collections.abc import Iterable
 import numpy as np
 from rich.table import Table
 
+from experiments.records import Records
+
+
+def by_seed(seeds: list[Records], entry: str) -> np.ndarray:
+    """An entry of the records of a run by seed [seeds, epochs + 1]; infinite where it has diverged."""
+    return np.array([[np.inf if record[entry] is None else record[entry] for record in records] for records in seeds])
+
 
 def spread(numbers: np.ndarray, digits: int) -> str:
     """The median of numbers [seeds], with their range if there are several; those that are not finite are counted."""

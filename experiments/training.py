@@ -180,9 +180,9 @@ def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int =
         yield Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], labels)
 
 
-def by_epoch(path: Path, key: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What a file has of a run: {epoch: record}."""
-    return {record["epoch"]: record for record in kept(path, key)}
+def by_epoch(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The records of a run: {epoch: record}."""
+    return {record["epoch"]: record for record in records}
 
 
 def resumable(
@@ -211,7 +211,7 @@ def resumable(
     Returns:
         A record for the start and for every epoch.
     """
-    rows = by_epoch(path, key)
+    rows = by_epoch(kept(path, key))
     if len(rows) > epochs:
         return [rows[count] for count in range(epochs + 1)]
     runner, place = start(), state_path(path, key)
