@@ -101,7 +101,7 @@ class Bench:
         layers = ng.linen.capture(model, ng.losses.squared_error).layers(variables, x)
         a, g = jax.random.normal(jax.random.key(config.seed), (2, batch, width))
         ((layer, _),) = layers.items()
-        evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient=(a.T @ g)[None])}
+        evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient={"kernel": (a.T @ g)[None]})}
         gradient = jax.tree.map(lambda leaf: (a.T @ g / batch).reshape(leaf.shape), variables["params"])
         self._fixed = gradient, evidence
 

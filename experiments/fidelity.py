@@ -52,36 +52,36 @@ from experiments.data import Part, digits, folder, mnist
 from experiments.directions import DIRECTIONS, LIKELIHOOD, Angle, Batches, angles, best, natural_gradient
 from experiments.nets import StridedConvnet, TanhNet
 from experiments.records import finite, keep, kept
-from natgrad_jax import averages
-from natgrad_jax.layers import input_rows, output_rows, total
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.kfac import kfac_block
-from natgrad_jax.methods.tekfac import tekfac_block
-from natgrad_jax.methods.tkfac import tkfac_block
+from natgrad_jax.algebra import averages
+from natgrad_jax.layers.rows import input_rows, output_rows, total
+from natgrad_jax.methods.ekfac import EKFAC
+from natgrad_jax.methods.kfac import KFAC
+from natgrad_jax.methods.tekfac import TEKFAC
+from natgrad_jax.methods.tkfac import TKFAC
 
 
 class Entry(NamedTuple):
-    """A method that keeps nothing of the past, and how to read a basis (U, V) and a scale from its state."""
+    """A method that keeps nothing of the past, and how to read a basis (U, V) and a scale from its operator."""
 
     method: ng.Method
     read: Callable[[Any], tuple[Any, jax.Array]]
 
 
-def product(state: Any) -> tuple[Any, jax.Array]:
+def product(operator: Any) -> tuple[Any, jax.Array]:
     """The eigenvectors of a Kronecker product, and the products of its eigenvalues, as yet undamped."""
-    return state.inverse
+    return operator
 
 
-def rescaled(state: Any) -> tuple[Any, jax.Array]:
+def rescaled(operator: Any) -> tuple[Any, jax.Array]:
     """A basis, and what was measured in it."""
-    return state.basis, averages.mean(state.scale)
+    return operator.basis, averages.mean(operator.scale)
 
 
 METHODS = {
-    "K-FAC": Entry(kfac_block(0.0, split="exact"), product),
-    "EKFAC": Entry(ekfac_block(0.0), rescaled),
-    "TKFAC": Entry(tkfac_block(0.0, split="exact"), product),
-    "TEKFAC": Entry(tekfac_block(0.0), rescaled),
+    "K-FAC": Entry(KFAC(damping=0.0, split="exact").method(0.0), product),
+    "EKFAC": Entry(EKFAC(damping=0.0).method(0.0, 0.0), rescaled),
+    "TKFAC": Entry(TKFAC(damping=0.0, split="exact").method(0.0), product),
+    "TEKFAC": Entry(TEKFAC(damping=0.0).method(0.0, 0.0), rescaled),
 }
 BEST = "best A ⊗ G"
 NAMES = (*METHODS, BEST)
@@ -265,11 +265,12 @@ def exact(layer: ng.Layer, evidence: ng.Evidence) -> jax.Array:
 
 def implied(entry: Entry, layer: ng.Layer, evidence: ng.Evidence) -> jax.Array:
     """F~ of a method that has seen this batch alone, arranged like F."""
-    state = entry.method.observe(layer, entry.method.init(layer), evidence)
-    state = entry.method.refresh(layer, state, 0.0)
+    statistics, operator = entry.method.init(layer)
+    statistics = entry.method.observe(layer, statistics, evidence)
+    operator = entry.method.refresh(layer, statistics, operator, 0.0)
     if entry.method.rescale:
-        state = entry.method.rescale(layer, state, evidence)
-    basis, scale = entry.read(state)
+        operator = entry.method.rescale(layer, operator, evidence)
+    basis, scale = entry.read(operator)
     u, v = (side[:, None, :] * side[None, :, :] for side in basis)
     block = jnp.einsum("ijk,kl,opl->ijop", u, scale, v)  # 2
     return block.reshape(layer.shape[0] ** 2, layer.shape[1] ** 2)

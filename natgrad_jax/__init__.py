@@ -1,11 +1,16 @@
 """Natural-gradient optimizers as ordinary Optax transformations. `import natgrad_jax as ng`."""
 
 from natgrad_jax import losses
+from natgrad_jax.around.adaptive import adaptive_damping
+from natgrad_jax.around.clip import clip_by_kl
+from natgrad_jax.around.control import controlled
+from natgrad_jax.around.graft import graft
+from natgrad_jax.around.spring import spring
+from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
 from natgrad_jax.capture import linen
-from natgrad_jax.chain import warm_start
-from natgrad_jax.control import controlled
-from natgrad_jax.damping import adaptive_damping
+from natgrad_jax.lift.lift import lift
+from natgrad_jax.lift.state import NaturalGradientState, Schedule
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
 from natgrad_jax.methods.kbfgs import kbfgs
 from natgrad_jax.methods.kfac import kfac, scale_by_kfac
@@ -16,8 +21,6 @@ from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
 from natgrad_jax.methods.tengrad import scale_by_tengrad, tengrad
 from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
 from natgrad_jax.methods.tnt import scale_by_tnt, tnt
-from natgrad_jax.steps import clip_by_kl, graft, spring
-from natgrad_jax.transform import NaturalGradientState, Schedule, lift
 
 __all__ = [
     "Evidence",
@@ -37,6 +40,8 @@ __all__ = [
     "linen",
     "losses",
     "mbf",
+    "observe",
+    "refresh",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_mbf",
@@ -54,6 +59,7 @@ __all__ = [
     "tkfac",
     "tnt",
     "warm_start",
+    "without_operators",
 ]
 
 __version__ = "0.1.0"

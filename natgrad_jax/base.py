@@ -8,6 +8,12 @@ a  inputs [S, N, T, I]         g  cotangents [S, K, N, T, O] of the SUMMED negat
 W  total weight of the examples: N if none is weighted
 D  = sum_t a_t g_t^T, the gradient of one example [S, I, O]
 F  = E[vec(D) vec(D)^T], the Fisher block in the scale of ONE example; damping has the units of F
+
+How data walks through the package: `capture` records what every use of a layer reads (inputs) and what the loss sends
+back to it (cotangents), and hands them over as `Evidence`, as the model has them. The `Kind` of a layer turns them into
+rows a and g, and its parameters into a matrix. A `Method` averages moments of the rows (statistics), makes of these
+what is applied (operator), and applies it to the gradient as a matrix. `lift` does this for every layer of a tree, when
+the schedule says so.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +24,19 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from natgrad_jax import report
+
 Array = jax.Array
 Scalar = float | Array
 """A number, or an array without axes."""
 ScalarOrSchedule = optax.ScalarOrSchedule
 """A number, an array without axes, or a schedule: a function of the int32 step count."""
-
-
 Matrix = Any
 """The weight matrix of a layer [S, I, O]; of a block of several layers a mapping {layer: its matrix}."""
+Statistics = Any
+"""What a method averages of a layer: a pytree whose arrays lead with the axes S."""
+Operator = Any
+"""What a method applies to a layer: a pytree whose arrays lead with the axes S."""
 
 
 class Leaf(NamedTuple):
@@ -37,20 +47,38 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Use(NamedTuple):
+    """One call of a layer: how what it reads and what comes back become rows.
+
+    Attributes:
+        kind: key into `layers.KINDS`.
+        geometry: the options of the call that its rows depend on, hashable.
+        positions: T of this call.
+        transposed: whether the matrix is used the other way round, outputs to inputs, as a tied table is.
+    """
+
+    kind: str
+    geometry: Any = None
+    positions: int = 1
+    transposed: bool = False
+
+
 @dataclass(frozen=True)
 class Layer:
     """One block of the curvature: a layer, or a parameter that belongs to no known layer.
 
     Attributes:
         name: the address of the layer in the parameter tree, "encoder/Dense_0".
-        kind: key into `layers.KINDS`: "dense", "conv"; "parameter" for a parameter of no known layer.
+        kind: key into `layers.KINDS`: how its arrays become a matrix. "parameter" for one of no known layer.
         shape: (I, O); the shape of the array itself if `kind` is "parameter".
         leaves: the parameter arrays of the layer.
         stack: sizes of the leading axes S.
         dtype: dtype of the curvature, "float32" or "float64".
-        geometry: the options of the layer's kind that its rows depend on, hashable.
+        geometry: the options of the kind that the matrix depends on, hashable.
         grouped: whether the last stack axis is the groups of a convolution, an axis that its arrays do not have.
-        positions: T, over all calls of the layer.
+        window: sizes of the window over which the inputs are gathered; () for none.
+        one_hot: whether a row of inputs has one entry that is not zero, so that A is diagonal.
+        uses: its calls, in order; `Evidence.inputs[i]` belongs to `uses[i]`.
         note: why the parameter has no layer, for the coverage report.
     """
 
@@ -62,8 +90,20 @@ class Layer:
     dtype: str = "float32"
     geometry: Any = None
     grouped: bool = False
-    positions: int = 1
+    window: tuple[int, ...] = ()
+    one_hot: bool = False
+    uses: tuple[Use, ...] = ()
     note: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is a layer, not a parameter that belongs to none."""
+        return self.kind != "parameter"
+
+    @property
+    def positions(self) -> int:
+        """T, over all uses."""
+        return sum(use.positions for use in self.uses) or 1
 
     @property
     def module_axes(self) -> int:
@@ -75,19 +115,34 @@ class Layer:
         """Whether the last row of the weight matrix is a bias."""
         return any(leaf.role == "bias" for leaf in self.leaves)
 
+    def sample_sizes(self, examples: int, draws: int, positions: int | None = None) -> tuple[int, int]:
+        """How many numbers a batch takes in sample space, for all copies of the layer.
+
+        Args:
+            examples: N.
+            draws: K.
+            positions: T, if it is not that of the layer.
+
+        Returns:
+            Of the rows a and g, N T (I + K O), a one-hot row counted as two; of the gradients of the examples, K N I O.
+        """
+        rows, columns = self.shape
+        copies = prod(self.stack) * examples
+        of_rows = (2 if self.one_hot else rows) + draws * columns
+        return copies * (positions or self.positions) * of_rows, copies * draws * rows * columns
+
 
 class Evidence(NamedTuple):
-    """What one batch says about one layer.
+    """What one batch says about one layer, as the model has it.
 
-    `inputs` and `cotangents` are as the model has them, one array per call of the layer; `layers.input_rows` and
-    `layers.output_rows` turn them into a [S, N, T, I] and g [S, K, N, T, O]. A method reads what it needs: under
-    `jit` the rest is dead code.
+    `layers.rows` turns inputs and cotangents into rows a [S, N, T, I] and g [S, K, N, T, O], and the gradient into a
+    matrix. A method reads what it needs: under `jit` the rest is dead code.
 
     Attributes:
-        inputs: inputs of each call, [S, N, ..., channels]. None for a parameter of no known layer.
-        cotangents: derivatives of the summed negative log-likelihood by the outputs of each call,
+        inputs: inputs of each use, [S, N, ..., channels]. None for a parameter of no known layer.
+        cotangents: derivatives of the summed negative log-likelihood by the outputs of each use,
             [K, S, N, ..., channels]; the weight of an example enters by its square root. None where g is the identity.
-        gradient: the sum over examples of D, [S, K, I, O]; [K, *shape] for a parameter of no known layer. None where g
+        gradient: the sum over examples of the derivatives by each array of the layer, {role: [K, *shape]}. None where g
             is the identity.
         weights: weights of the examples [N], or of their positions [N, T]. None if all are 1.
         count: W, the total weight of the examples. None stands for N.
@@ -97,46 +152,94 @@ class Evidence(NamedTuple):
 
     inputs: tuple[Array, ...] | Array | None = None
     cotangents: tuple[Array, ...] | Array | None = None
-    gradient: Array | None = None
+    gradient: Mapping[str, Array] | None = None
     weights: Array | None = None
     count: Array | None = None
     slopes: Array | None = None
 
 
-class Kind(NamedTuple):
-    """How the layers of one kind become matrices and rows.
+class Outline(NamedTuple):
+    """What a kind makes of the shape of its main array: the matrix (I, O), and stack axes of its own.
 
-    to_matrix: layer, {role: array}            -> [S, I, O]
-    from_matrix: layer, matrix                 -> {role: array}
-    input_rows: layer, inputs of one call      -> [S, N, T, I], the ones of the bias included
-    output_rows: layer, cotangents of one call -> [S, K, N, T, O]
+    Attributes:
+        shape: (I, O) without a bias.
+        stack: sizes of stack axes that lead the array.
+        groups: size of a stack axis that the array does not have; 1 for none.
+        window: sizes of the window over which inputs are gathered; () for none.
+    """
+
+    shape: tuple[int, int]
+    stack: tuple[int, ...] = ()
+    groups: int = 1
+    window: tuple[int, ...] = ()
+
+
+class Kind(NamedTuple):
+    """What a layer of one kind answers: about its module, its arrays, its rows.
+
+    What no module has (a parameter by itself, a tensor, a block of several layers) has a matrix only. `module` and its
+    options are read by the attributes that Flax gives them; no framework is imported.
+
+    Attributes:
+        to_matrix: layer, {role: array} -> [S, I, O].
+        from_matrix: layer, matrix -> {role: array}.
+        input_rows: layer, use, recorded inputs of the use -> rows [S, N, T, I], the ones of the bias included; None of
+            what has no rows.
+        output_rows: layer, use, cotangents of the use -> [S, K, N, T, O]; None of what has no rows.
+        modules: names of the classes of Flax that are of this kind.
+        roles: names of the parameter arrays, the main one first.
+        recognise: module, shape of its input -> geometry of the call, or a sentence why it cannot be handled.
+        record: geometry, input -> what the capture keeps of it, [N, ..., channels].
+        outline: geometry, shape of the main array without axes of transforms around the module -> `Outline`.
+        floating: whether inputs have to be floating-point numbers.
+        one_hot: whether a row of inputs has one entry that is not zero.
+        gradient: layer, evidence -> {role: [K, *shape]}, where that is cheaper from the rows on a CPU; None elsewhere.
     """
 
     to_matrix: Callable[[Layer, Mapping[str, Array]], Matrix]
     from_matrix: Callable[[Layer, Matrix], dict[str, Array]]
-    input_rows: Callable[[Layer, Array], Array]
-    output_rows: Callable[[Layer, Array], Array]
+    input_rows: Callable[[Layer, Use, Any], Any] | None = None
+    output_rows: Callable[[Layer, Use, Array], Array] | None = None
+    modules: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    recognise: Callable[[Any, tuple[int, ...]], Any] = lambda module, shape: None
+    record: Callable[[Any, Array], Array] = lambda geometry, inputs: inputs
+    outline: Callable[[Any, tuple[int, ...]], Outline] = lambda geometry, shape: Outline((shape[0], shape[1]))
+    floating: bool = True
+    one_hot: bool = False
+    gradient: Callable[[Layer, Evidence], dict[str, Array]] | None = None
 
 
 class Method(NamedTuple):
-    """A preconditioner of ONE layer (with all copies of its stack), as pure functions.
+    """A preconditioner of ONE layer (with all copies of its stack), as pure functions of two values.
 
-    init: layer                                -> state
-    observe: layer, state, evidence            -> state       cheap, each statistics step
-    refresh: layer, state, damping             -> state       dear, each refresh step
-    apply: layer, state, gradient, damping     -> update      each step; gradient and update are [S, I, O]
-    rescale: layer, state, evidence            -> state       only for a scale that is measured in the basis that
-                                                              `refresh` makes: after every refresh, and as scheduled
+    Statistics are what is averaged over batches, the operator is what is applied to the gradient.
 
-    Every array of a state leads with the axes S. `refresh` may not depend on a layer beyond its kind, shape, stack and
+    init: layer                                       -> statistics, operator
+    observe: layer, statistics, evidence              -> statistics      cheap, each statistics step
+    refresh: layer, statistics, operator, damping     -> operator        dear, each refresh step
+    apply: layer, operator, gradient, damping         -> update          each step; both matrices are [S, I, O]
+    rescale: layer, operator, evidence                -> operator        only for what is measured in the terms of an
+                                                                         operator: after every refresh, and as scheduled
+    follow: layer, statistics, operator               -> operator        only for what an operator has of the statistics
+                                                                         for nothing: whenever either has changed
+    measure: layer, operator, evidence                -> operator        only for what an operator is made of that no
+                                                                         average holds: before every refresh
+    couple: layer, statistics, operator, evidence     -> statistics      only for statistics that are measured in the
+                                                                         terms of an operator: in the place of `observe`
+
+    Every array leads with the axes S. `refresh` may not depend on a layer beyond its kind, shape, stack, window and
     dtype: layers that agree in these are stacked and refreshed as one.
     """
 
-    init: Callable[[Layer], Any]
-    observe: Callable[[Layer, Any, Evidence], Any]
-    refresh: Callable[[Layer, Any, Scalar], Any]
-    apply: Callable[[Layer, Any, Matrix, Scalar], Matrix]
-    rescale: Callable[[Layer, Any, Evidence], Any] | None = None
+    init: Callable[[Layer], tuple[Statistics, Operator]]
+    observe: Callable[[Layer, Statistics, Evidence], Statistics]
+    refresh: Callable[[Layer, Statistics, Operator, Scalar], Operator]
+    apply: Callable[[Layer, Operator, Matrix, Scalar], Matrix]
+    rescale: Callable[[Layer, Operator, Evidence], Operator] | None = None
+    follow: Callable[[Layer, Statistics, Operator], Operator] | None = None
+    measure: Callable[[Layer, Operator, Evidence], Operator] | None = None
+    couple: Callable[[Layer, Statistics, Operator, Evidence], Statistics] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,67 +279,4 @@ class Layers(Mapping[str, Layer]):
         return self.known + self.rest
 
     def __str__(self) -> str:
-        return "\n".join(_report(self))
-
-
-def sample_sizes(layer: Layer, examples: int, draws: int, positions: int | None = None) -> tuple[int, int]:
-    """How many numbers a batch takes in sample space, for all copies of a layer.
-
-    Args:
-        layer: the layer.
-        examples: N.
-        draws: K.
-        positions: T, if it is not that of the layer.
-
-    Returns:
-        Of the rows a and g, N T (I + K O); of the gradients of the examples, K N I O.
-    """
-    rows, columns = layer.shape
-    copies = prod(layer.stack) * examples
-    return copies * (positions or layer.positions) * (rows + draws * columns), copies * draws * rows * columns
-
-
-def _report(layers: Layers) -> list[str]:
-    """The lines of the coverage report."""
-    lines = []
-    if layers.known:
-        sampled = layers.examples * layers.draws
-        rows = [("parameter", "shape", "kind", "factors", "state", "in sample space")]
-        for layer in layers.known:
-            copies = "".join(f"{size} x " for size in layer.stack)
-            state = prod(layer.stack) * 8 * (layer.shape[0] ** 2 + layer.shape[1] ** 2)
-            batch = 4 * (min(sample_sizes(layer, layers.examples, layers.draws)) + prod(layer.stack) * sampled**2)
-            first, *others = layer.leaves
-            sizes = (_bytes(state), _bytes(batch) if sampled else "")
-            rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
-            rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines.append(
-            "(factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)"
-        )
-        if sampled:
-            lines.append(f"(in sample space: {_rows_of(layers)}, with the inverse of their kernel, as TENGraD has it)")
-    if layers.rest:
-        lines.append("Not covered, hence a diagonal Fisher block each, same damping and learning rate:")
-        width = max(len(layer.name) for layer in layers.rest)
-        lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
-    elif layers.known:
-        lines.append("Every parameter is covered.")
-    return lines
-
-
-def _rows_of(layers: Layers) -> str:
-    """How many rows a batch has, in words."""
-    draws = f" of {layers.draws} draws" if layers.draws > 1 else ""
-    return f"{layers.examples} examples{draws}"
-
-
-def _bytes(count: float) -> str:
-    """A number of bytes for reading."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+        return report.coverage(self)

@@ -1,39 +1,127 @@
-"""Refuse what does not fit, before any work: numbers, parameter trees, evidence.
+"""Refuse settings that do not fit, before any work and in the words of the user.
 
-Everything here happens while a function is traced; what only the device can know is counted in `state.metrics`.
+Everything here happens while a function is built or traced; what only the device can know is counted in the metrics of
+the state.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 
-from natgrad_jax import addresses
-from natgrad_jax.base import Evidence, Layer, Layers
-from natgrad_jax.layers import input_rows, output_rows
+from natgrad_jax.base import Layers
 
 
-def number(name: str, value: Any, least: float, below: float = np.inf) -> None:
-    """Refuse a setting that is known now and out of its range; traced values and schedules pass.
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float,
+    below: float = np.inf,
+    schedule: bool = False,
+    above: bool = False,
+) -> None:
+    """Refuse a setting that is known now and is no number within its range; traced values pass.
 
     Args:
         name: of the setting, for the message.
         value: what the user gave.
         least: the smallest value allowed.
         below: the value must be smaller than this.
+        schedule: whether a function of the step count is allowed, too.
+        above: whether the value must be larger than `least`.
 
     Raises:
         TypeError: if it is no number.
         ValueError: if it is out of range.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    bounds = f"a finite number {'above' if above else 'of at least'} {least:g}"
+    bounds += f" and below {below:g}" if np.isfinite(below) else ""
+    if callable(value):
+        if not schedule:
+            raise TypeError(f"`{name}` is a function; expected {bounds}. It takes no schedule.")
         return
-    bounds = f"a finite number of at least {least:g}" + (f" and below {below:g}" if np.isfinite(below) else "")
-    if isinstance(value, str) or np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number):
-        raise TypeError(f"`{name}` is {value!r}; expected {bounds}, or a function of the step count.")
-    if not least <= float(value) < below:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not _is_number(value):
+        raise TypeError(f"`{name}` is {value!r}; expected {bounds}{', or a function of the step count' * schedule}.")
+    if not least <= float(value) < below or (above and float(value) == least):
         raise ValueError(f"`{name}` is {value}; expected {bounds}.")
+
+
+def period(name: str, value: Any) -> None:
+    """Refuse what is no positive whole number of steps; traced values pass.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not whole, or less than 1.
+    """
+    expected = "a whole number of steps, at least 1"
+    if isinstance(value, jax.core.Tracer):
+        return
+    if callable(value):
+        raise TypeError(f"`{name}` is a function; expected {expected}. It takes no schedule.")
+    if not _is_number(value):
+        raise TypeError(f"`{name}` is {value!r}; expected {expected}.")
+    if not (np.isfinite(float(value)) and float(value) >= 1 and float(value) == round(float(value))):
+        raise ValueError(f"`{name}` is {value}; expected {expected}.")
+
+
+def size(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse what is no whole number that is known now: sizes fix the shapes of a state.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+        least: the smallest value allowed.
+
+    Raises:
+        TypeError: if it is no whole number, or known on the device only.
+        ValueError: if it is too small.
+    """
+    static(name, value, "the shapes of the state")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` is {value!r}; expected a whole number of at least {least}.")
+    if value < least:
+        raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
+
+
+def static(name: str, value: Any, what: str) -> None:
+    """Refuse a number that `optax.inject_hyperparams` or `jax.jit` has made an array of.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+        what: what the setting fixes.
+
+    Raises:
+        TypeError: if it is an array.
+    """
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` is an array; it fixes {what}, so it has to be a number of Python. Under "
+            f"`optax.inject_hyperparams` name it: `inject_hyperparams(f, static_args={name!r})`."
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    static(name, value, "what is computed")
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` is {value!r}; expected True or False.")
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -47,124 +135,27 @@ def choice(name: str, value: Any, choices: Collection[str]) -> None:
     Raises:
         ValueError: if it is none of them.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
-def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
-    """The blocks whose parameters a tree has; those that a mask took away are left out.
+def layers(value: Any, *, optional: bool = False) -> None:
+    """Refuse what is no `Layers`.
 
     Args:
-        layers: of the model.
-        tree: parameters or gradients, possibly masked; a tree without leaves stands for any.
-
-    Returns:
-        The blocks.
+        value: what the user gave as `layers`.
+        optional: whether None is allowed.
 
     Raises:
-        ValueError: if the tree is not of the model that the layers were found in.
+        TypeError: if it is something else.
     """
-    leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
-    if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
-        return layers.blocks
-    if set(leaves) == {""} and not any(leaf.address == "" for layer in layers.blocks for leaf in layer.leaves):
-        raise ValueError(
-            f"The parameters are one array of shape {tuple(leaves[''].shape)} without a name; expected the tree "
-            "`variables['params']`. Curvature needs to know the layers: take `optax.flatten` away."
-        )
-
-    def is_hidden(leaf):  # a mask may hide a whole module by one node
-        return any(not entry or f"{leaf.address}/".startswith(f"{entry}/") for entry in hidden)
-
-    blocks = tuple(layer for layer in layers.blocks if not all(map(is_hidden, layer.leaves)))
-    for layer in blocks:
-        for leaf in layer.leaves:
-            if is_hidden(leaf):
-                raise ValueError(
-                    f"A mask hides {leaf.address!r} but not the other parameters of layer {layer.name!r}, which are "
-                    "preconditioned together; mask all of them or none."
-                )
-            if leaf.address not in leaves:
-                raise ValueError(
-                    f"Layer {layer.name!r} has the parameter {leaf.address!r}, which the tree of parameters lacks; "
-                    f"it has {sorted(leaves)}. Build the transformation with the `layers` of this very model."
-                )
-            if tuple(leaves[leaf.address].shape) != leaf.shape:
-                raise ValueError(
-                    f"Parameter {leaf.address!r} has shape {tuple(leaves[leaf.address].shape)}; expected {leaf.shape}, "
-                    "as in the `layers`. Build the transformation with the `layers` of this very model."
-                )
-    known = {leaf.address for layer in layers.blocks for leaf in layer.leaves}
-    if unknown := sorted(set(leaves) - known):
-        raise ValueError(
-            f"The `layers` do not have the parameters {unknown}; they have {sorted(known)}. "
-            "Build the transformation with the `layers` of this very model."
-        )
-    return blocks
+    if not isinstance(value, Layers) and not (optional and value is None):
+        expected = "what `capture.layers(variables, x)` returns" + ", or None" * optional
+        raise TypeError(f"`layers` is {value!r}; expected {expected}.")
 
 
-def lazy_evidence(curvature: Any, blocks: tuple[Layer, ...]) -> Callable[[], Mapping[str, Evidence]]:
-    """A function that gives the evidence of every block, its names and shapes compared to the layers.
-
-    Args:
-        curvature: a callable, or {name: Evidence}.
-        blocks: the blocks that need evidence.
-
-    Returns:
-        The function; it raises ValueError if the evidence is of other layers or shapes.
-
-    Raises:
-        TypeError: if the curvature is neither.
-        ValueError: if there is no curvature.
-    """
-    if curvature is None:
-        raise ValueError(
-            "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, "
-            "where `out` is what `capture.value_and_grad` returned."
-        )
-    if not (callable(curvature) or isinstance(curvature, Mapping)):
-        raise TypeError(
-            f"`curvature` is of type {type(curvature).__name__}; expected `out.curvature`, where `out` is what "
-            "`capture.value_and_grad` returned, or a mapping {name: Evidence}."
-        )
-
-    def evidence_of():
-        evidence = curvature() if callable(curvature) else curvature
-        missing = [layer.name for layer in blocks if layer.name not in evidence]
-        if missing:
-            raise ValueError(
-                f"`curvature` has no evidence for {missing}; it has {sorted(evidence)}. "
-                "Capture the model that the `layers` of the transformation were found in."
-            )
-        for layer in blocks:
-            _fits(layer, evidence[layer.name])
-        return {layer.name: evidence[layer.name] for layer in blocks}
-
-    return evidence_of
-
-
-def _fits(layer: Layer, evidence: Evidence) -> None:
-    """Refuse an evidence whose shapes are not those of the layer."""
-    advice = "Capture the model that the `layers` of the transformation were found in."
-    if layer.kind == "joint":  # its members were compared one by one
-        return
-    if layer.kind in ("parameter", "tensor"):
-        if evidence.gradient is None or evidence.count is None:
-            raise ValueError(f"The evidence for {layer.name!r}, a parameter of no layer, needs `gradient` and `count`.")
-    else:
-        for name, rows, size in (("inputs", input_rows, layer.shape[0]), ("cotangents", output_rows, layer.shape[1])):
-            if getattr(evidence, name) is None:
-                continue
-            shape = jax.eval_shape(lambda evidence, rows=rows: rows(layer, evidence), evidence).shape
-            if shape[-1] != size or shape[: len(layer.stack)] != layer.stack:
-                raise ValueError(
-                    f"The evidence for layer {layer.name!r} has {name} whose rows have shape {shape}; expected "
-                    f"{size} entries in each row and the stack {layer.stack} in front. {advice}"
-                )
-    if evidence.gradient is not None:
-        shape, axes = evidence.gradient.shape, len(layer.stack)
-        if shape[:axes] + shape[axes + 1 :] != layer.stack + layer.shape:
-            raise ValueError(
-                f"The evidence for {layer.name!r} has a gradient of shape {shape}; expected the axes "
-                f"{layer.stack + layer.shape} with the draws in place {axes}. {advice}"
-            )
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (str, bool, np.bool_)) or value is None or np.ndim(value) != 0:
+        return False
+    dtype = np.asarray(value).dtype
+    return np.issubdtype(dtype, np.number) or dtype.name in ("bfloat16", "float16")

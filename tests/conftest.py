@@ -1,21 +1,19 @@
 """Fixtures of the whole suite: one thread for LAPACK, cheap compilation, and double precision where a test asks for it.
 
 Most of the time of the suite goes into compiling, each function for a few calls. So the code generator does not
-optimise, which is no matter of the package, and what one process has compiled another finds, for this session.
+optimise, which is no matter of the package, and what was compiled is kept in `.jax_cache`, for the other process and
+for the next run. The key of an entry is the program itself, so that a change of the package compiles what it changes.
 """
 
-import atexit
 import os
-import shutil
-import tempfile
+import pathlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when the library loads, hence before jax
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process, from which the others have it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="natgrad_jax_tests_")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import linen as nn
 
 import natgrad_jax as ng
@@ -223,6 +224,16 @@ def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples:
     return Task(capture, variables, capture.layers(variables, x[0]), x, y)
 
 
+LIFTED = ("kfac pi", "ekfac qr pi", "tnt", "tengrad", "kbfgs")
+"""One row for each way in which a method is lifted: plain, rescaled in a branch, tensors, measured only, stepping."""
+
+
+def of_the_lifting(names: tuple[str, ...]) -> Any:
+    """A law of the lifting, which cannot tell relatives apart: on the representative rows, on all with `-m full`."""
+    rows = [name if name in LIFTED else pytest.param(name, marks=pytest.mark.full) for name in names]
+    return pytest.mark.parametrize("method", rows)
+
+
 def settings_of(method: str) -> dict[str, Any]:
     """The test settings that the direction of a row has."""
     return {k: v for k, v in SETTINGS.items() if row(method).apart or k not in ("statistics_every", "early_refresh")}
@@ -256,6 +267,11 @@ def lifted(state: Any) -> ng.NaturalGradientState:
 
     (found,) = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
     return found
+
+
+def contents(state: ng.NaturalGradientState) -> Any:
+    """What a state holds of its layers, without the dates."""
+    return state.statistics, {name: operator.value for name, operator in state.operators.items()}
 
 
 class Record(NamedTuple):

@@ -159,16 +159,21 @@ OPTIONS = {
     "mask": {"mask": np.tril(np.ones((3, 3, 1, 2), np.float32))},
     "conv_general_dilated": {"conv_general_dilated": jax.lax.conv_general_dilated},
 }
+WORDS = {option: (f"`{option}`", "no product of patches") for option in OPTIONS}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_of_a_convolution_that_cannot_be_handled(option):
+def test_an_option_of_a_convolution_that_cannot_be_handled_costs_the_layer_not_the_model(option):
     images = jnp.ones((8, 4, 4, 1))
     capture, variables = watch(Images(OPTIONS[option]), x=images)
-    with says(ValueError, "Layer 'conv' (Conv)", f"`{option}`", "exclude=['conv']"):
-        capture.layers(variables, images)
-    excluding, _ = watch(Images(OPTIONS[option]), x=images, exclude=["conv"])  # the remedy works
-    assert list(excluding.layers(variables, images)) == ["head"]
+    layers = capture.layers(variables, images)
+    assert list(layers) == ["head"]
+    notes = {layer.name: layer.note for layer in layers.rest}
+    assert set(notes) == {"conv/kernel", "conv/bias"} and all(word in notes["conv/kernel"] for word in WORDS[option])
+    assert notes["conv/kernel"] in str(layers)
+    out = capture.value_and_grad(variables, images, jnp.zeros(8, int), key=jax.random.key(0))
+    tx = ng.kfac(0.1, layers)
+    tx.update(out.grad, tx.init(variables["params"]), variables["params"], curvature=out.curvature)
 
 
 def test_excluding_what_the_model_does_not_have():
@@ -229,7 +234,7 @@ def test_a_misspelt_split():
 
 
 def test_a_misspelt_split_of_tkfac():
-    with says(ValueError, "`split` is 'none'", "expected one of 'even', 'pi', 'mean_eigenvalue', 'exact'"):
+    with says(ValueError, "`split` is 'none'", "expected one of 'pi', 'even', 'mean_eigenvalue', 'exact'"):
         ng.tkfac(0.1, task("mlp").layers, split="none")
 
 
@@ -324,7 +329,7 @@ def change(field, value):
 WRONG = {
     "inputs": ((jnp.ones((8, 4)),), ("inputs", "(8, 1, 5)", "expected 6")),
     "cotangents": ((jnp.ones((1, 8, 4)),), ("cotangents", "(1, 8, 1, 4)", "expected 5")),
-    "gradient": (jnp.ones((1, 5, 5)), ("gradient", "(1, 5, 5)", "(6, 5)")),
+    "gradient": ({"kernel": jnp.ones((1, 4, 5)), "bias": jnp.ones((1, 5))}, ("gradient", "(1, 4, 5)", "(5, 5)")),
 }
 
 
@@ -350,7 +355,7 @@ def test_evidence_without_cotangents_for_a_method_that_squares_gradients():
     gradient, evidence = measured("mlp")
     bare = {name: one._replace(gradient=None) for name, one in evidence.items()}
     tx = ng.scale_by_ekfac(task("mlp").layers, estimator="minibatch", **SETTINGS)
-    with says(ValueError, "evidence for layer", "no `gradient`", "'minibatch'", "`capture.value_and_grad`"):
+    with says(ValueError, "evidence for 'Dense_0'", "no `gradient`", "`capture.value_and_grad`"):
         tx.update(gradient, tx.init(gradient), curvature=bare)
 
 
@@ -376,7 +381,11 @@ def test_a_warm_start_of_another_optimizer():
         ng.warm_start(optax.adam(0.1), optax.adam(0.1).init(params), [measured("mlp")[1]], params)
 
 
-def test_a_warm_start_from_evidence_alone_without_parameters():
+def test_a_warm_start_from_evidence_alone_needs_parameters_only_for_what_stands_around():
+    params, evidence = task("mlp").variables["params"], measured("mlp")[1]
     tx = direction(NAMES[0])
-    with says(ValueError, "`params` is None", "pass `params=variables['params']`"):
-        ng.warm_start(tx, tx.init(task("mlp").variables["params"]), [measured("mlp")[1]])
+    assert ng.warm_start(tx, tx.init(params), [evidence]).metrics.statistics == 1
+    masked = optax.masked(tx, jax.tree.map(lambda leaf: True, params))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        ng.warm_start(masked, masked.init(params), [evidence])
+    assert "pass `params`" in "".join(caught.value.__notes__)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import GATES, assert_differs, assert_equal, error, normal
 
-from natgrad_jax import bfgs
+from natgrad_jax.algebra import bfgs
 
 LEAST, SECOND = 0.2, 0.3**0.5
 update, memory = jax.jit(bfgs.updated), jax.jit(bfgs.times)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from options import CONV, LAYERS
 
 import natgrad_jax as ng
-from natgrad_jax.layers import from_matrix, input_rows, output_rows, to_matrix
+from natgrad_jax.layers.rows import from_matrix, gradient_matrix, input_rows, output_rows, to_matrix
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -72,7 +72,7 @@ def test_c2_inputs_times_cotangents_are_the_gradient_of_the_summed_loss(option):
     one = seen(option)
     expected = by_group(reference.matrix(one.gradient), one.layer)
     reference.assert_equal(pairs(one.rows, one.columns), expected)
-    reference.assert_equal(one.evidence.gradient.squeeze(len(one.layer.stack)), expected)
+    reference.assert_equal(gradient_matrix(one.layer, one.evidence).squeeze(len(one.layer.stack)), expected)
     of_the_next_example = np.roll(one.columns, 1, axis=-3)
     reference.assert_differs(pairs(one.rows, of_the_next_example), expected)
 
@@ -123,7 +123,8 @@ def test_c24_rows_times_the_weight_matrix_are_the_outputs(option):
 )
 def test_c24_fails_with_the_geometry_of_another_layer(option, wrong):
     one = seen(option)
-    other = replace(one.layer, geometry=replace(one.layer.geometry, **wrong))
+    (use,) = one.layer.uses
+    other = replace(one.layer, uses=(use._replace(geometry=replace(use.geometry, **wrong)),))
     found = np.matmul(jax.jit(partial(input_rows, other))(one.evidence), one.weights)
     expected = one.outputs.reshape(one.outputs.shape[0], -1, one.outputs.shape[-1])
     assert found.shape != expected.shape or reference.error(found, expected) > reference.CONTROL

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from flax import linen as nn
+from one_layer import State, ekfac_block, kfac_block
 from reference import (
     assert_differs,
     assert_equal,
@@ -35,14 +36,13 @@ from watching import (
     random_layers,
     rows_of,
     state_of,
+    summed,
     watched,
 )
 
 import natgrad_jax as ng
-from natgrad_jax import averages
-from natgrad_jax.eigenbasis import example_moments
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.kfac import kfac_block
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.moments import example_moments
 
 EKFAC, MINIBATCH = ekfac_block(0.0), ekfac_block(0.5, "minibatch")
 KFAC = kfac_block(0.0, "exact")
@@ -145,7 +145,7 @@ def test_c32_the_scale_of_a_convolution_is_the_square_of_the_sum_over_positions(
     q, scale = basis_and_scale(state)
     assert_equal(scale, diagonal_in(q, net.blocks["first"]))
     rows, columns = rows_of(layer, evidence)
-    rows, columns = rows @ state.basis.inputs, columns @ state.basis.outputs
+    rows, columns = rows @ state.operator.basis.inputs, columns @ state.operator.basis.outputs
     sum_of_squares = np.einsum("nti,knto->io", rows**2, columns**2) / (len(columns) * len(rows))
     assert_differs(sum_of_squares.ravel(), scale)
 
@@ -227,7 +227,8 @@ def history():
             states.append(step(states[-1], x, y))
             gradients = reference.example_gradients(model, params, tuple(layers), "softmax_cross_entropy", x, y)
             blocks.append({name: reference.second_moment(gradients[name]) for name in layers})
-        yield [state.layers for state in states[1:]], blocks
+        kept = [{name: State((), one.value) for name, one in state.operators.items()} for state in states[1:]]
+        yield kept, blocks
 
 
 @pytest.mark.slow
@@ -265,7 +266,7 @@ def test_minibatch_scale_starts_at_the_kronecker_eigenvalues_and_takes_in_the_sq
     layer, evidence = net.layers["layer_b"], net.evidence["layer_b"]
     q, scale = basis_and_scale(state_of(MINIBATCH, layer, evidence, 1.0))
     start = diagonal_in(q, kron(*factors_of(layer, evidence)))
-    coordinates = np.reshape(evidence.gradient, (3, -1)) @ q
+    coordinates = np.reshape(summed(layer, evidence), (3, -1)) @ q
     assert_equal(scale, 0.5 * start + 0.5 * np.mean(coordinates**2, axis=0) / 7)
     assert_differs(scale, start)
 
@@ -277,7 +278,7 @@ def test_minibatch_scale_is_unbiased_for_labels_of_the_model_and_not_for_true_on
     q, expected = basis_and_scale(state_of(EKFAC, layer, net.evidence[name], 1.0))
 
     def scale(evidence):
-        coordinates = np.reshape(evidence.gradient, (len(evidence.gradient), -1)) @ q
+        coordinates = summed(layer, evidence).reshape(-1, len(q)) @ q
         by_hand = np.mean(coordinates**2, axis=0) / 7
         state = fresh.rescale(layer, state_of(EKFAC, layer, net.evidence[name], 1.0), evidence)
         assert_equal(basis_and_scale(state)[1], by_hand)
@@ -294,8 +295,8 @@ def test_c42_minibatch_scale_is_the_variance_and_n_times_the_squared_mean():
     layer, evidence = pairs(jnp.ones((examples, 1)), jnp.ones((examples, 1)))
     sums = examples * mean + np.sqrt(examples) * deviation * normal(batches, 1, 1)
     method = ekfac_block(0.0, "minibatch")
-    state = method.rescale(layer, method.init(layer), evidence._replace(gradient=sums))
-    found = averages.mean(state.scale).item()
+    state = method.rescale(layer, method.init(layer), evidence._replace(gradient={"kernel": sums}))
+    found = averages.mean(state.operator.scale).item()
     assert abs(found / (deviation**2 + examples * mean**2) - 1) < 0.01
     assert abs(found / (deviation**2 + mean**2) - 1) > 0.1
 
@@ -332,7 +333,7 @@ def test_c55_every_update_descends(method, examples):
     @jax.jit
     def products(damping):
         state = prepared(method, layer, evidence, damping)
-        gradients = normal(30, 6, 5, seed=7, dtype="float32"), evidence.gradient[:, 0]
+        gradients = normal(30, 6, 5, seed=7, dtype="float32"), summed(layer, evidence)[:, 0]
         return [jnp.sum(g * method.apply(layer, state, g, damping), axis=(1, 2)) for g in gradients]
 
     for damping in (1e-8, 1e-3, 1.0, 1e4):
@@ -343,7 +344,8 @@ def test_c55_every_update_descends(method, examples):
 def test_c55_fails_where_the_basis_is_not_orthogonal():
     layer, evidence, _ = random_layers(6, 5, 40, copies=30)
     state = state_of(EKFAC, layer, evidence, 1.0)
-    skewed = state._replace(basis=state.basis._replace(inputs=normal(30, 6, 6), outputs=state.basis.outputs))
+    basis = state.operator.basis._replace(inputs=normal(30, 6, 6))
+    skewed = state._replace(operator=state.operator._replace(basis=basis))
     gradient = normal(30, 6, 5, seed=7)
-    there = skewed.basis.inputs.swapaxes(1, 2) @ gradient  # into a basis, and out of another
+    there = skewed.operator.basis.inputs.swapaxes(1, 2) @ gradient  # into a basis, and out of another
     assert jnp.min(jnp.sum(gradient * EKFAC.apply(layer, state, there, 1.0), axis=(1, 2))) < 0

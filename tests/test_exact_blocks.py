@@ -1,14 +1,11 @@
 """Where every method of the K-FAC family is the dense block, and where none is. A new one adds a row to `METHODS`."""
 
 import pytest
+from one_layer import ekfac_block, kfac_block, tekfac_block, tkfac_block
 from reference import assert_differs, assert_equal, kron
 from watching import factors, implied_blocks, mlp
 
 from natgrad_jax.base import Method
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.kfac import kfac_block
-from natgrad_jax.methods.tekfac import tekfac_block
-from natgrad_jax.methods.tkfac import tkfac_block
 
 METHODS = {
     "kfac": kfac_block(0.0, "exact"),

@@ -73,9 +73,9 @@ def test_a_broken_theorem_is_counted_as_broken(name):
 def test_a_scale_measured_in_another_basis_breaks_the_theorem():
     ekfac, evidence, layer = METHODS["EKFAC"].method, net().evidence["Conv_0"], net().layers["Conv_0"]
 
-    def rescale(layer, state, evidence):
-        start = ekfac.init(layer)  # whose basis is the identity
-        return state._replace(scale=ekfac.rescale(layer, start, evidence).scale)
+    def rescale(layer, operator, evidence):
+        _, start = ekfac.init(layer)  # whose basis is the identity
+        return operator._replace(scale=ekfac.rescale(layer, start, evidence).scale)
 
     wrong = METHODS["EKFAC"]._replace(method=ekfac._replace(rescale=rescale))
     implied = jax.jit(lambda evidence: fidelity.implied(wrong, layer, evidence))(evidence)

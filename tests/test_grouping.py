@@ -19,7 +19,7 @@ import pytest
 from methods_table import NAMES, direction, measured, task
 
 import natgrad_jax as ng
-from natgrad_jax import linalg
+from natgrad_jax.algebra import stacks as linalg
 from natgrad_jax.base import Leaf
 
 every_method = pytest.mark.parametrize("method", NAMES)
@@ -69,8 +69,8 @@ def stacked_evidence(stack, rows, columns):
     keys = jax.random.split(jax.random.key(rows), 3)
     inputs = jax.random.normal(keys[0], (*stack, 8, rows))
     cotangents = jax.random.normal(keys[1], (1, *stack, 8, columns))
-    gradient = jax.random.normal(keys[2], (*stack, 1, rows, columns))
-    return ng.Evidence((inputs,), (cotangents,), gradient, None, jnp.float32(8))
+    gradient = jax.random.normal(keys[2], (1, *stack, rows, columns))
+    return ng.Evidence((inputs,), (cotangents,), {"kernel": gradient}, None, jnp.float32(8))
 
 
 def calls_of(layers, gradient, evidence, method):

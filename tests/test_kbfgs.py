@@ -225,7 +225,7 @@ def first_step(model, x, y, likelihood, weights=None, momentum=None, dtype="floa
 
 def secant(state, name):
     """The averages of s and y of a layer."""
-    total, weight = state.layers[name].secant
+    total, weight = state.statistics[name].secant
     return jax.tree.map(lambda leaf: np.asarray(leaf) / np.asarray(weight)[..., None], total)
 
 
@@ -281,8 +281,8 @@ def test_the_steps_of_the_mean_outputs_are_those_of_the_model_also_of_groups_and
     assert_equal(secant(state, "conv").s, after - before, 1e-7)  # a difference of numbers 100 times as large
     before, after = (np.mean(np.asarray(found["head"]["__call__"][0]), axis=0) for found in seen)
     assert_equal(secant(state, "head").s, after - before, 1e-7)
-    assert state.layers["blocks/dense"].output_inverse.shape == (2, 4, 4)
-    assert state.layers["norm/scale"].diagonal.weight > 0
+    assert state.operators["blocks/dense"].value.outputs.shape == (2, 4, 4)
+    assert state.statistics["norm/scale"].weight > 0
     assert state.metrics.rejected_statistics == 0
 
 
@@ -295,7 +295,7 @@ def test_an_example_of_weight_two_is_there_twice_and_one_of_weight_zero_is_not()
     run = partial(first_step, Net(), likelihood=ng.losses.softmax_cross_entropy, others="gradient", **VARIANTS["KF-QN"])
     _, weighted, state = run(x, y, weights=weights)
     _, repeated, expected = run(x[chosen], y[chosen])
-    for found, want in zip(*map(jax.tree.leaves, (state.layers, expected.layers)), strict=True):
+    for found, want in zip(*map(jax.tree.leaves, (table.contents(state), table.contents(expected))), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-9)
     for found, want in zip(*map(jax.tree.leaves, (weighted, repeated)), strict=True):
         assert_equal(found, want)
@@ -328,17 +328,16 @@ def test_of_a_convolution_a_sums_positions_and_acts_without_being_kept(split):
     x_strength = 0.3**0.5 * (3.0 if split == "positions" else 1.0)  # 9 positions
     (first, second), inverse = [patches(np.asarray(x)) for x, _ in batches], None
     carry = step(carry, *batches[0])
-    state = carry[1].layers["conv"]
-    assert state.inputs is None
+    assert carry[1].statistics["conv"].inputs is None
     inverse = np.linalg.inv(np.einsum("nti,ntj->ij", first, first) / 6 + x_strength * np.eye(9))
-    assert_equal(state.input_inverse, inverse)
+    assert_equal(carry[1].operators["conv"].value.inputs, inverse)
     carry = step(carry, *batches[1])
     s = inverse @ second.mean((0, 1))
     y = np.einsum("nti,ntj->ij", second, second) @ s / 6 + x_strength * s
-    assert_equal(carry[1].layers["conv"].input_inverse, with_pair(inverse, s, y))
+    assert_equal(carry[1].operators["conv"].value.inputs, with_pair(inverse, s, y))
     s, y = secant(carry[1], "conv")
     v = 0.3 / x_strength
-    assert np.all(np.linalg.eigvalsh(carry[1].layers["conv"].output_inverse) <= max(1, 1 / v) + 1e-9)
+    assert np.all(np.linalg.eigvalsh(carry[1].operators["conv"].value.outputs) <= max(1, 1 / v) + 1e-9)
 
 
 # Edges and guards -----------------------------------------------------------------------------------------------------
@@ -377,7 +376,7 @@ def test_a_dead_layer_learns_nothing_and_no_damping_divides_by_zero():
         assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((found, state)))
         assert losses[-1] < losses[0]
         assert jnp.all(found["dead"]["kernel"] == params["dead"]["kernel"])
-        assert jnp.all(state.layers["dead"].output_inverse == jnp.eye(4))
+        assert jnp.all(state.operators["dead"].value.outputs == jnp.eye(4))
         assert state.metrics.skipped_outputs >= 10 and state.metrics.rejected_statistics == 0
 
 
@@ -392,7 +391,7 @@ def test_a_step_to_where_nothing_is_finite_is_forgotten_and_counted():
         states.append(state)
     _, good, bad, after = states
     assert [int(state.metrics.rejected_statistics) for state in states] == [0, 0, 3, 3]
-    jax.tree.map(np.testing.assert_array_equal, bad.layers, good.layers)
+    jax.tree.map(np.testing.assert_array_equal, table.contents(bad), table.contents(good))
     assert bad.count == 3 and after.metrics.statistics == 4
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((after, record)))
 
@@ -411,7 +410,7 @@ def test_masked_layers_stay_and_the_others_step_as_before():
 
     gradient, updates, state = one(masked)
     _, expected, whole = one(plain)
-    assert set(table.lifted(state).layers) == {"Dense_0", "Dense_2"}
+    assert set(table.lifted(state).operators) == {"Dense_0", "Dense_2"}
     for name in ("Dense_0", "Dense_2"):
         np.testing.assert_allclose(updates[name]["kernel"], expected[name]["kernel"], rtol=1e-5, atol=1e-7)
     assert jnp.all(updates["Dense_1"]["kernel"] == gradient["Dense_1"]["kernel"])  # as a mask leaves it

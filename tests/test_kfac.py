@@ -9,6 +9,7 @@ import optax
 import pytest
 import reference
 from flax import linen as nn
+from one_layer import kfac_block
 from reference import assert_differs, assert_equal, damped, kron, normal, random_params
 from watching import (
     AT_ONCE,
@@ -25,7 +26,6 @@ from watching import (
 )
 
 import natgrad_jax as ng
-from natgrad_jax.methods.kfac import kfac_block
 
 EXACT = kfac_block(0.0, "exact")
 """The damping added to the eigenvalues of A (x) G, so that its operator shows the block."""

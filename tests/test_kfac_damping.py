@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_layer import kfac_block
 from reference import assert_differs, assert_equal, damped, error, kron, normal
-from watching import factors_of, operator, pairs, prepared
+from watching import factors_of, operator, pairs, prepared, summed
 
-from natgrad_jax.damping import split_damping
-from natgrad_jax.methods.kfac import kfac_block
+from natgrad_jax.blocks.kronecker import split_damping
 
 KFAC = {split: kfac_block(0.0, split) for split in ("pi", "even", "exact")}
 
@@ -41,7 +41,7 @@ def test_c1_the_update_is_the_inverse_of_a_times_the_gradient_times_the_inverse_
 def test_c1_the_factors_of_a_layer_that_is_not_square_cannot_be_exchanged():
     layer, evidence = correlated(4, 3)
     state = prepared(KFAC["pi"], layer, evidence, 0.3)
-    exchanged = state._replace(inverse=type(state.inverse)(*reversed(state.inverse)))
+    exchanged = state._replace(operator=type(state.operator)(*reversed(state.operator)))
     assert KFAC["pi"].apply(layer, state, jnp.ones((4, 3)), 0.3).shape == (4, 3)
     with pytest.raises(TypeError):
         KFAC["pi"].apply(layer, exchanged, jnp.ones((4, 3)), 0.3)
@@ -114,7 +114,7 @@ def test_c55_every_update_descends(split, examples):
     @jax.jit
     def cosines(damping):
         state = prepared(KFAC[split], layer, evidence, damping)
-        gradients = normal(50, 6, 5, seed=7, dtype="float32"), evidence.gradient[:, 0]
+        gradients = normal(50, 6, 5, seed=7, dtype="float32"), summed(layer, evidence)[:, 0]
         return [alignments(partial(KFAC[split].apply, layer, state, damping=damping), g) for g in gradients]
 
     for damping in (1e-8, 1e-3, 1.0, 1e4):

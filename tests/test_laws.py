@@ -10,12 +10,27 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
-from methods_table import ALL_NAMES, NAMES, TASKS, direction, evaluate, measured, scanned, start, step, task, wrapped
+from methods_table import (
+    ALL_NAMES,
+    NAMES,
+    TASKS,
+    direction,
+    evaluate,
+    measured,
+    of_the_lifting,
+    scanned,
+    start,
+    step,
+    task,
+    wrapped,
+)
 
 from natgrad_jax import addresses
 
 every_method = pytest.mark.parametrize("method", NAMES)
+lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
+lifting_optimizer = of_the_lifting(ALL_NAMES)
 everywhere = pytest.mark.parametrize("where", TASKS)
 ANY = NAMES[0]
 
@@ -127,7 +142,7 @@ def traces_once(tx):
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_ten_steps_trace_once(method):
     traces_once(direction(method))
 
@@ -155,7 +170,7 @@ def agrees_however_it_runs(tx):
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_jit_scan_donation_and_eager_agree(method):
     agrees_however_it_runs(direction(method))
 
@@ -173,7 +188,7 @@ def owns_its_buffers(where, tx):
 
 
 @everywhere
-@every_optimizer
+@lifting_optimizer
 def test_no_two_arrays_of_the_first_state_share_a_buffer(method, where):
     owns_its_buffers(where, direction(method, where))
 
@@ -229,7 +244,7 @@ def application():
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_a_step_without_statistics_has_no_second_backward(method):
     skips_the_second_backward(direction(method, "mlp wide"), applying(method))
 
@@ -264,7 +279,7 @@ def compiles_without_a_second_backward(tx, extra=0, due=2):
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_the_compiled_step_without_statistics_costs_a_gradient(method):
     due = 2 if table.row(method).apart else 4
     compiles_without_a_second_backward(direction(method, "mlp wide"), applying(method), due)
@@ -336,7 +351,7 @@ def ignores_the_order_of_examples(tx):
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_the_order_of_the_examples_does_not_matter(method):
     ignores_the_order_of_examples(direction(method))
 

@@ -11,7 +11,16 @@ import optax
 import pytest
 from methods_table import TASKS, build, direction, measured, scanned, start, task, wrapped
 from sklearn.datasets import load_digits
-from test_laws import ANY, blockwise, every_method, every_optimizer, everywhere, fails
+from test_laws import (
+    ANY,
+    blockwise,
+    every_method,
+    every_optimizer,
+    everywhere,
+    fails,
+    lifting_method,
+    lifting_optimizer,
+)
 
 import natgrad_jax as ng
 
@@ -36,7 +45,7 @@ def keeps_types(where, tx):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [*TASKS, *(f"{name} bfloat16" for name in TASKS)])
-@every_method
+@lifting_method
 def test_an_update_changes_no_shape_and_no_dtype(method, where):
     keeps_types(where, direction(method, where))
 
@@ -73,7 +82,7 @@ def needs_no_parameters(tx):
     abstract_update("mlp", tx, params=None)
 
 
-@every_method
+@lifting_method
 def test_an_unknown_keyword_is_swallowed(method):
     swallows_unknown_keywords(direction(method))
 
@@ -85,7 +94,7 @@ def test_a_strict_signature_fails_the_law_of_keywords():
     fails(swallows_unknown_keywords, wrapped(direction(ANY), update))
 
 
-@every_method
+@lifting_method
 def test_parameters_are_not_needed(method):
     needs_no_parameters(direction(method))
 
@@ -102,7 +111,7 @@ def names_the_missing_layer(tx):
             tx.update(gradient, tx.init(gradient), curvature=curvature)
 
 
-@every_method
+@lifting_method
 def test_a_layer_without_evidence_is_named(method):
     names_the_missing_layer(direction(method))
 
@@ -174,7 +183,7 @@ def equals_its_constants(tx, method):
 
 
 @pytest.mark.slow
-@every_optimizer
+@lifting_optimizer
 def test_constant_schedules_and_traced_periods_equal_numbers(method):
     periods = {name: jnp.int32(table.SETTINGS[name]) for name in ("statistics_every", "refresh_every")}
     constants = {name: lambda count, name=name: table.SETTINGS[name] for name in ("damping", "decay")}
@@ -224,7 +233,7 @@ def keeps_its_calendar(method, early, wrap=lambda tx: tx):
 
         def one(carry, t):
             (params, state), record = table.step(problem, tx, carry, t)
-            scale = jax.tree.leaves(list(state.layers.values())[-1].scale)[0] if rescales else jnp.zeros(())
+            scale = jax.tree.leaves(list(state.operators.values())[-1].value.scale)[0] if rescales else jnp.zeros(())
             return (params, state), (record.metrics.statistics, record.metrics.refreshes, scale)
 
         return jax.lax.scan(one, start(problem, tx), jnp.arange(14))[1]
@@ -242,7 +251,7 @@ def keeps_its_calendar(method, early, wrap=lambda tx: tx):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
-@every_method
+@lifting_method
 def test_everything_happens_at_its_step(method, early):
     keeps_its_calendar(method, early)
 
@@ -263,10 +272,10 @@ def starts_with_the_mean(warm_start, tx):
     params = task("mlp").variables["params"]
     stream = [measured("mlp", t)[1] for t in range(3)]
     state = warm_start(tx, tx.init(params), stream, params)
-    singles = [warm_start(tx, tx.init(params), [evidence], params).layers for evidence in stream]
-    chex.assert_trees_all_close(state.layers, jax.tree.map(lambda *x: sum(x) / 3, *singles), rtol=1e-5, atol=1e-7)
+    singles = [warm_start(tx, tx.init(params), [evidence], params).statistics for evidence in stream]
+    chex.assert_trees_all_close(state.statistics, jax.tree.map(lambda *x: sum(x) / 3, *singles), rtol=1e-5, atol=1e-7)
     assert state.count == 0
-    assert any(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (state.layers, singles[0])), strict=True))
+    assert any(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (state.statistics, singles[0])), strict=True))
 
 
 @pytest.mark.slow
@@ -309,8 +318,8 @@ def poison(tree):
 
 
 def copies_in(state):
-    """How many copies the state of a layer is of: each has a number of its own, the weight of an average say."""
-    return min(leaf.size for leaf in jax.tree.leaves(state))
+    """How many copies the statistics of a layer are of: each has a number of its own, the weight of an average say."""
+    return min((leaf.size for leaf in jax.tree.leaves(state)), default=0)
 
 
 def survives_poison(where, tx):
@@ -318,10 +327,10 @@ def survives_poison(where, tx):
     gradient, evidence = measured(where)
     update = jax.jit(tx.update)
     _, good = update(gradient, tx.init(gradient), curvature=evidence)
-    copies = sum(copies_in(state) for state in good.layers.values())
+    copies = sum(copies_in(state) for state in good.statistics.values())
     for bad_gradient in (gradient, poison(gradient)):
         _, bad = update(bad_gradient, good, curvature=poison(evidence))
-        chex.assert_trees_all_close(bad.layers, good.layers, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(table.contents(bad), table.contents(good), rtol=1e-4, atol=1e-6)
         assert bad.metrics.rejected_statistics - good.metrics.rejected_statistics == copies
         assert bad.metrics.statistics == good.metrics.statistics + 1
     updates, after = update(gradient, bad, curvature=evidence)
@@ -341,7 +350,7 @@ def test_a_method_without_a_guard_does_not_survive():
     def update(inner, updates, state, params, curvature=None, **extra):
         found, state = inner(updates, state, params, curvature=curvature, **extra)
         seen = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(curvature))
-        return found, state._replace(layers=jax.tree.map(lambda leaf: leaf + 0 * seen, state.layers))
+        return found, state._replace(statistics=jax.tree.map(lambda leaf: leaf + 0 * seen, state.statistics))
 
     fails(survives_poison, "mlp", wrapped(direction(ANY, statistics_every=1, refresh_every=1), update))
 
@@ -352,7 +361,8 @@ def guards_layer_by_layer(tx):
     _, one = update(gradient, tx.init(gradient), curvature=evidence)
     _, other = update(gradient, tx.init(gradient), curvature={**evidence, "Dense_1": poison(evidence["Dense_1"])})
     assert other.metrics.rejected_statistics == 1
-    chex.assert_trees_all_close(other.layers["Dense_0"], one.layers["Dense_0"], rtol=1e-4, atol=1e-6)
+    ours, theirs = ((state.statistics["Dense_0"], state.operators["Dense_0"]) for state in (other, one))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

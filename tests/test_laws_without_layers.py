@@ -83,8 +83,8 @@ def survives_a_poisoned_gradient(tx):
     update = jax.jit(tx.update)
     _, good = update(gradient, tx.init(gradient))
     _, bad = update(state_laws.poison(gradient), good._replace(count=jnp.int32(4)))  # where all is due
-    chex.assert_trees_all_close(bad.layers, good.layers, rtol=1e-4, atol=1e-6)
-    assert bad.metrics.rejected_statistics == sum(map(state_laws.copies_in, good.layers.values()))
+    chex.assert_trees_all_close(table.contents(bad), table.contents(good), rtol=1e-4, atol=1e-6)
+    assert bad.metrics.rejected_statistics == sum(map(state_laws.copies_in, good.statistics.values()))
     updates, _ = update(gradient, bad)
     assert jnp.all(laws.blockwise(task("mlp"), gradient, updates) > 0)
 
@@ -100,7 +100,7 @@ def test_a_method_without_a_guard_does_not_survive():
     def update(inner, updates, state, params, **extra):
         found, state = inner(updates, state, params, **extra)
         seen = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updates))
-        return found, state._replace(layers=jax.tree.map(lambda leaf: leaf + 0 * seen, state.layers))
+        return found, state._replace(statistics=jax.tree.map(lambda leaf: leaf + 0 * seen, state.statistics))
 
     laws.fails(survives_a_poisoned_gradient, wrapped(direction("shampoo"), update))
 
@@ -116,4 +116,4 @@ def test_a_parameter_that_another_optimizer_takes_is_left_alone(method):
     for name in gradient:
         chex.assert_trees_all_close(updates[name]["bias"], -gradient[name]["bias"])
         chex.assert_trees_all_close(updates[name]["kernel"], alone[name]["kernel"], rtol=1e-4, atol=1e-6)
-    assert set(table.lifted(state).layers) == {f"{name}/kernel" for name in gradient}
+    assert set(table.lifted(state).operators) == {f"{name}/kernel" for name in gradient}

@@ -11,7 +11,7 @@ from test_grouping import lapack_calls
 from test_mbf import AT_ONCE, DAMPING
 
 import natgrad_jax as ng
-from natgrad_jax import linalg
+from natgrad_jax.algebra import stacks as linalg
 
 LAPACK = 'custom_call_target="lapack'
 """How a library call shows in compiled text."""

@@ -8,9 +8,9 @@ from flax import linen as nn
 from reference import assert_differs, assert_equal, kron, normal, random_params
 from watching import gradients, rows_of, watched
 
-from natgrad_jax.averages import gradient_moments, paired_moments
+from natgrad_jax.algebra.moments import gradient_moments, paired_moments
 from natgrad_jax.base import Evidence, Layer
-from natgrad_jax.layers import partial_traces
+from natgrad_jax.layers.rows import partial_traces
 
 pytestmark = pytest.mark.usefixtures("x64")
 SIZES = {"by gradients": (9, 4, 3), "by positions": (2, 7, 6), "one position": (1, 4, 3)}  # T, I, O

@@ -9,13 +9,15 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
-from methods_table import ALL_NAMES, NAMES, TASKS, direction, measured, row, task
+from methods_table import ALL_NAMES, NAMES, TASKS, direction, measured, of_the_lifting, row, task
 
 import natgrad_jax as ng
 from natgrad_jax import addresses
 
 every_method = pytest.mark.parametrize("method", NAMES)
+lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
+lifting_optimizer = of_the_lifting(ALL_NAMES)
 ANY = NAMES[0]
 
 
@@ -43,7 +45,7 @@ def close(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", TASKS)
-@every_optimizer
+@lifting_optimizer
 def test_the_state_can_be_had_from_shapes_alone(method, where):
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_of(where))
     tx = optimizer(method, where)
@@ -52,16 +54,16 @@ def test_the_state_can_be_had_from_shapes_alone(method, where):
     assert table.shapes(tx.init(abstract)) == expected
 
 
-@every_optimizer
+@lifting_optimizer
 def test_the_state_is_arrays_only_and_counts_in_int32(method):
     state = direction(method).init(params_of())
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert state.count.dtype == jnp.int32
     for address in addresses.flatten(params_of()):  # is in one block
-        assert [address == name or address.startswith(f"{name}/") for name in state.layers].count(True) == 1
+        assert [address == name or address.startswith(f"{name}/") for name in state.operators].count(True) == 1
 
 
-@every_optimizer
+@lifting_optimizer
 def test_map_params_works_and_takes_no_factor_for_a_parameter(method):
     tx = optimizer(method)
     state = tx.init(params_of())
@@ -81,7 +83,7 @@ def is_buffer(node):
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_the_complete_optimizer_is_direction_decay_momentum_and_learning_rate(method):
     gradient, evidence = measured("mlp")
     whole = optimizer(method, momentum=0.8, weight_decay=0.1)
@@ -126,7 +128,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_every_direction_takes_injected_hyperparameters(method):
     gradient, evidence = measured("mlp")
     injected = optax.inject_hyperparams(row(method).scale_by)(task("mlp").layers, **table.settings_of(method))
@@ -143,7 +145,7 @@ def test_masked_layers_are_skipped_and_the_others_are_as_before(hidden):
     mask = {"Dense_0": hidden, "Dense_1": True, "Dense_2": True}
     tx = optax.masked(direction(ANY), mask)
     state = tx.init(params_of())
-    assert set(state.inner_state.layers) == {"Dense_1", "Dense_2"}
+    assert set(state.inner_state.operators) == {"Dense_1", "Dense_2"}
     updates, _ = jax.jit(tx.update)(gradient, state, params_of(), curvature=evidence)
     whole, _ = once(ANY)
     close(updates, {**whole, "Dense_0": gradient["Dense_0"]})
@@ -183,7 +185,7 @@ def test_apply_if_finite_leaves_out_a_gradient_that_is_not():
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_update_and_skip_are_two_branches_of_one_type(method):
     gradient, evidence = measured("mlp")
     tx = optimizer(method)
@@ -236,14 +238,14 @@ def test_multi_steps_sees_the_evidence_of_the_last_micro_batch_only():
     alone = direction(ANY, statistics_every=1, refresh_every=1)
     expected, expected_state = jax.jit(alone.update)(gradient, alone.init(params_of()), curvature=evidence[1])
     close(updates, expected)
-    close(state.inner_opt_state.layers, expected_state.layers)
+    close(table.contents(state.inner_opt_state), table.contents(expected_state))
 
 
 # --- ensembles and checkpoints ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_an_ensemble_under_vmap_steps_as_its_members_do(method):
     tx, scales = direction(method), (0.5, 1.0, 2.0)
     gradient, evidence = measured("mlp")
@@ -288,7 +290,7 @@ def resumes(method, save, folder):
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_a_checkpoint_of_plain_arrays_gives_the_identical_next_step(method, tmp_path):
     resumes(method, saved_by_numpy, tmp_path)
 

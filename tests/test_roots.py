@@ -7,8 +7,8 @@ import pytest
 from reference import GATES, assert_differs, assert_equal, normal
 
 import natgrad_jax as ng
-from natgrad_jax import roots
-from natgrad_jax.linalg import Diagonal
+from natgrad_jax.algebra import roots
+from natgrad_jax.algebra.stacks import Diagonal
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 find = jax.jit(roots.inverse_root, static_argnums=(2, 3))
@@ -181,9 +181,9 @@ def test_a_matrix_too_ill_conditioned_for_its_precision_has_the_root_of_the_floo
 
 def tampered(state, name, factor):
     """The state with the factors of one block multiplied."""
-    block = state.layers[name]
-    total = jax.tree.map(lambda leaf: factor * leaf, block.factors.total)
-    return state._replace(layers={**state.layers, name: block._replace(factors=block.factors._replace(total=total))})
+    factors = state.statistics[name]
+    total = jax.tree.map(lambda leaf: factor * leaf, factors.total)
+    return state._replace(statistics={**state.statistics, name: factors._replace(total=total)})
 
 
 @pytest.mark.parametrize("root", roots.ROOTS)
@@ -195,9 +195,11 @@ def test_a_root_that_is_not_found_leaves_the_last_one_and_is_counted(root):
     for factor, counted in ((-1.0, 1 if root == "newton" else 0), (2.0, 0)):  # by eigh, negative is taken for zero
         _, after = update(gradient, tampered(good, "a", factor))
         assert after.metrics.rejected_refreshes == counted
-        same = [np.array_equal(x, y) for x, y in zip(after.layers["a"].roots, good.layers["a"].roots, strict=True)]
+        same = [
+            np.array_equal(x, y) for x, y in zip(after.operators["a"].value, good.operators["a"].value, strict=True)
+        ]
         assert same == [counted == 1] * 2
-        for ours, theirs in zip(after.layers["b"].roots, good.layers["b"].roots, strict=True):
+        for ours, theirs in zip(after.operators["b"].value, good.operators["b"].value, strict=True):
             assert_equal(ours, theirs)
 
 
@@ -207,10 +209,10 @@ def test_without_a_damping_a_block_that_has_seen_no_gradient_keeps_the_identity(
     tx = ng.scale_by_shampoo(damping=0.0, root=root, statistics_every=1, refresh_every=1)
     updates, state = jax.jit(tx.update)(gradient, tx.init(gradient))
     assert state.metrics.rejected_refreshes == 1
-    for factor, size in zip(state.layers["unseen"].roots, (4, 3), strict=True):
+    for factor, size in zip(state.operators["unseen"].value, (4, 3), strict=True):
         np.testing.assert_array_equal(factor, np.eye(size))
     assert np.all(np.isfinite(updates["seen"])) and not np.any(updates["unseen"])
-    assert_differs(state.layers["seen"].roots[1], np.eye(3))
+    assert_differs(state.operators["seen"].value[1], np.eye(3))
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

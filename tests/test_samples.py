@@ -8,15 +8,16 @@ from reference import assert_differs, assert_equal, error, normal
 from watching import gradients, pairs
 
 import natgrad_jax as ng
-from natgrad_jax import samples
-from natgrad_jax.samples import Gradients, Rows
+from natgrad_jax.base import Use
+from natgrad_jax.blocks import samples
+from natgrad_jax.blocks.samples import Gradients, Rows
 
 
 def spatial(examples, positions, rows, columns, *, stack=(), draws=1, dtype="float64"):
     """A layer with shared weights, and its evidence."""
     inputs = normal(*stack, examples, positions, rows, seed=1, dtype=dtype)
     cotangents = normal(draws, *stack, examples, positions, columns, seed=2, dtype=dtype)
-    layer = ng.Layer("shared", "dense", (rows, columns), (), stack, dtype, positions=positions)
+    layer = ng.Layer("shared", "dense", (rows, columns), (), stack, dtype, uses=(Use("dense", None, positions),))
     return layer, ng.Evidence((inputs,), (cotangents,), count=jnp.asarray(examples, dtype))
 
 
@@ -128,7 +129,7 @@ def test_what_is_smaller_is_kept():
         (5, 9, 7, Gradients),
         (50, 9, 7, Gradients),
     ):
-        layer = ng.Layer("layer", "dense", (rows, columns), (), positions=positions)
+        layer = ng.Layer("layer", "dense", (rows, columns), (), uses=(Use("dense", None, positions),))
         both = [6 * positions * (rows + columns), 6 * rows * columns]
         found = samples.empty(layer, 6, 1, "example")
         assert isinstance(found, kind)

@@ -14,10 +14,10 @@ from reference import assert_differs, assert_equal, normal
 from test_laws_of_state import digits
 
 import natgrad_jax as ng
-from natgrad_jax import averages
 from natgrad_jax.addresses import flatten
+from natgrad_jax.algebra import averages
+from natgrad_jax.around.graft import divide_by_rms, of_gradient
 from natgrad_jax.layers.views import merged
-from natgrad_jax.steps import divide_by_rms, of_gradient
 
 # The definition -------------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ def test_blocks_are_preconditioned_each_by_itself(block):
             expected[here] = followed(data["matrix"][here], see=lambda array: array)
     assert_equal(found, expected)
     assert_differs(found, followed(data["matrix"]))
-    for factor, size in zip(state[0][1].layers["matrix"].factors.total, (rows, columns), strict=True):
+    for factor, size in zip(state[0][1].statistics["matrix"].total, (rows, columns), strict=True):
         assert factor.shape == (-(-7 // rows) * -(-5 // columns), size, size)
 
 
@@ -293,7 +293,7 @@ def test_a_mode_that_is_too_long_keeps_the_diagonal_of_its_factor():
         expected.append(-0.5 * product(gradient, roots))
     assert_equal(found["matrix"], np.stack(expected))
     assert_differs(found["matrix"], whole)
-    assert state[0].layers["matrix"].roots[0].entries.shape == (5,)
+    assert state[0].operators["matrix"].value[0].entries.shape == (5,)
 
 
 # Grafting -------------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_after_a_warm_start_the_first_step_leaves_the_statistics_and_the_next_on
             np.mean(parts, axis=0)
             for parts in zip(*(moments(in_modes(np.asarray(leaf))) for leaf in data[name][:3]), strict=True)
         ]
-        for ours, theirs in zip(averages.mean(state[0][1].layers[name].factors), means, strict=True):
+        for ours, theirs in zip(averages.mean(state[0][1].statistics[name]), means, strict=True):
             assert_equal(ours, theirs)
         assert_equal(updates, followed(rest[name], warm=means))
         assert_differs(updates, followed(rest[name]))
@@ -433,9 +433,9 @@ def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned(
     for state in states:
         assert state[0][1].count == 0 and state[0][1].metrics.statistics == 3
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(state[0][0]))  # the momentum has not moved
-        for name, block in state[0][1].layers.items():
+        for name, block in state[0][1].statistics.items():
             all_moments = [moments(in_modes(np.asarray(tree[name]))) for tree in leaves]
-            for ours, *theirs in zip(averages.mean(block.factors), *all_moments, strict=True):
+            for ours, *theirs in zip(averages.mean(block), *all_moments, strict=True):
                 assert_equal(ours, np.mean(theirs, axis=0))
                 assert_differs(ours, theirs[0])
     with pytest.raises(ValueError, match="the stream of the warm start gives evidence alone"):

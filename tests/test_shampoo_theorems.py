@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from one_layer import shampoo_block, tkfac_block
 from reference import assert_differs, assert_equal, kron, normal
 from test_shampoo import SETTINGS, root, run, stream
 from watching import captured_fisher, gradients, implied_block, random_layers
 
 import natgrad_jax as ng
-from natgrad_jax import averages
+from natgrad_jax.algebra import averages
+from natgrad_jax.layers.parameter import parameter
 from natgrad_jax.layers.views import view
-from natgrad_jax.methods.shampoo import shampoo_block
-from natgrad_jax.methods.tkfac import tkfac_block
 
 
 def polar_factors(dtype, **settings):
@@ -46,7 +46,7 @@ def test_c47_with_another_exponent_or_damping_it_is_not(other):
 
 def tensor_layer(*shape):
     """One array of that shape as a tensor, without blocks."""
-    return view(ng.Layer("x", "parameter", shape, (), (), "float64"), shape)
+    return view(parameter("x", shape, "float64"), shape)
 
 
 def draws_of(left, right):
@@ -63,17 +63,17 @@ def two_sides():
 @pytest.mark.usefixtures("x64")
 def test_c46_three_coupled_alternations_from_the_identity_recover_the_factors_of_a_product():
     left, right = two_sides()
-    layer, evidence = tensor_layer(4, 3), ng.Evidence(gradient=draws_of(left, right), count=jnp.ones(()))
+    layer, evidence = tensor_layer(4, 3), ng.Evidence(gradient={"value": draws_of(left, right)}, count=jnp.ones(()))
 
     def alternated(coupled):
         method = shampoo_block(0.0, 0.5, coupled=coupled)
         state = method.init(layer)
         for side in (0, 1, 0):
             fresh = method.refresh(layer, method.observe(layer, state, evidence), 1e-13)
-            roots = list(state.roots)
-            roots[side] = fresh.roots[side]
-            state = state._replace(roots=tuple(roots))
-        return kron(*(np.linalg.matrix_power(np.linalg.inv(side), 2) for side in state.roots))
+            roots = list(state.operator)
+            roots[side] = fresh.operator[side]
+            state = state._replace(operator=tuple(roots))
+        return kron(*(np.linalg.matrix_power(np.linalg.inv(side), 2) for side in state.operator))
 
     assert_equal(alternated(coupled=True), kron(left, right))
     assert_differs(alternated(coupled=False), kron(left, right))
@@ -82,7 +82,7 @@ def test_c46_three_coupled_alternations_from_the_identity_recover_the_factors_of
 @pytest.mark.usefixtures("x64")
 def test_c46_coupled_averages_tend_to_the_factors_of_a_product():
     left, right = two_sides()
-    layer, evidence = tensor_layer(4, 3), ng.Evidence(gradient=draws_of(left, right), count=jnp.ones(()))
+    layer, evidence = tensor_layer(4, 3), ng.Evidence(gradient={"value": draws_of(left, right)}, count=jnp.ones(()))
 
     @partial(jax.jit, static_argnums=0)
     def limit(coupled):
@@ -91,7 +91,7 @@ def test_c46_coupled_averages_tend_to_the_factors_of_a_product():
         def step(_, state):
             return method.refresh(layer, method.observe(layer, state, evidence), 1e-13)
 
-        return averages.mean(jax.lax.fori_loop(0, 60, step, method.init(layer)).factors)
+        return averages.mean(jax.lax.fori_loop(0, 60, step, method.init(layer)).statistics)
 
     assert_equal(kron(*limit(True)), kron(left, right))
     assert_differs(kron(*limit(False)), kron(left, right))
@@ -102,15 +102,17 @@ def test_c38_of_gradients_of_examples_the_averages_are_the_partial_traces_of_the
     layer, evidence, _ = random_layers(6, 5, 64, copies=1)
     d = jnp.asarray(gradients(layer, evidence)[0, 0])
     method, tensor = shampoo_block(0.0), tensor_layer(6, 5)
-    state = method.observe(tensor, method.init(tensor), ng.Evidence(gradient=d, count=jnp.ones(())))
-    found = averages.mean(state.factors)
+    state = method.observe(tensor, method.init(tensor), ng.Evidence(gradient={"value": d}, count=jnp.ones(())))
+    found = averages.mean(state.statistics)
     block = captured_fisher(layer, evidence)[0]
     for ours, theirs in zip(found, reference.partial_traces(block, (6, 5)), strict=True):
         assert_equal(ours, theirs)
     of_tkfac = implied_block(tkfac_block(0.0, "exact"), layer, evidence)[0]
     assert_equal(of_tkfac, kron(*found) / np.trace(found[0]))
-    batch = method.observe(tensor, method.init(tensor), ng.Evidence(gradient=d.sum(0)[None] / 64, count=jnp.ones(())))
-    for ours, theirs in zip(averages.mean(batch.factors), found, strict=True):
+    batch = method.observe(
+        tensor, method.init(tensor), ng.Evidence(gradient={"value": d.sum(0)[None] / 64}, count=jnp.ones(()))
+    )
+    for ours, theirs in zip(averages.mean(batch.statistics), found, strict=True):
         assert_differs(ours, theirs)  # of the mean gradient it is another matrix
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from methods_table import SETTINGS, measured, task
+from one_layer import State, ekfac_block, tekfac_block, tkfac_block
 from reference import assert_differs, assert_equal, damped, diagonal_in, error, errors, kron, normal, recomposed
 from watching import (
     basis_and_scale,
@@ -21,16 +22,14 @@ from watching import (
     prepared,
     random_layers,
     state_of,
+    summed,
 )
 
 import natgrad_jax as ng
-from natgrad_jax import averages
-from natgrad_jax.averages import Average
-from natgrad_jax.factors import Traces
-from natgrad_jax.layers import to_matrix
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.tekfac import tekfac_block
-from natgrad_jax.methods.tkfac import tkfac_block
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.averages import Average
+from natgrad_jax.blocks.kronecker import Traces
+from natgrad_jax.layers.rows import to_matrix
 
 TEKFAC, TKFAC, EKFAC = tekfac_block(0.0), tkfac_block(0.0, "exact"), ekfac_block(0.0)
 
@@ -93,7 +92,7 @@ def test_c40_with_the_factors_of_kfac_in_the_place_of_the_traces_it_is_ekfac(dty
     def updates(evidence, a, g):
         theirs = EKFAC.apply(layer, prepared(EKFAC, layer, evidence, damping), gradient, damping)
         own = prepared(TEKFAC, layer, evidence, damping)
-        exchanged = TEKFAC.refresh(layer, own._replace(traces=Average(Traces(a, g), jnp.ones(1, dtype))), damping)
+        exchanged = TEKFAC.refresh(layer, own._replace(statistics=Average(Traces(a, g), jnp.ones(1, dtype))), damping)
         exchanged = TEKFAC.rescale(layer, exchanged, evidence)
         return theirs, *(TEKFAC.apply(layer, state, gradient, damping) for state in (exchanged, own))
 
@@ -113,7 +112,7 @@ def test_c41_after_a_refresh_the_scale_is_the_diagonal_in_the_new_basis_of_the_b
     def steps(first, second):
         old = prepared(method, layer, first, 1.0)
         new = method.refresh(layer, method.observe(layer, old, second), 1.0)
-        kept = new._replace(scale=old.scale)  # over the change of the basis
+        kept = new._replace(operator=new.operator._replace(scale=old.operator.scale))  # over the change of the basis
         return [method.rescale(layer, state, second) for state in (new, kept)]
 
     state, kept = steps(first, second)
@@ -129,7 +128,7 @@ def test_the_minibatch_scale_starts_at_the_eigenvalues_of_tkfac():
     method = tekfac_block(0.5, "minibatch")
     q, scale = basis_and_scale(state_of(method, layer, evidence, 1.0))
     start = diagonal_in(q, implied_block(TKFAC, layer, evidence))
-    coordinates = np.einsum("spk,sp->sk", q, np.reshape(evidence.gradient, (1, -1)))
+    coordinates = np.einsum("spk,sp->sk", q, np.reshape(summed(layer, evidence), (1, -1)))
     assert_equal(scale, 0.5 * start + 0.5 * coordinates**2 / 50)
     assert_differs(scale, start)
 
@@ -161,7 +160,7 @@ def first_step(where, rule):
     @jax.jit
     def step(damping):
         updates, state = tx.update(gradient, tx.init(gradient), curvature=evidence, damping=damping)
-        return matrices(updates), matrices(gradient), {name: state.layers[name] for name in layers}
+        return matrices(updates), matrices(gradient), {name: State((), state.operators[name].value) for name in layers}
 
     return step
 
@@ -178,7 +177,7 @@ def solved(state, gradient, strengths):
 def test_a_convolution_is_damped_by_its_mean_eigenvalue_and_a_dense_layer_by_the_largest_of_them(floor):
     step = first_step("convnet", "mean_eigenvalue")
     _, gradients, states = step(1e-5)
-    means = {name: np.mean(averages.mean(state.scale), axis=(-2, -1)) for name, state in states.items()}
+    means = {name: np.mean(averages.mean(state.operator.scale), axis=(-2, -1)) for name, state in states.items()}
     smallest, *_, largest = sorted(np.concatenate([np.ravel(means[name]) for name in ("Conv_0", "Conv_1")]))
     assert largest > 1.2 * smallest
     damping = {"low": 1e-5, "between": np.sqrt(smallest * largest), "high": 30 * largest}[floor]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from flax import linen as nn
+from one_layer import kfac_block, tkfac_block
 from reference import (
     assert_differs,
     assert_equal,
@@ -34,9 +35,6 @@ from watching import (
     rows_of,
     watched,
 )
-
-from natgrad_jax.methods.kfac import kfac_block
-from natgrad_jax.methods.tkfac import tkfac_block
 
 SPLITS = ("even", "pi", "mean_eigenvalue", "exact")
 BY_SPLIT = {split: tkfac_block(0.0, split) for split in SPLITS}
@@ -165,7 +163,7 @@ def test_c43_the_average_is_the_tkfac_of_the_averaged_block(dtype):
         for evidence in evidences:
             state = method.observe(layer, state, evidence)
         state = method.refresh(layer, state, 1.0)
-        return state.traces, state.inverse.basis, state.inverse.scale
+        return state.statistics, state.operator.basis, state.operator.scale
 
     traces, basis, scale = after_all([evidence for _, evidence in batches])
     found = reference.recomposed(kron(*basis), np.ravel(scale)).astype(dtype)
@@ -255,9 +253,11 @@ def test_the_default_is_the_papers_choice_by_the_kind_of_the_layer(kind, split):
     layer, evidence, delta, _, _ = reference_case()
 
     def inverses(method, kind):
+        window = (1,) if kind == "conv" else ()
+
         def refreshed(evidence):
             state = method.observe(layer, method.init(layer), evidence)
-            return method.refresh(replace(layer, kind=kind), state, 0.01 * delta).inverse
+            return method.refresh(replace(layer, window=window), state, 0.01 * delta).operator
 
         return kron(*jax.jit(refreshed)(evidence))
 

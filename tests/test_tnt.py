@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import reference
 from flax import linen as nn
+from one_layer import tnt_block
 from reference import assert_differs, assert_equal, damped, error, normal, random_params
 from tensors import kron, moments, solved, traces, units
 from watching import evidence_of, prepared, watched
 
 import natgrad_jax as ng
-from natgrad_jax.methods.tnt import tnt_block
+from natgrad_jax.layers.parameter import parameter
+from natgrad_jax.layers.views import view
 
 TNT, PER_MODE, RAW = tnt_block(0.0), tnt_block(0.0, "per_mode"), tnt_block(0.0, normalise=False)
 SIZES = [(7,), (4, 6), (4, 3, 5), (2, 3, 2, 4)]
@@ -31,8 +33,8 @@ by_modes = pytest.mark.parametrize(
 
 def tensors(draws, total=1.0):
     """A tensor and its evidence: draws [K, n_1, ..., n_k] of the gradient summed over examples of this total weight."""
-    layer = ng.Layer("tensor", "tensor", draws.shape[1:], (), (), str(draws.dtype))
-    return layer, ng.Evidence(gradient=draws, count=jnp.asarray(total, draws.dtype))
+    layer = view(parameter("tensor", draws.shape[1:], str(draws.dtype)), draws.shape[1:])
+    return layer, ng.Evidence(gradient={"value": draws}, count=jnp.asarray(total, draws.dtype))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -68,11 +70,11 @@ def test_c68_all_traces_are_one_and_all_normalised_factors_have_one_mean_eigenva
     damping = size * 1e-3
     state, _ = run(TNT, draws, momentum, damping)
     expected = moments(draws)
-    for found, factor in zip(state.factors.total, expected, strict=True):
+    for found, factor in zip(state.statistics.total, expected, strict=True):
         assert_equal(found, factor)
         assert_equal(jnp.trace(found), np.mean(np.sum(np.asarray(draws, np.float64) ** 2, axis=(1, 2, 3))))
     gate = {"float64": None, "float32": 1e-4}[dtype]  # read off inverses
-    found = [(inverse(p) - damping ** (1 / 3) * np.eye(len(p))).astype(dtype) for p in state.inverses]
+    found = [(inverse(p) - damping ** (1 / 3) * np.eye(len(p))).astype(dtype) for p in state.operator]
     for factor in found:
         assert_equal(np.trace(factor) / len(factor), size ** (1 / 3), gate)
     assert_equal(kron(found), kron(expected) / np.trace(expected[0]) ** 2, gate)
@@ -126,13 +128,13 @@ def test_c70_a_tensor_normal_covariance_is_found_exactly_and_solved_exactly_with
     gate = {"float64": None, "float32": 1e-4}[dtype]  # undamped
     state, found = run(TNT, draws, momentum, 0.0)
     assert_equal(found, np.linalg.solve(covariance, np.ravel(momentum)).reshape(sizes), gate)
-    implied = kron([inverse(p) for p in state.inverses]).astype(dtype)
+    implied = kron([inverse(p) for p in state.operator]).astype(dtype)
     assert_equal(implied, covariance, gate)
     mixed = draws[:, ::-1] + draws  # another covariance, of no Kronecker product
     mixed = mixed * normal(count, *(1 for _ in sizes), dtype=dtype)
     flat = np.asarray(mixed, np.float64).reshape(count, -1)
     state, _ = run(TNT, mixed, momentum, 1e-6)
-    assert_differs(kron([inverse(p) for p in state.inverses]), flat.T @ flat / count)
+    assert_differs(kron([inverse(p) for p in state.operator]), flat.T @ flat / count)
 
 
 def test_c71_a_vector_is_solved_with_the_moving_average_of_the_outer_products(dtype):
@@ -248,7 +250,7 @@ def test_a_mode_that_is_too_long_keeps_the_diagonal_of_its_factor(most):
     state, found = run(tnt_block(0.0, max_factor_dim=most), draws, momentum, 0.1 * size)
     assert_equal(found, solved(units(kept), (0.1 * size) ** (1 / 3), momentum))
     assert error(direction(TNT, draws, momentum, 0.1 * size), found) > 0.05
-    leaves = jax.tree.leaves(state.factors.total)
+    leaves = jax.tree.leaves(state.statistics.total)
     assert [leaf.ndim for leaf in leaves] == [1 + (n <= most) for n in (4, 3, 5)]
 
 
@@ -262,7 +264,7 @@ AT_ONCE = {"statistics_every": 1, "refresh_every": 1}
 def _statistics(layers, settings, params, evidence):
     tx = ng.scale_by_tnt(layers, damping=1.0, decay=0.0, **AT_ONCE, **dict(settings))
     _, state = tx.update(params, tx.init(params), curvature=evidence)
-    return {name: state.factors.total for name, state in state.layers.items()}
+    return {name: factors.total for name, factors in state.statistics.items()}
 
 
 def statistics(layers, params, evidence, **settings):
@@ -421,7 +423,7 @@ def test_a_batch_in_which_no_example_has_weight_shows_zeros(estimator):
     for weights, is_zero in ((jnp.zeros(4), True), (jnp.array([0.0, 1.0, 0.0, 0.0]), False)):
         state = update(*evidence_of(*args, labels="true", weights=weights))
         assert state.metrics.rejected_statistics == 0
-        for factors, weight in (state.layers[f"layer_b/{role}"].factors for role in ("kernel", "bias")):
+        for factors, weight in (state.statistics[f"layer_b/{role}"] for role in ("kernel", "bias")):
             assert weight == 0.5
             assert all(jnp.all(factor == 0) == is_zero for factor in factors)
 
@@ -435,8 +437,8 @@ def test_c38_of_true_labels_the_product_is_that_of_the_second_moments_of_gradien
     d = np.asarray(reference.example_gradients(model, params, ("layer_b",), "squared_error", x, y)["layer_b"])
     left, right = np.einsum("nio,njo->ij", d, d) / 6, np.einsum("nio,nip->op", d, d) / 6
     tx = ng.scale_by_tnt(layers, damping=1.0, estimator="per_example", **AT_ONCE)
-    state = jax.jit(tx.update)(params, tx.init(params), curvature=evidence)[1].layers["layer_b/kernel"]
-    found = kron([inverse(p) - np.eye(len(p)) for p in state.inverses])
+    state = jax.jit(tx.update)(params, tx.init(params), curvature=evidence)[1].operators["layer_b/kernel"]
+    found = kron([inverse(p) - np.eye(len(p)) for p in state.value])
     assert_equal(found, kron([left, right]) / np.trace(left))
     batch = d.sum(0)
     assert_differs(kron([batch @ batch.T, batch.T @ batch]) / np.sum(batch**2) / 6, found)
@@ -456,7 +458,7 @@ def test_statistics_of_the_gradient_are_its_own_square_and_ask_for_no_curvature(
         array = np.asarray(array).reshape(array.shape or (1,))
         factors = moments(array[None])
         assert_equal(np.ravel(found[name]), np.ravel(solved(units(factors), 0.1 ** (1 / array.ndim), array)))
-        for ours, theirs in zip(state.layers[name].factors.total, factors, strict=True):
+        for ours, theirs in zip(state.statistics[name].total, factors, strict=True):
             assert_equal(ours, theirs)
             assert_differs(ours / 3, theirs)
 

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_layer import ekfac_block, tekfac_block
 from reference import assert_differs, assert_equal, error, kron, normal, recomposed
 from watching import basis_and_scale, pairs, random_layers, state_of
 
-from natgrad_jax import averages
-from natgrad_jax.eigenbasis import Basis, warm_eigenbasis
-from natgrad_jax.linalg import Diagonal
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.tekfac import tekfac_block
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.eigenbasis import Basis, warm_eigenbasis
+from natgrad_jax.algebra.stacks import Diagonal
 
 METHODS = {"ekfac": ekfac_block, "tekfac": tekfac_block}
 with_methods = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
@@ -115,7 +114,7 @@ def batches(stack=(2,)):
 @pytest.mark.parametrize("estimator", ["per_example", "minibatch"])
 def test_the_first_refresh_is_by_eigendecompositions(block, estimator):
     layer, first, _ = batches()
-    found, expected = (state_of(block(0.5, estimator, refresh_by=by), layer, first, 1.0) for by in ("qr", "eigh"))
+    found, expected = (state_of(block(0.5, estimator, refresh=by), layer, first, 1.0) for by in ("qr", "eigh"))
     jax.tree.map(assert_equal, found, expected)
 
 
@@ -124,7 +123,7 @@ def test_the_first_refresh_is_by_eigendecompositions(block, estimator):
 @with_methods
 def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
     layer, first, second = batches()
-    method = block(0.5, refresh_by="qr")
+    method = block(0.5, refresh="qr")
 
     @jax.jit
     def steps(first, second):
@@ -133,17 +132,19 @@ def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
         return old, new, method.refresh(layer, new, 1.0), block(0.5).refresh(layer, old, 1.0)
 
     old, new, newer, cold = steps(first, second)
-    assert_equal(new.scale.weight, old.scale.weight)
-    assert_equal(np.sort(np.ravel(averages.mean(new.scale)[0])), np.sort(np.ravel(averages.mean(old.scale)[0])))
-    assert jnp.all(cold.scale.weight == 0)
+    assert_equal(new.operator.scale.weight, old.operator.scale.weight)
+    assert_equal(
+        np.sort(np.ravel(averages.mean(new.operator.scale)[0])), np.sort(np.ravel(averages.mean(old.operator.scale)[0]))
+    )
+    assert jnp.all(cold.operator.scale.weight == 0)
     for state in (new, newer):
         q, _ = basis_and_scale(state)
         assert_equal(np.swapaxes(q, 1, 2) @ q, np.broadcast_to(np.eye(20), (2, 20, 20)))
         assert error(q, basis_and_scale(old)[0]) > 0.1
 
     def off_diagonal(state):
-        moment = state.traces.total.inputs if block is tekfac_block else state.pair.inputs.total
-        turned = np.einsum("sia,sij,sjb->sab", state.basis.inputs, moment, state.basis.inputs)
+        moment = state.statistics.total.inputs if block is tekfac_block else state.statistics.inputs.total
+        turned = np.einsum("sia,sij,sjb->sab", state.operator.basis.inputs, moment, state.operator.basis.inputs)
         return np.linalg.norm(turned - turned * np.eye(5)) / np.linalg.norm(turned)
 
     assert off_diagonal(newer) < off_diagonal(new) < off_diagonal(old)
@@ -154,9 +155,10 @@ def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
 @pytest.mark.usefixtures("x64")
 def test_one_copy_without_a_scale_has_the_whole_stack_start_afresh():
     layer, first, second = batches()
-    method = ekfac_block(0.5, refresh_by="qr")
+    method = ekfac_block(0.5, refresh="qr")
     old = method.observe(layer, state_of(method, layer, first, 1.0), second)
-    lost = old._replace(scale=jax.tree.map(lambda leaf: leaf.at[1].set(0), old.scale))
+    scale = jax.tree.map(lambda leaf: leaf.at[1].set(0), old.operator.scale)
+    lost = old._replace(operator=old.operator._replace(scale=scale))
     found, expected = (jax.jit(partial(m.refresh, layer))(lost, 1.0) for m in (method, ekfac_block(0.5)))
-    jax.tree.map(assert_equal, found.basis, expected.basis)
-    assert jnp.all(found.scale.weight == 0)
+    jax.tree.map(assert_equal, found.operator.basis, expected.operator.basis)
+    assert jnp.all(found.operator.scale.weight == 0)

@@ -4,14 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from one_layer import ekfac_block, kfac_block
 from reference import assert_differs, assert_equal, kron, normal, random_params
 from watching import captured_fisher, evidence_of, gradients, implied_blocks, prepared, rows_of, watched
 
 import natgrad_jax as ng
-from natgrad_jax import averages
-from natgrad_jax.layers import input_moment, output_moment
-from natgrad_jax.methods.ekfac import ekfac_block
-from natgrad_jax.methods.kfac import kfac_block
+from natgrad_jax.algebra import averages
+from natgrad_jax.layers.rows import input_moment, output_moment
 
 EXPAND, REDUCE = (kfac_block(0.0, "exact", sharing=sharing) for sharing in ("expand", "reduce"))
 
@@ -121,16 +120,16 @@ def test_ekfac_takes_its_basis_from_pooled_factors_and_its_scale_from_the_gradie
     net = net_of(Pixels(), 4, 3, 3, 2)
     layer, evidence = net.layers["first"], net.evidence["first"]
     state = prepared(ekfac_block(0.0, sharing="reduce"), layer, evidence, 1.0)
-    for side, of in zip(state.basis, (input_moment, output_moment), strict=True):
+    for side, of in zip(state.operator.basis, (input_moment, output_moment), strict=True):
         turned = side.T @ of(layer, evidence, sharing="reduce") @ side
         assert_equal(turned, np.diag(np.diag(turned)))
         turned = side.T @ of(layer, evidence) @ side
         assert np.linalg.norm(turned - np.diag(np.diag(turned))) > 0.05 * np.linalg.norm(turned)
-    q, scale = kron(*state.basis), averages.mean(state.scale).ravel()
+    q, scale = kron(*state.operator.basis), averages.mean(state.operator.scale).ravel()
     assert_equal(captured_fisher(layer, evidence), net.blocks["first"])
     assert_equal(scale, np.einsum("pk,pq,qk->k", q, net.blocks["first"], q))
     rows, columns = rows_of(layer, evidence)
     pooled = np.einsum("ni,kno->knio", rows.sum(-2), columns.mean(-2))
     assert pooled.shape == gradients(layer, evidence).shape
-    in_basis = np.einsum("ia,knio,ob->knab", state.basis.inputs, pooled, state.basis.outputs)
+    in_basis = np.einsum("ia,knio,ob->knab", state.operator.basis.inputs, pooled, state.operator.basis.outputs)
     assert_differs(np.mean(in_basis**2, axis=(0, 1)).ravel(), scale)

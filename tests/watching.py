@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import reference
 from flax import linen as nn
+from one_layer import State, Walk
 
 import natgrad_jax as ng
-from natgrad_jax import averages
-from natgrad_jax.layers import input_moment, input_rows, output_moment, output_rows
+from natgrad_jax.algebra import averages
+from natgrad_jax.base import Leaf
+from natgrad_jax.layers.rows import gradient_matrix, input_moment, input_rows, output_moment, output_rows
 
 LIKELIHOODS = {
     "squared_error": ng.losses.squared_error,
@@ -97,6 +99,11 @@ def gradients(layer: ng.Layer, evidence: ng.Evidence):
     return np.einsum("...nti,...knto->...knio", rows, columns)
 
 
+def summed(layer: ng.Layer, evidence: ng.Evidence):
+    """The gradient summed over the examples, as a matrix for each draw, [S, K, I, O]."""
+    return gradient_matrix(layer, evidence)
+
+
 def captured_fisher(layer: ng.Layer, evidence: ng.Evidence):
     """E[vec(D) vec(D)^T] of what was captured, [S, I O, I O]."""
     vectors = gradients(layer, evidence)
@@ -107,11 +114,9 @@ def captured_fisher(layer: ng.Layer, evidence: ng.Evidence):
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
-def prepared(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping):
+def prepared(walk: Walk, layer: ng.Layer, evidence: ng.Evidence, damping) -> State:
     """The state of a method after its first batch."""
-    state = method.observe(layer, method.init(layer), evidence)
-    state = method.refresh(layer, state, damping)
-    return method.rescale(layer, state, evidence) if method.rescale else state
+    return walk.prepared(layer, evidence, damping)
 
 
 state_of = jax.jit(prepared, static_argnums=(0, 1))
@@ -120,42 +125,44 @@ state_of = jax.jit(prepared, static_argnums=(0, 1))
 
 def basis_and_scale(state):
     """Q = U (x) V [S, I O, I O], and the scale in it [S, I O]."""
-    q = np.einsum("...ik,...ol->...iokl", np.asarray(state.basis.inputs), np.asarray(state.basis.outputs))
-    scale = np.asarray(averages.mean(state.scale))
+    q = np.einsum(
+        "...ik,...ol->...iokl", np.asarray(state.operator.basis.inputs), np.asarray(state.operator.basis.outputs)
+    )
+    scale = np.asarray(averages.mean(state.operator.scale))
     size = scale.shape[-2] * scale.shape[-1]
     return q.reshape(scale.shape[:-2] + (size, size)), scale.reshape(scale.shape[:-2] + (size,))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def operators(method: ng.Method, layers: ng.Layers, evidence, damping):
+def operators(walk: Walk, layers: ng.Layers, evidence, damping):
     """What a method multiplies the gradient of each layer with after its first batch: {name: [S, I O, I O]}."""
 
     def of_layer(name, layer):
-        state = prepared(method, layer, evidence[name], damping[name])
-        apply = partial(method.apply, layer, state, damping=damping[name])
+        state = walk.prepared(layer, evidence[name], damping[name])
+        apply = partial(walk.apply, layer, state, damping=damping[name])
         return reference.operator(apply, layer.shape, layer.stack, layer.dtype)
 
     return {name: of_layer(name, layer) for name, layer in layers.items()}
 
 
-def operator(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping):
+def operator(walk: Walk, layer: ng.Layer, evidence: ng.Evidence, damping):
     """The same of one layer."""
-    return operators(method, ng.Layers((layer,)), {layer.name: evidence}, {layer.name: damping})[layer.name]
+    return operators(walk, ng.Layers((layer,)), {layer.name: evidence}, {layer.name: damping})[layer.name]
 
 
-def implied_blocks(method: ng.Method, net: Watched):
+def implied_blocks(walk: Walk, net: Watched):
     """The Fisher block that a method stands for, {name: [I O, I O]}: the inverse of its operator, less the damping."""
     damping = {name: float(np.trace(block)) / len(block) for name, block in net.blocks.items()}
-    found = operators(method, net.layers, net.evidence, damping)
+    found = operators(walk, net.layers, net.evidence, damping)
     return {
         name: reference.damped(np.linalg.inv(np.asarray(operator, np.float64)), -damping[name]).astype(operator.dtype)
         for name, operator in found.items()
     }
 
 
-def implied_block(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence, damping=1.0):
+def implied_block(walk: Walk, layer: ng.Layer, evidence: ng.Evidence, damping=1.0):
     """The block that a method of one layer stands for, [S, I O, I O]."""
-    found = np.asarray(operator(method, layer, evidence, damping))
+    found = np.asarray(operator(walk, layer, evidence, damping))
     block = np.linalg.inv(found.astype(np.float64)) - damping * np.eye(found.shape[-1])
     return block.astype(found.dtype)
 
@@ -181,10 +188,11 @@ def first_step(optimizer, model, likelihood, params, x, *, labels="exact"):
 def pairs(inputs, cotangents):
     """A layer without bias and its evidence from rows a [S, N, I] and g [S, N, O]."""
     shape = inputs.shape[-1], cotangents.shape[-1]
-    layer = ng.Layer("pairs", "dense", shape, (), inputs.shape[:-2], str(inputs.dtype))
-    gradient = jnp.einsum("...ni,...no->...io", inputs, cotangents)[..., None, :, :]
+    leaf = Leaf("kernel", "pairs/kernel", (*inputs.shape[:-2], *shape))
+    layer = ng.Layer("pairs", "dense", shape, (leaf,), inputs.shape[:-2], str(inputs.dtype))
+    gradient = jnp.einsum("...ni,...no->...io", inputs, cotangents)[None]
     count = jnp.asarray(inputs.shape[-2], inputs.dtype)
-    return layer, ng.Evidence((inputs,), (cotangents[None],), gradient, None, count)
+    return layer, ng.Evidence((inputs,), (cotangents[None],), {"kernel": gradient}, None, count)
 
 
 def random_layers(inputs, outputs, examples, copies=100, dtype="float64"):

@@ -11,9 +11,9 @@ Hessian of the likelihood by the outputs.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from natgrad_jax import addresses, checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layer, Layers
-from natgrad_jax.layers import summed_gradient, to_matrix
+from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import LIKELIHOODS, Likelihood, spread, total_weight
 
 LABELS = ("sampled", "exact", "true", "forward")
@@ -40,9 +40,35 @@ class Evaluation(NamedTuple):
 
     value: Array
     grad: Tree
-    curvature: "Curvature"
+    curvature: "LazyCurvature"
     outputs: Any
     updated: Mapping[str, Any]
+
+
+class LazyCurvature(Protocol):
+    """The curvature of one batch, computed where it is called; see `Curvature`."""
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that the evidence is of."""
+        ...
+
+    @property
+    def labels(self) -> str:
+        """Whose cotangents the evidence has."""
+        ...
+
+    def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
+        """The evidence of the batch, at the parameters of this step or at others."""
+        ...
+
+    def along(self, direction: Tree) -> Array:
+        """J times a direction at the outputs of the batch, with R^T of the likelihood applied."""
+        ...
+
+    def value(self, params: Tree | None = None) -> Array:
+        """The objective on the same batch, at the parameters of this step or at others."""
+        ...
 
 
 class Forward(NamedTuple):
@@ -125,6 +151,11 @@ class Curvature:
     def labels(self) -> str:
         """Whose cotangents the evidence has: "sampled", "exact", "true" or "forward"."""
         return self._problem.labels
+
+    @property
+    def count(self) -> Array:
+        """W, the total weight of the examples."""
+        return total_weight(self._batch.weights, self._forward.examples)
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch.
@@ -229,16 +260,14 @@ class Curvature:
         slopes: Array | None = None,
         pulled_outside: bool = False,
     ) -> dict[str, Evidence]:
-        """The evidence of every block; `gradients` leads with K."""
+        """The evidence of every block; the leaves of `gradients` lead with K."""
         weights, examples = self._batch.weights, self._forward.examples
         leaves = addresses.flatten(gradients)
         count = total_weight(weights, examples)
         evidence = {}
         for layer in self._forward.layers.blocks:
-            gradient = jax.vmap(lambda parts, layer=layer: to_matrix(layer, parts), out_axes=len(layer.stack))({
-                leaf.role: leaves[leaf.address] for leaf in layer.leaves
-            })
-            if layer.kind == "parameter":
+            gradient = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
+            if not layer.is_known:
                 evidence[layer.name] = Evidence(gradient=gradient, weights=weights, count=count)
                 continue
             axes = layer.module_axes
@@ -248,7 +277,7 @@ class Curvature:
                 continue
             seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
             found = Evidence(calls, seen, gradient, weights, count, slopes)
-            evidence[layer.name] = found if pulled_outside else _without_convolutions(layer, found)
+            evidence[layer.name] = found if pulled_outside else _from_rows(layer, found)
         return evidence
 
     def _forward_only(self, passed: "_Pass") -> dict[str, Evidence]:
@@ -306,25 +335,6 @@ def evaluate(
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
 
 
-def sized(layers: Layers, outlines: Mapping[str, tuple[Any, ...]], examples: int, draws: int) -> Layers:
-    """The layers, and how many rows their evidence will have.
-
-    Args:
-        layers: as they were found.
-        outlines: {layer: shapes of the output of each call}.
-        examples: N.
-        draws: K.
-
-    Returns:
-        The layers with `positions`, `examples` and `draws`.
-    """
-    known = []
-    for layer in layers.known:
-        rows = sum(prod(outline.shape[layer.module_axes : -1]) for outline in outlines[layer.name])
-        known.append(replace(layer, positions=rows // examples))
-    return replace(layers, known=tuple(known), examples=examples, draws=draws)
-
-
 def _run(forward: Forward, params: Tree) -> _Pass:
     outputs, pullback, (inputs, updated) = jax.vjp(forward.run, params, forward.probes, has_aux=True)
     return _Pass(outputs, pullback, inputs, updated)
@@ -360,16 +370,13 @@ def _pull_each(pullback: Callable[[Any], tuple[Tree, Tree]], seeds: Any) -> tupl
     return jax.tree.map(lambda x: x[None], pullback(jax.tree.map(lambda x: x[0], seeds)))
 
 
-def _without_convolutions(layer: Layer, evidence: Evidence) -> Evidence:
-    """The evidence with the gradient of a convolution as a product of its rows, on a CPU.
-
-    XLA for CPUs optimises convolutions only outside of branches, and evidence is called inside of one, where the
-    gradient of a kernel as a convolution took 20 times as long (a net of 16, 32, 64 channels on 8 x 8 pixels).
-    """
-    if layer.kind != "conv":
+def _from_rows(layer: Layer, evidence: Evidence) -> Evidence:
+    """The evidence with its gradient as a product of rows, on a CPU, for kinds whose own gradient is slow there."""
+    from_rows = KINDS[layer.kind].gradient
+    if from_rows is None:
         return evidence
     gradient = jax.lax.platform_dependent(
-        evidence, cpu=lambda evidence: summed_gradient(layer, evidence), default=lambda evidence: evidence.gradient
+        evidence, cpu=lambda evidence: from_rows(layer, evidence), default=lambda evidence: evidence.gradient
     )
     return evidence._replace(gradient=gradient)
 

@@ -13,7 +13,7 @@ scanned body twice does not shift the numbers.
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
 
@@ -22,10 +22,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.capture import common
 from natgrad_jax.capture.common import Evaluation, Forward, Problem
-from natgrad_jax.capture.sightings import Path, Sighting, classify, kind_of, name_of, sight
+from natgrad_jax.capture.microbatches import in_pieces
+from natgrad_jax.capture.sightings import Path, Sightings, classify, is_excluded, name_of, sight
+from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import Likelihood
 
 COLLECTIONS = ("natgrad_inputs", "natgrad_probes")
@@ -43,6 +46,7 @@ def capture(
     objective: Callable[[Any, Any, Array | None], Array] | None = None,
     readout: Callable[[Any], Array] | None = None,
     exclude: Iterable[str] = (),
+    microbatches: int = 1,
 ) -> "Capture":
     """Watch a linen model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -58,6 +62,11 @@ def capture(
         objective: what is differentiated instead of the likelihood: outputs, targets, weights -> scalar mean loss.
         readout: which array of the model's output the likelihood reads, if the model returns more than one.
         exclude: layers (by name or the name of a parent) to treat as unknown.
+        microbatches: into how many pieces a batch is cut, which are evaluated one after the other: gradient, statistics
+            and steps are those of the whole batch, in the memory that the activations of a piece take. A step with
+            statistics costs a forward pass more. Positional inputs, targets and weights are cut along their first axis;
+            keyword arguments serve every piece as they are, `rngs` folded with its number. Batch normalisation has the
+            moments of a piece, as in any accumulation.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -69,7 +78,8 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is {model!r}; expected a flax.linen.Module instance, such as nn.Dense(10).")
     problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs))
-    return Capture(model, problem, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    checks.size("microbatches", microbatches)
+    return Capture(model, problem, (exclude,) if isinstance(exclude, str) else tuple(exclude), microbatches)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Capture:
     model: nn.Module
     problem: Problem
     exclude: tuple[str, ...] = ()
+    microbatches: int = 1
 
     def layers(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Layers:
         """The layers that the model calls on such inputs; nothing is computed.
@@ -109,8 +120,9 @@ class Capture:
         """
         layers = self._forward(variables, args, kwargs).layers
         if not layers.known:
+            known = ", ".join(cls.__name__ for cls in _KNOWN)
             warnings.warn(
-                f"{type(self.model).__name__} has no layer that natgrad_jax knows (Dense, Conv): every parameter gets "
+                f"{type(self.model).__name__} has no layer that natgrad_jax knows ({known}): every parameter gets "
                 f"a diagonal Fisher block: {', '.join(layer.name for layer in layers.rest)}.",
                 stacklevel=2,
             )
@@ -145,8 +157,19 @@ class Capture:
             ValueError: if targets, weights or key do not fit, or a layer has an option that cannot be handled.
         """
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        forward = self._forward(variables, args, apply_kwargs)
-        return common.evaluate(self.problem, forward, variables["params"], targets, weights, key)
+        if self.microbatches == 1:
+            forward = self._forward(variables, args, apply_kwargs)
+            return common.evaluate(self.problem, forward, variables["params"], targets, weights, key)
+
+        def forward_of(args, others, number):
+            options = dict(apply_kwargs)
+            if "rngs" in options:
+                options["rngs"] = jax.tree.map(lambda rng: jax.random.fold_in(rng, number), options["rngs"])
+            return self._forward({"params": variables["params"], **others}, args, options)
+
+        others = {name: value for name, value in variables.items() if name != "params"}
+        pieces = (args, targets, weights)
+        return in_pieces(self.problem, forward_of, variables["params"], others, *pieces, key, self.microbatches)
 
     def _forward(self, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
         """Trace the model once, for its layers and the shapes of its probes."""
@@ -163,21 +186,22 @@ class Capture:
             with nn.intercept_methods(watch):
                 return self.model.apply(collections, *args, mutable=[*written, _INPUTS, *mutable], **options)
 
-        sightings: dict[Path, Sighting] = {}
-        watch_all = _watch(lambda path, module, x: sight(sightings, self.exclude, path, module, x))
+        sightings: Sightings = {}
         traced = ({"params": params, **others}, args, options)
+        watch_all = _watch(lambda path, call, module, x: _sighted(sightings, self.exclude, path, call, module, x))
         outputs, mutated = _shapes(lambda *traced: apply(*traced, watch=watch_all, mutable=[_PROBES]), traced)
         examples = _examples(jax.eval_shape(self.problem.readout, outputs))
-        calls = _by_path(mutated.get(_INPUTS, {}))
-        found = classify(params, sightings, calls, examples, self.exclude)
-        paths = {name_of(path, sighting): path for path, sighting in sightings.items()}
-        paths = {name: paths[name] for name in found}
         outputs_of = _by_path(mutated.get(_PROBES, {}))
-        outlines = {name: outputs_of[path] for name, path in paths.items()}
-        layers = common.sized(found, outlines, examples, self.problem.rows_of(outputs))
-        probes = jax.tree.map(lambda outline: jnp.zeros(outline.shape, outline.dtype), outlines)
+        found = classify(params, sightings, _by_path(mutated.get(_INPUTS, {})), outputs_of, examples, self.exclude)
+        layers = replace(found, examples=examples, draws=self.problem.rows_of(outputs))
+        paths = {name_of(path, calls): path for path, calls in sightings.items()}
+        paths = {name: paths[name] for name in layers}
+        probes = {
+            name: tuple(jnp.zeros(output.shape, output.dtype) for output in outputs_of[path].values())
+            for name, path in paths.items()
+        }
         watched = frozenset(paths.values())
-        watch_known = _watch(lambda path, module, x: path in watched)
+        watch_known = _watch(lambda path, call, module, x: _recorded(sightings, watched, path, call, x))
 
         def run(params, probes):
             flat = {(*paths[name], f"call{i}"): x for name, calls in probes.items() for i, x in enumerate(calls)}
@@ -185,23 +209,69 @@ class Capture:
             outputs, mutated = apply(collections, args, options, watch=watch_known)
             updated = {name: value for name, value in mutated.items() if name != _INPUTS}
             seen = _by_path(mutated.get(_INPUTS, {}))
-            return outputs, ({name: seen[path] for name, path in paths.items()}, updated)
+            return outputs, ({name: tuple(seen[path].values()) for name, path in paths.items()}, updated)
 
         return Forward(run, probes, layers, examples)
 
 
-def _watch(wanted: Callable[[Path, nn.Module, Array], bool]) -> Callable[..., Any]:
-    """An interceptor: record the input and probe the output of every call that is wanted."""
+_KNOWN = {getattr(nn, name): key for key, kind in KINDS.items() for name in kind.modules if hasattr(nn, name)}
+"""{class of linen: its kind}."""
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    """The kind of a module; a subclass that computes something else has none."""
+    for known, kind in _KNOWN.items():
+        if isinstance(module, known) and type(module).__call__ is known.__call__:
+            return kind
+    return None
+
+
+def _sighted(
+    sightings: Sightings, exclude: tuple[str, ...], path: Path, call: str, module: nn.Module, x: Array | None
+) -> Array | None:
+    """Note a call, None for the input of one that uses the array transposed; what is recorded of it, if anything is."""
+    key = _kind_of(module)
+    assert key is not None, "only known modules are watched"
+    kind = KINDS[key]
+    main = nn.meta.unbox(module.get_variable("params", kind.roles[0]))
+    found = sight(key, module, getattr(main, "shape", ()), jnp.zeros(()) if x is None else x, transposed=x is None)
+    recorded = None
+    if x is not None and not found.obstacle and not is_excluded(name := name_of(path, {call: found}), exclude):
+        if kind.floating and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"Layer {name!r} ({found.type_name}) is called with {x.dtype} of shape {x.shape}; expected "
+                "floating-point inputs. Convert them with `x.astype(jnp.float32)`; for indices use nn.Embed."
+            )
+        recorded = kind.record(found.geometry, x)
+        found = found._replace(inputs=recorded.shape)
+    sightings.setdefault(path, {}).setdefault(call if x is not None else "transposed", found)
+    return recorded
+
+
+def _recorded(sightings: Sightings, watched: frozenset[Path], path: Path, call: str, x: Array | None) -> Array | None:
+    """What is recorded of a call that was sighted, if its module is watched."""
+    if x is None or path not in watched:
+        return None
+    sighting = sightings[path][call]
+    return KINDS[sighting.kind].record(sighting.geometry, x)
+
+
+def _watch(see: Callable[[Path, str, nn.Module, Array | None], Array | None]) -> Callable[..., Any]:
+    """An interceptor: record what `see` makes of the input of a call, and probe its output, if it makes anything."""
 
     def interceptor(next_function, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or kind_of(module) is None:
+        if context.method_name not in ("__call__", "attend") or _kind_of(module) is None:
             return next_function(*args, **kwargs)
-        x = args[0] if args else kwargs["inputs"]
-        if not wanted(module.path, module, x):
+        if context.method_name == "attend":
+            see(module.path, "", module, None)
             return next_function(*args, **kwargs)
         call = next(name for number in count() if not module.has_variable(_INPUTS, name := f"call{number}"))
-        if not module.sow(_INPUTS, call, x, reduce_fn=lambda _, x: x):  # in a transform that does not carry _INPUTS
+        recorded = see(module.path, call, module, args[0] if args else kwargs["inputs"])
+        if recorded is None:
+            return next_function(*args, **kwargs)
+        # in a transform that does not carry _INPUTS nothing is recorded
+        if not module.sow(_INPUTS, call, recorded, reduce_fn=lambda _, x: x):
             return next_function(*args, **kwargs)
         return module.perturb(call, next_function(*args, **kwargs), _PROBES)
 
@@ -219,13 +289,13 @@ def _shapes(function: Callable[..., Any], arguments: Any) -> Any:
     return jax.eval_shape(call, arrays)
 
 
-def _by_path(collection: Any) -> dict[Path, tuple[Any, ...]]:
-    """The records of a private collection: {path of the module: one entry per call}."""
+def _by_path(collection: Any) -> dict[Path, dict[str, Any]]:
+    """The records of a private collection: {path of the module: {name of the call: record}}."""
     flat = flatten_dict(collection)
-    found = defaultdict(list)
+    found = defaultdict(dict)
     for *path, call in sorted(flat, key=lambda address: int(address[-1].removeprefix("call"))):
-        found[tuple(path)].append(flat[(*path, call)])
-    return {path: tuple(calls) for path, calls in found.items()}
+        found[tuple(path)][call] = flat[(*path, call)]
+    return found
 
 
 def _examples(read: Any) -> int:

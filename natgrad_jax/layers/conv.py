@@ -9,11 +9,15 @@ convolution with an identity kernel.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from natgrad_jax.base import Array, Kind, Layer
+from natgrad_jax.algebra.stacks import einsum
+from natgrad_jax.base import Array, Evidence, Kind, Layer, Outline, Use
 from natgrad_jax.layers.dense import with_ones
 
 Padding = str | tuple[tuple[int, int], ...]
@@ -116,8 +120,8 @@ def _split(values: Array, groups: int, axis: int) -> Array:
     return jnp.moveaxis(values, -2, axis)
 
 
-def _input_rows(layer: Layer, inputs: Array) -> Array:
-    geometry = layer.geometry
+def _input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
+    geometry = use.geometry
     spatial = len(geometry.window)
     lead = layer.module_axes
     front, shape = inputs.shape[: lead + 1], inputs.shape[-spatial - 1 :]
@@ -130,8 +134,8 @@ def _input_rows(layer: Layer, inputs: Array) -> Array:
     return with_ones(layer, rows)
 
 
-def _output_rows(layer: Layer, cotangents: Array) -> Array:
-    groups = layer.geometry.groups
+def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
+    groups = use.geometry.groups
     lead = layer.module_axes
     front = cotangents.shape[: 1 + lead + 1]  # K, S without groups, N
     rows = cotangents.reshape(front + (-1, cotangents.shape[-1])).astype(layer.dtype)
@@ -139,4 +143,60 @@ def _output_rows(layer: Layer, cotangents: Array) -> Array:
     return jnp.moveaxis(rows, 0, -4)
 
 
-CONV = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows)
+def _gradient(layer: Layer, evidence: Evidence) -> dict[str, Array]:
+    """The summed gradient as a product of rows.
+
+    XLA for CPUs optimises convolutions only outside of branches, and evidence is called inside of one, where the
+    gradient of a kernel as a convolution took 20 times as long (a net of 16, 32, 64 channels on 8 x 8 pixels).
+    """
+    assert isinstance(evidence.inputs, tuple) and isinstance(evidence.cotangents, tuple), "both are recorded"
+    found = []
+    for use, inputs, cotangents in zip(layer.uses, evidence.inputs, evidence.cotangents, strict=True):
+        rows, columns = _input_rows(layer, use, inputs), _output_rows(layer, use, cotangents)
+        found.append(einsum("...nti,...knto->...kio", rows, columns))
+    draws = jnp.moveaxis(sum(found[1:], found[0]), -3, 0)
+    return jax.vmap(lambda matrix: _from_matrix(layer, matrix))(draws)
+
+
+_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def _recognise(module: Any, shape: tuple[int, ...]) -> ConvGeometry | str:
+    """The options of a convolution, or the one that cannot be handled."""
+    del shape
+    for option in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
+        if getattr(module, option, None) is not None:
+            return f"its option `{option}`: with it the gradient is no product of patches and cotangents"
+    window = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
+    rank = len(window)
+
+    def each(value):
+        return (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
+
+    padding = module.padding
+    if isinstance(padding, str):
+        if padding not in _PADDINGS:
+            return f"padding={padding!r}, which is none of {', '.join(_PADDINGS)}, an int or pairs of ints"
+    else:
+        sides = (padding,) * rank if isinstance(padding, int) else padding
+        padding = tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides)
+    dilations = each(module.input_dilation), each(module.kernel_dilation)
+    return ConvGeometry(window, each(module.strides), padding, *dilations, module.feature_group_count)
+
+
+def _outline(geometry: ConvGeometry, shape: tuple[int, ...]) -> Outline:
+    groups = geometry.groups
+    return Outline((prod(shape[:-1]), shape[-1] // groups), groups=groups, window=geometry.window)
+
+
+CONV = Kind(
+    _to_matrix,
+    _from_matrix,
+    _input_rows,
+    _output_rows,
+    modules=("Conv",),
+    roles=("kernel", "bias"),
+    recognise=_recognise,
+    outline=_outline,
+    gradient=_gradient,
+)

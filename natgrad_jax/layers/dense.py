@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from natgrad_jax.base import Array, Kind, Layer
+from natgrad_jax.base import Array, Kind, Layer, Use
 
 
 def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
@@ -35,12 +35,14 @@ def with_ones(layer: Layer, rows: Array) -> Array:
     return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
 
 
-def _input_rows(layer: Layer, inputs: Array) -> Array:
+def _input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
+    del use
     return with_ones(layer, _rows(layer, inputs, leading=len(layer.stack)))
 
 
-def _output_rows(layer: Layer, cotangents: Array) -> Array:
+def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
+    del use
     return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
 
 
-DENSE = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows)
+DENSE = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows, modules=("Dense",), roles=("kernel", "bias"))

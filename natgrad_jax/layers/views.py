@@ -6,7 +6,7 @@ its own. Some axes may become a stack, each entry of which is a block by itself;
     matrix [S, ...] -> split -> order -> joined -> the first to the stack -> modes cut -> tensor [S, ..., n_1, ..., n_k]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree, flatten
-from natgrad_jax.base import Array, Layer, Layers, Leaf
+from natgrad_jax.base import Array, Kind, Layer, Layers
+from natgrad_jax.layers.parameter import dtype_of, parameter
 
 Modes = Literal["flatten_spatial", "matrix", "all"]
 """The modes of a kernel [*window, C, O]: (window, C, O), (window C, O), or each of its axes."""
@@ -121,43 +122,49 @@ def _modes(view: View) -> list[tuple[int, int, int]]:
     return list(zip(view.cuts, view.modes, view.sizes[view.stacked :], strict=True))
 
 
-def sources(layers: Layers | None, tree: Tree, *, whole: tuple[str, ...] = ()) -> tuple[Layer, ...]:
+def sources(layers: Layers | None, tree: Tree, *, whole: Callable[[Layer], bool] | None = None) -> tuple[Layer, ...]:
     """The parameter arrays of a model, each as a layer by itself.
 
     Args:
         layers: the layers of the model; without them every leaf of the tree is an array of no known layer.
         tree: the parameters, or a tree like them.
-        whole: kinds of layer that stay together, kernel and bias in one matrix.
+        whole: which layers stay together, kernel and bias in one matrix; None for none.
 
     Returns:
         Layers that have one parameter array, named by its address, or are whole.
     """
     if layers is None:
-        return tuple(_array(address, leaf.shape, (), _dtype(leaf)) for address, leaf in flatten(tree).items())
-    return tuple(chain(*(_parts(layer, layer.kind in whole) for layer in layers.blocks)))
+        return tuple(parameter(address, leaf.shape, dtype_of(leaf)) for address, leaf in flatten(tree).items())
+    return tuple(chain(*(_parts(layer, whole is not None and whole(layer)) for layer in layers.blocks)))
 
 
 def _parts(layer: Layer, whole: bool) -> list[Layer]:
-    if layer.kind == "parameter" or whole:
+    if whole or not layer.is_known:
         return [layer]
     parts = []
     for leaf in layer.leaves:
         if leaf.role == "bias":
-            stack = leaf.shape[: layer.module_axes]
-            parts.append(_array(leaf.address, leaf.shape, stack, layer.dtype))
+            copies = leaf.shape[: layer.module_axes]
+            vector = replace(parameter(leaf.address, leaf.shape, layer.dtype), uses=layer.uses, stack=copies)
+            parts.append(replace(vector, shape=(prod(leaf.shape[len(copies) :]),)))
         else:
             shape = (layer.shape[0] - layer.has_bias, layer.shape[1])
             parts.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=shape))
     return parts
 
 
-def _array(address: str, shape: tuple[int, ...], stack: tuple[int, ...], dtype: str) -> Layer:
-    shape = tuple(shape)
-    return Layer(address, "parameter", shape[len(stack) :], (Leaf("value", address, shape),), stack, dtype)
+def kind(kinds: Mapping[str, Kind]) -> Kind:
+    """The kind of tensors, whose sources are of these kinds."""
 
+    def to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+        source = layer.geometry.source
+        return as_tensor(layer.geometry, kinds[source.kind].to_matrix(source, leaves))
 
-def _dtype(leaf: Array) -> str:
-    return "float64" if leaf.dtype == jnp.float64 else "float32"
+    def from_matrix(layer: Layer, tensor: Array) -> dict[str, Array]:
+        source = layer.geometry.source
+        return kinds[source.kind].from_matrix(source, as_matrix(layer.geometry, tensor))
+
+    return Kind(to_matrix, from_matrix)
 
 
 def axes(source: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -169,8 +176,7 @@ def axes(source: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Returns:
         Sizes of the window, empty but for convolutions and arrays of three axes or more; sizes of the others.
     """
-    if source.kind == "conv":
-        window = source.geometry.window
+    if window := source.window:
         return window, (source.shape[0] // prod(window), source.shape[1])
     return source.shape[:-2], source.shape[-2:]
 

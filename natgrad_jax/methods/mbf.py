@@ -27,93 +27,116 @@ another partition of its entries; `dense="literal"` repeats that. Not here: thei
 gradients.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import addresses, averages, checks
+from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
-from natgrad_jax.averages import Average, second_moment
-from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
-from natgrad_jax.chain import complete
-from natgrad_jax.control import Quadratic
-from natgrad_jax.damping import Damping
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.modes import product
+from natgrad_jax.algebra.moments import second_moment
+from natgrad_jax.algebra.stacks import Diagonal, damped_inverse
+from natgrad_jax.around.adaptive import Damping
+from natgrad_jax.around.graft import of_gradient
+from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
+from natgrad_jax.blocks import tensor
 from natgrad_jax.layers.views import axes, sources, view
-from natgrad_jax.linalg import Diagonal, Factor, damped_inverse
-from natgrad_jax.modes import draws, identities, product
-from natgrad_jax.steps import of_gradient
-from natgrad_jax.tensor_transform import Statistics, lift_tensors
-from natgrad_jax.transform import Schedule
+from natgrad_jax.lift.tensors import Statistics
+from natgrad_jax.settings import Completed, OfTensors, Transformation, direction_of_tensors, optimizer_of_tensors
 
 Dense = Literal["fan_out", "fan_in", "literal"]
-DENSE = get_args(Dense)
 Vectors = Literal["diagonal", "smoothed_rms"]
-VECTORS = get_args(Vectors)
 
 
-class MBFState(NamedTuple):
-    """The averages of the blocks [S, n, n], and their inverses; of vectors, diagonals [S, n]."""
+@dataclass(frozen=True, kw_only=True)
+class MBF(OfTensors):
+    """The mini-block direction, (F_b + damping I)^-1 for every block of every parameter array.
 
-    blocks: Average
-    inverses: Factor
-
-
-def mbf_block(decay: Scalar, max_factor_dim: int = 8192) -> Method:
-    """MBF of vectors that share a block: tensors [S, J, n] of J vectors each.
-
-    Args:
-        decay: weight of the old value in the averages.
-        max_factor_dim: a block larger than this keeps only its diagonal.
-
-    Returns:
-        The four functions.
+    Without layers a dense kernel does not know its bias, which is a vector by itself, and every array of three axes or
+    more is the kernel of a convolution.
     """
 
-    def init(layer):
-        most = 0 if _is_vector(layer.geometry.source) else max_factor_dim
-        _, identity = identities(layer, most)
-        empty = Average(jax.tree.map(jnp.zeros_like, identity), jnp.zeros(layer.stack, layer.dtype))
-        return MBFState(empty, identity)
+    dense: Annotated[
+        Dense,
+        'the vectors of a dense layer: "fan_out", the weights that leave an input; "fan_in", those that enter an '
+        'output; "literal", the partition of the authors\' code. The shorter ones are cheaper.',
+    ] = "fan_out"
+    shared: Annotated[
+        bool,
+        "whether the vectors of a dense layer share one block, their average, or have one each: then O x O numbers for "
+        "each input.",
+    ] = True
+    vectors: Annotated[
+        Vectors,
+        'parameters without a block: "diagonal", or "smoothed_rms", the rule of the authors\' code (line 4), each of '
+        "whose steps is about as long as the learning rate, which must then be small.",
+    ] = "diagonal"
+    statistics: Statistics = "gradient"
+    decay: ScalarOrSchedule = 0.9
 
-    def observe(layer, state, evidence):
-        gradient, weight = draws(layer, evidence)
-        vectors = gradient.reshape(*layer.stack, -1, layer.shape[-1])
-        moment = second_moment(vectors, full=not isinstance(state.blocks.total, Diagonal))
-        mean = jax.tree.map(lambda leaf: leaf / (weight * layer.shape[0]), moment)
-        return state._replace(blocks=averages.update(state.blocks, mean, decay))  # 1
+    def see(self, source: Layer) -> Layer:
+        """The vectors of a source as a tensor [S, blocks, J, n]."""
+        window, others = axes(source)
+        if window:
+            return view(source, (1, prod(window), *others), (2, 3, 0, 1), stacked=2)
+        if _is_vector(source):
+            return view(source, (1, prod(source.shape)))
+        rows, columns = others
+        count, size = (columns, rows) if self.dense == "fan_in" else (rows, columns)
+        order = (0, 1) if self.dense == "fan_out" else (1, 0)
+        joined = (count, size) if self.shared else (count, 1, size)
+        return view(source, others, order, joined=joined, stacked=0 if self.shared else 1)
 
-    def refresh(layer, state, damping):
-        del layer
-        strength = jnp.asarray(damping, state.blocks.weight.dtype)
-        return state._replace(inverses=damped_inverse(averages.mean(state.blocks), strength))  # 2
+    def whole(self, layer: Layer) -> bool:
+        """Whether the bias of a layer is one more input: of all but convolutions."""
+        return layer.is_known and not layer.window
 
-    def apply(layer, state, gradient, damping):
-        del layer, damping
-        return product(gradient, (None, state.inverses))  # 3
+    def lifted(self, layers: Layers | None) -> Transformation:
+        """The direction for the layers of a model, or for arrays of any model."""
+        blocks = super().lifted(layers)
+        if self.vectors == "diagonal":
+            return blocks
 
-    return Method(init, observe, refresh, apply)
+        def route(params: Tree) -> Tree:
+            vectors = [source for source in sources(layers, params, whole=self.whole) if _is_vector(source)]
+            found = {leaf.address for source in vectors for leaf in source.leaves}
+            names = {address: "vectors" if address in found else "blocks" for address in addresses.flatten(params)}
+            return addresses.replace(params, names)
 
+        return optax.partition({"blocks": blocks, "vectors": _smoothed_rms()}, route)
 
-def _see(source: Layer, dense: Dense, shared: bool) -> Layer:
-    """The vectors of a source as a tensor [S, blocks, J, n]."""
-    window, others = axes(source)
-    if window:
-        return view(source, (1, prod(window), *others), (2, 3, 0, 1), stacked=2)
-    if _is_vector(source):
-        return view(source, (1, prod(source.shape)))
-    rows, columns = others
-    count, size = (columns, rows) if dense == "fan_in" else (rows, columns)
-    order = (0, 1) if dense == "fan_out" else (1, 0)
-    joined = (count, size) if shared else (count, 1, size)
-    return view(source, others, order, joined=joined, stacked=0 if shared else 1)
+    def method(self, decay: Scalar) -> Method:
+        """The functions of vectors that share a block: tensors [S, J, n] of J vectors each."""
+
+        def init(layer):
+            _, identity = tensor.identities(layer, 0 if _is_vector(layer.geometry.source) else self.max_factor_dim)
+            return averages.of_zeros(identity, layer.stack, layer.dtype), identity
+
+        def observe(layer, blocks, evidence):
+            gradient, weight = tensor.draws(layer, evidence)
+            vectors = gradient.reshape(*layer.stack, -1, layer.shape[-1])
+            moment = second_moment(vectors, full=not isinstance(blocks.total, Diagonal))
+            mean = jax.tree.map(lambda leaf: leaf / (weight * layer.shape[0]), moment)
+            return averages.update(blocks, mean, decay)  # 1
+
+        def refresh(layer, blocks, operator, damping):
+            del layer, operator
+            return damped_inverse(averages.mean(blocks), jnp.asarray(damping, blocks.weight.dtype))  # 2
+
+        def apply(layer, operator, gradient, damping):
+            del layer, damping
+            return product(gradient, (None, operator))  # 3
+
+        return Method(init, observe, refresh, apply)
 
 
 def _is_vector(source: Layer) -> bool:
-    return source.kind == "parameter" and len(source.shape) < 2
+    return not source.is_known and len(source.shape) < 2
 
 
 def _smoothed_rms() -> optax.GradientTransformationExtraArgs:
@@ -122,135 +145,18 @@ def _smoothed_rms() -> optax.GradientTransformationExtraArgs:
     return of_gradient(optax.chain(optax.ema(0.9, debias=False), rms))
 
 
-def scale_by_mbf(
-    layers: Layers | None = None,
-    *,
-    damping: Damping,
-    dense: Dense = "fan_out",
-    shared: bool = True,
-    vectors: Vectors = "diagonal",
-    statistics: Statistics = "gradient",
-    decay: ScalarOrSchedule = 0.9,
-    statistics_every: int | Array = 10,
-    refresh_every: int | Array = 100,
-    early_refresh: bool = True,
-    max_factor_dim: int = 8192,
-) -> optax.GradientTransformationExtraArgs:
-    """The mini-block direction, (F_b + damping I)^-1 for every block of every parameter array.
-
-    Args:
-        layers: from `capture.layers`; without them the shapes of the parameter arrays are all that is known: a dense
-            kernel does not know its bias, which is a vector by itself, and every array of three axes or more is the
-            kernel of a convolution, also one of dense layers in a scan.
-        damping: strength in the units of the statistics; its schedule, if a function.
-        dense: the vectors of a dense layer: "fan_out", the weights that leave an input; "fan_in", those that enter an
-            output; "literal", the partition of the authors' code.
-        shared: whether the vectors of a dense layer share one block, their average, or have one each: then O x O
-            numbers for each input.
-        vectors: parameters without a block: "diagonal", or "smoothed_rms", line 4 above, each of whose steps is about
-            as long as the learning rate, which must then be small.
-        statistics: "gradient": from the gradient itself, in its units squared; "curvature": from the labels of the
-            capture, sampled or true, in the units of F, the Fisher block of one example.
-        decay: weight of the old value in the averages.
-        statistics_every: steps between statistics.
-        refresh_every: steps between inversions.
-        early_refresh: whether to refresh at every statistics step until the first period is over.
-        max_factor_dim: a block larger than this keeps only its diagonal.
-
-    Returns:
-        A transformation; `update` needs `curvature` only if the statistics are of it. Its extra argument `gradient` is
-        the gradient where something stands in front of the direction.
-
-    Raises:
-        TypeError: if `layers` is neither None nor a `Layers`.
-        ValueError: if a word is unknown or a number out of its range.
-    """
-    checks.choice("dense", dense, DENSE)
-    checks.choice("vectors", vectors, VECTORS)
-    whole = ("dense",)
-    blocks = lift_tensors(
-        lambda decay: mbf_block(decay, max_factor_dim),
-        lambda source: _see(source, dense, shared),
-        layers,
-        damping=damping,
-        decay=decay,
-        schedule=Schedule(statistics_every, refresh_every, early_refresh=early_refresh),
-        statistics=statistics,
-        whole=whole,
-    )
-    if vectors == "diagonal":
-        return blocks
-
-    def route(params: Tree) -> Tree:
-        found = {
-            leaf.address
-            for source in sources(layers, params, whole=whole)
-            if _is_vector(source)
-            for leaf in source.leaves
-        }
-        names = {address: "vectors" if address in found else "blocks" for address in addresses.flatten(params)}
-        return addresses.replace(params, names)
-
-    return optax.partition({"blocks": blocks, "vectors": _smoothed_rms()}, route)
-
-
-def mbf(
-    learning_rate: ScalarOrSchedule | Quadratic,
-    layers: Layers | None = None,
-    *,
-    damping: Damping = 1e-3,
-    dense: Dense = "fan_out",
-    shared: bool = True,
-    vectors: Vectors = "diagonal",
-    statistics: Statistics = "gradient",
-    decay: ScalarOrSchedule = 0.9,
-    statistics_every: int | Array = 10,
-    refresh_every: int | Array = 100,
-    early_refresh: bool = True,
-    max_factor_dim: int = 8192,
-    momentum: Scalar | Quadratic | None = 0.9,
-    weight_decay: ScalarOrSchedule | None = None,
-    weight_decay_mask: Any | Callable[[Any], Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+@dataclass(frozen=True, kw_only=True)
+class MBFOptimizer(Completed, MBF):
     """MBF as in its authors' experiments: heavy-ball momentum in FRONT of the direction, decoupled weight decay behind.
 
     The statistics are of the gradient without momentum. Decay, momentum and periods are those of the experiments'
     convolutional nets; their autoencoders took statistics every 2 steps and refreshed every 25. The tuned dampings are
     not public; 1e-3 is from the middle of the grid, for batches of 1000.
-
-    Args:
-        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
-            `momentum` then be "quadratic", too, or None.
-        layers: see `scale_by_mbf`.
-        damping: see `scale_by_mbf`; or `adaptive_damping(...)`.
-        dense: see `scale_by_mbf`.
-        shared: see `scale_by_mbf`.
-        vectors: see `scale_by_mbf`.
-        statistics: see `scale_by_mbf`.
-        decay: see `scale_by_mbf`.
-        statistics_every: see `scale_by_mbf`.
-        refresh_every: see `scale_by_mbf`.
-        early_refresh: see `scale_by_mbf`.
-        max_factor_dim: see `scale_by_mbf`.
-        momentum: weight of the old gradient in the buffer, or, behind the direction, "quadratic"; None for none.
-        weight_decay: strength, an l2 penalty of the loss if the step is controlled; None for none, else `update` needs
-            `params`.
-        weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
-
-    Returns:
-        A complete optimizer; `update` needs `curvature` only if the statistics are of it.
     """
-    direction = scale_by_mbf(
-        layers,
-        damping=damping,
-        dense=dense,
-        shared=shared,
-        vectors=vectors,
-        statistics=statistics,
-        decay=decay,
-        statistics_every=statistics_every,
-        refresh_every=refresh_every,
-        early_refresh=early_refresh,
-        max_factor_dim=max_factor_dim,
-    )
-    return complete(direction, learning_rate, damping, None, momentum, weight_decay, weight_decay_mask, optax.trace)
+
+    damping: Damping = 1e-3
+    smoothing = staticmethod(optax.trace)
+
+
+scale_by_mbf = direction_of_tensors(MBF)
+mbf = optimizer_of_tensors(MBFOptimizer)

@@ -1,12 +1,13 @@
 """TENGraD: the exact Fisher block of a batch, inverted in sample space.
 
-    1  J <- the gradients of the examples as rows, over sqrt(number of rows), kept as factors a, g   observe
+    1  J <- the gradients of the examples as rows, over sqrt(number of rows), kept as factors a, g   measure
     2  K <- J J^T,  L L^T = K + damping I,  M = (L L^T)^-1                                           refresh
     3  direction <- dW / damping - J^T M J dW / damping  =  (J^T J + damping I)^-1 dW                apply
 
 by Woodbury's identity: F = J^T J is not approximated, it is that of one batch, which serves until the next refresh:
-there is no moving average. With `blocks="joint"` all known layers are one block: K is then the sum of theirs, and the
-direction the exact damped natural gradient, in memory for the rows and N^2 numbers more.
+there is no moving average, and J belongs to what is applied. With `blocks="joint"` all known layers are one block: K
+is then the sum of theirs, and the direction the exact damped natural gradient, in memory for the rows and N^2 numbers
+more.
 
 With `energy` only the leading singular vectors of J are kept, at least one:
 
@@ -25,35 +26,38 @@ decomposition.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import addresses, checks, linalg, samples
+from natgrad_jax import addresses, checks
+from natgrad_jax.algebra import stacks
+from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.control import Quadratic
+from natgrad_jax.around.spring import spring
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
-from natgrad_jax.chain import complete
-from natgrad_jax.control import Quadratic
-from natgrad_jax.damping import AdaptiveDamping, Damping
-from natgrad_jax.layers.joint import joint, joint_evidence, members
-from natgrad_jax.samples import Jacobian
-from natgrad_jax.steps import spring
-from natgrad_jax.transform import Schedule, lift
+from natgrad_jax.blocks import samples
+from natgrad_jax.blocks.samples import Jacobian
+from natgrad_jax.layers.joint import by_member, from_members, is_joint, joint, joint_evidence, members
+from natgrad_jax.lift import evidence as evidences
+from natgrad_jax.lift.lift import lift
+from natgrad_jax.lift.state import Period
+from natgrad_jax.settings import Clipped, Direction, Fixed, Number, Size, Steps, Transformation, direction, optimizer
 
 Blocks = Literal["layer", "joint"]
 Sharing = Literal["example", "reduce"]
 Target = Literal["gradient", "ief"]
-BLOCKS, SHARINGS, TARGETS = get_args(Blocks), get_args(Sharing), get_args(Target)
 
 
-class TENGraDState(NamedTuple):
+class Measured(NamedTuple):
     """What a batch left behind.
 
     Attributes:
         jacobians: J of the layer; of every layer in turn if the block is a joint one.
         factor: L [S, R, R]; with `energy` a root of M, M = L L^T.
-        strength: the damping in M [S]; 0 as long as there is no M of the date of J.
+        strength: the damping in M [S]; 0 as long as no batch is measured.
         target: slope / sqrt(N) of each row [S, R]; None for `target="gradient"`.
     """
 
@@ -63,92 +67,157 @@ class TENGraDState(NamedTuple):
     target: Array | None
 
 
-def tengrad_block(
-    examples: int,
-    draws: int,
-    sharing: Sharing = "example",
-    energy: float | None = None,
-    target: Target = "gradient",
-    workspace: int | None = None,
-) -> Method:
-    """TENGraD of one layer, or of a joint block.
+@dataclass(frozen=True, kw_only=True)
+class TENGraD(Direction):
+    """The TENGraD direction, (F + damping I)^-1 dW with the F of the last batch that was measured.
 
-    Args:
-        examples: N, the largest batch that there is room for.
-        draws: K.
-        sharing: "example" or "reduce".
-        energy: part of the sum of the singular values that is kept; None for all.
-        target: "gradient" or "ief".
-        workspace: bytes for what is formed on the way; None for 256 MiB.
-
-    Returns:
-        The four functions.
+    How many examples and draws of labels the state has room for is how many the `layers` were found with; smaller
+    batches are filled up. The damping of the last refresh holds until the next. Directions that the batch did not show
+    are divided by it alone.
     """
-    rows, workspace = draws * examples, workspace or samples.WORKSPACE
 
-    def init(layer):
-        jacobians = tuple(samples.empty(member, examples, draws, sharing) for member in members(layer))
-        factor = jnp.tile(jnp.eye(rows, dtype=layer.dtype), (*layer.stack, 1, 1))
-        goal = jnp.zeros((*layer.stack, rows), layer.dtype) if target == "ief" else None
-        return TENGraDState(jacobians, factor, jnp.zeros(layer.stack, layer.dtype), goal)
+    blocks: Annotated[
+        Blocks,
+        '"layer": one block for each layer; "joint": one of all known layers, the exact natural gradient of the batch, '
+        "from the same kernels and with one factorisation in all.",
+    ] = "layer"
+    sharing: Annotated[
+        Sharing,
+        'positions that share the weights. "example": the exact gradients of the examples; "reduce": those of pooled '
+        "positions, the sum of a beside the mean of g, cheaper and exact where g is the same at all of them.",
+    ] = "example"
+    energy: Annotated[
+        float | None,
+        "keep the leading singular vectors of J, whose singular values add up to this part of the sum of all, at least "
+        "one; what is cut is divided by the damping alone. None keeps all and is cheaper: with a number the refresh is "
+        "an eigendecomposition.",
+        Fixed(Number(below=1)),
+    ] = None
+    target: Annotated[
+        Target,
+        '"gradient": that which comes in; "ief": of the improved empirical Fisher, which does not favour the examples '
+        'that are learned already, as the empirical one does. It needs `labels="true"` and `refresh_every=1`: the '
+        "direction is that of the batch that is measured.",
+    ] = "gradient"
+    examples: Annotated[
+        int | None, "the largest batch, if not that of the `layers`; smaller ones take as much time and memory.", Size()
+    ] = None
+    workspace: Annotated[
+        int | None,
+        "bytes that what is formed on the way to one layer's kernel may take, at least what one example needs; more is "
+        "done in pieces. None for 256 MiB.",
+        Size(),
+    ] = None
+    decay: Annotated[
+        ScalarOrSchedule,
+        "weight of the old value in the diagonal blocks of parameters of no known layer; nothing else is averaged.",
+        Number(below=1, schedule=True),
+    ] = 0.95
+    refresh_every: Annotated[
+        Period,
+        "steps between the batches that are measured, each of which serves alone until the next. Fewer steps follow "
+        "the curvature, at their cost.",
+        Steps(),
+    ] = 100
 
-    def observe(layer, state, evidence):
-        found = _by_member(layer, evidence)
-        jacobians = tuple(
-            samples.observed(member, old, one, sharing, workspace)  # 1
-            for member, old, one in zip(members(layer), state.jacobians, found, strict=True)
-        )
-        goal = state.target
-        if goal is not None:
-            goal = jnp.broadcast_to(samples.slopes(found[0], goal.shape[-1]).astype(goal.dtype), goal.shape)
-        return TENGraDState(jacobians, state.factor, jnp.zeros_like(state.strength), goal)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target == "ief" and not (isinstance(self.refresh_every, int) and self.refresh_every == 1):
+            raise ValueError(
+                f'`refresh_every` is {self.refresh_every}, but the direction of `target="ief"` is that of the batch '
+                "that is measured, whatever the gradient: set `refresh_every=1`."
+            )
 
-    def refresh(layer, state, damping):
-        kernel = _over_members(layer, [samples.kernel(jacobian, workspace) for jacobian in state.jacobians], 2)  # 2
-        strength = linalg.floored(damping, jnp.linalg.norm(kernel, axis=(-2, -1)))
-        return state._replace(factor=_factor(kernel, strength, energy), strength=strength)
+    def lifted(self, layers: Layers) -> Transformation:
+        """The direction for the layers of a model."""
+        checks.layers(layers)
+        size = layers.examples if self.examples is None else self.examples
+        checks.size("examples", size)
+        if not layers.draws:
+            raise ValueError(
+                'The `layers` are of a capture with `labels="forward"`, which has no cotangents, and TENGraD needs '
+                'them: capture with `labels="sampled"`.'
+            )
+        method = self.method_of(size, layers.draws)
 
-    def apply(layer, state, gradient, damping):
-        known = state.strength > 0
-        strength = jnp.where(known, state.strength, damping)
-        strength = jnp.where(strength > 0, strength, 1)  # nothing measured and no damping: the gradient
-        parts = _by_member(layer, gradient)
-        shown = [samples.project(one, part) for one, part in zip(state.jacobians, parts, strict=True)]
-        residual = -_over_members(layer, shown, 1) / strength[..., None]
-        if state.target is not None:
-            residual += state.target  # 3'
-        weights = jnp.where(known[..., None], _solved(state.factor, residual, energy), 0)
-        found = {
-            member.name: part / strength[..., None, None] + samples.back(jacobian, _to_member(layer, weights, member))
-            for member, jacobian, part in zip(members(layer), state.jacobians, parts, strict=True)
-        }  # 3
-        return found if layer.kind == "joint" else found[layer.name]
+        def of(layers: Layers) -> Transformation:
+            return lift(lambda decay: method, layers, damping=self.given, decay=self.decay, schedule=self.schedule)
 
-    return Method(init, observe, refresh, apply)
+        found = of(layers) if self.blocks == "layer" else _of_joint_block(layers, of)
+        return found if self.target == "gradient" else _of_what_is_added(layers, found)
 
+    def method_of(self, examples: int, draws: int) -> Method:
+        """The functions of one layer, or of a joint block.
 
-def _by_member(layer: Layer, values: Any) -> tuple[Any, ...]:
-    """What a block has for each of its layers."""
-    return tuple(values[member.name] for member in members(layer)) if layer.kind == "joint" else (values,)
+        Args:
+            examples: N, the largest batch that there is room for.
+            draws: K.
+
+        Returns:
+            The method.
+        """
+        rows, workspace = draws * examples, self.workspace or samples.WORKSPACE
+
+        def init(layer):
+            jacobians = tuple(samples.empty(member, examples, draws, self.sharing) for member in members(layer))
+            factor = jnp.tile(jnp.eye(rows, dtype=layer.dtype), (*layer.stack, 1, 1))
+            goal = jnp.zeros((*layer.stack, rows), layer.dtype) if self.target == "ief" else None
+            return (), Measured(jacobians, factor, jnp.zeros(layer.stack, layer.dtype), goal)
+
+        def observe(layer, statistics, evidence):
+            del layer, evidence
+            return statistics
+
+        def measure(layer, operator, evidence):
+            found = by_member(layer, evidence)
+            jacobians = tuple(
+                samples.observed(member, old, one, self.sharing, workspace)  # 1
+                for member, old, one in zip(members(layer), operator.jacobians, found, strict=True)
+            )
+            goal = operator.target
+            if goal is not None:
+                goal = jnp.broadcast_to(samples.slopes(found[0], goal.shape[-1]).astype(goal.dtype), goal.shape)
+            return operator._replace(jacobians=jacobians, target=goal)
+
+        def refresh(layer, statistics, operator, damping):
+            del statistics
+            parts = [samples.kernel(jacobian, workspace) for jacobian in operator.jacobians]
+            kernel = _over_members(layer, parts, 2)  # 2
+            strength = stacks.floored(damping, jnp.linalg.norm(kernel, axis=(-2, -1)))
+            return operator._replace(factor=_factor(kernel, strength, self.energy), strength=strength)
+
+        def apply(layer, operator, gradient, damping):
+            known = operator.strength > 0
+            strength = jnp.where(known, operator.strength, damping)
+            strength = jnp.where(strength > 0, strength, 1)  # nothing measured and no damping: the gradient
+            parts = by_member(layer, gradient)
+            shown = [samples.project(one, part) for one, part in zip(operator.jacobians, parts, strict=True)]
+            residual = -_over_members(layer, shown, 1) / strength[..., None]
+            if operator.target is not None:
+                residual += operator.target  # 3'
+            weights = jnp.where(known[..., None], _solved(operator.factor, residual, self.energy), 0)
+            found = (
+                part / strength[..., None, None]
+                + samples.back(jacobian, jnp.broadcast_to(weights, (*member.stack, rows)))
+                for member, jacobian, part in zip(members(layer), operator.jacobians, parts, strict=True)
+            )  # 3
+            return from_members(layer, tuple(found))
+
+        return Method(init, observe, refresh, apply, measure=measure)
 
 
 def _over_members(layer: Layer, values: list[Array], axes: int) -> Array:
     """The sum over the layers of a joint block, and over their stacks, of what has `axes` axes of its own."""
-    if layer.kind != "joint":
+    if not is_joint(layer):
         return values[0]
     return jnp.sum(jnp.stack([jnp.sum(value, axis=range(value.ndim - axes)) for value in values]), axis=0)
-
-
-def _to_member(layer: Layer, weights: Array, member: Layer) -> Array:
-    """Weights [S, R] for one layer of a block."""
-    return jnp.broadcast_to(weights, (*member.stack, weights.shape[-1])) if layer.kind == "joint" else weights
 
 
 def _factor(kernel: Array, damping: Array, energy: float | None) -> Array:
     """Lines 2, 2': singular values are kept from the largest on, as long as their sum is within the energy."""
     if energy is None:
-        return linalg.cholesky(kernel + damping[..., None, None] * jnp.eye(kernel.shape[-1], dtype=kernel.dtype))
-    values, vectors = linalg.eigh(kernel)
+        return stacks.cholesky(kernel + damping[..., None, None] * jnp.eye(kernel.shape[-1], dtype=kernel.dtype))
+    values, vectors = stacks.eigh(kernel)
     assert vectors is not None, "the kernel is no diagonal"
     singular = jnp.sqrt(values)[..., ::-1]
     kept = jnp.cumsum(singular, axis=-1) <= energy * jnp.sum(singular, axis=-1, keepdims=True)
@@ -159,203 +228,93 @@ def _factor(kernel: Array, damping: Array, energy: float | None) -> Array:
 def _solved(factor: Array, vector: Array, energy: float | None) -> Array:
     """M v."""
     if energy is None:
-        return linalg.cholesky_solve(factor, vector)
-    return linalg.einsum("...ri,...si,...s->...r", factor, factor, vector)
+        return stacks.cholesky_solve(factor, vector)
+    return stacks.einsum("...ri,...si,...s->...r", factor, factor, vector)
 
 
-def scale_by_tengrad(
-    layers: Layers,
-    *,
-    damping: Damping,
-    blocks: Blocks = "layer",
-    sharing: Sharing = "example",
-    energy: float | None = None,
-    target: Target = "gradient",
-    examples: int | None = None,
-    workspace: int | None = None,
-    decay: ScalarOrSchedule = 0.95,
-    refresh_every: int | Array = 100,
-) -> optax.GradientTransformationExtraArgs:
-    """The TENGraD direction, (F + damping I)^-1 dW with the F of the last batch that was measured.
-
-    Args:
-        layers: from `capture.layers`. How many examples and draws of labels the state has room for is how many it was
-            called with; smaller batches are filled up.
-        damping: strength in the units of F, the Fisher block of one example, or its schedule; that of the last refresh
-            holds until the next. Directions that the batch did not show are divided by it alone.
-        blocks: "layer" for one block per layer; "joint" for one of all known layers: the exact natural gradient.
-        sharing: positions that share the weights. "example": the exact gradients of the examples; "reduce": those of
-            pooled positions, the sum of a beside the mean of g, cheaper and exact where g is the same at all of them.
-        energy: keep the leading singular vectors of J, whose singular values add up to this part of the sum of all, at
-            least one; None keeps all. The refresh is then an eigendecomposition.
-        target: "gradient" for the gradient that comes in. "ief" for the improved empirical Fisher: needs
-            `labels="true"` and `refresh_every=1`, since the direction is that of the batch that is measured.
-        examples: the largest batch, if not that of the `layers`.
-        workspace: bytes that what is formed on the way to one layer's kernel may take, at least what one example needs;
-            more is done in pieces. None for 256 MiB.
-        decay: weight of the old value in the diagonal blocks of parameters of no known layer; nothing else is averaged.
-        refresh_every: steps between the batches that are measured.
-
-    Returns:
-        A transformation; `update` needs `curvature`.
-
-    Raises:
-        TypeError: if `layers` is no `Layers`, or a setting is no number.
-        ValueError: if a word is unknown, a number out of its range, or the number of examples not known.
-    """
-    checks.choice("blocks", blocks, BLOCKS)
-    checks.choice("sharing", sharing, SHARINGS)
-    checks.choice("target", target, TARGETS)
-    if workspace is not None:
-        checks.number("workspace", workspace, least=1)
-    if energy is not None:
-        checks.number("energy", energy, least=0, below=1)
-    if target == "ief" and not (isinstance(refresh_every, int) and refresh_every == 1):
-        raise ValueError(
-            f'`refresh_every` is {refresh_every}, but the direction of `target="ief"` is that of the batch that is '
-            "measured, whatever the gradient: set `refresh_every=1`."
-        )
-    if not isinstance(layers, Layers):
-        raise TypeError(f"`layers` is {layers!r}; expected what `capture.layers(variables, x)` returns.")
-    size = layers.examples if examples is None else examples
-    checks.number("examples", size, least=1)
-    if not layers.draws:
-        raise ValueError(
-            'The `layers` are of a capture with `labels="forward"`, which has no cotangents, and TENGraD needs them: '
-            'capture with `labels="sampled"`.'
-        )
-
-    def lifted(layers: Layers) -> optax.GradientTransformationExtraArgs:
-        return lift(
-            lambda decay: tengrad_block(size, layers.draws, sharing, energy, target, workspace),
-            layers,
-            damping=damping,
-            decay=decay,
-            schedule=Schedule(refresh_every, refresh_every, as_one=True),
-        )
-
-    direction = lifted(layers) if blocks == "layer" else _of_joint_block(layers, lifted)
-    return direction if target == "gradient" else _of_what_is_added(layers, direction)
-
-
-def _of_joint_block(
-    layers: Layers, lifted: Callable[[Layers], optax.GradientTransformationExtraArgs]
-) -> optax.GradientTransformationExtraArgs:
+def _of_joint_block(layers: Layers, lifted: Callable[[Layers], Transformation]) -> Transformation:
     """A lifted method of the one block that those known layers make whose parameters are there."""
     lifted(joint(layers))  # settings are refused now, not when there are parameters
 
     def found_in(tree: Any) -> Layers:
-        there = checks.present(layers, tree)
-        return replace(
-            layers,
-            known=tuple(layer for layer in layers.known if layer in there),
-            rest=tuple(layer for layer in layers.rest if layer in there),
-        )
+        there = evidences.present(layers, tree)
+        known, rest = (tuple(layer for layer in part if layer in there) for part in (layers.known, layers.rest))
+        return replace(layers, known=known, rest=rest)
 
     def init(params):
         return lifted(joint(found_in(params))).init(params)
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         found = found_in(updates)
-        evidence = joint_evidence(found, checks.lazy_evidence(curvature, found.blocks))
-        return lifted(joint(found)).update(updates, state, params, curvature=evidence, **extra)
+        if curvature is not None or extra.get("request") is None:
+            curvature = joint_evidence(found, evidences.lazy(curvature, found.blocks))
+        return lifted(joint(found)).update(updates, state, params, curvature=curvature, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _of_what_is_added(
-    layers: Layers, direction: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
+def _of_what_is_added(layers: Layers, direction: Transformation) -> Transformation:
     """Give a direction with a target of its own only what was added to the gradient of the known layers.
 
-    That is exactly zero, a penalty, or the pull of `steps.spring`: whoever adds something passes the gradient itself on
-    as the extra argument `gradient`.
+    That is exactly zero, a penalty, or the pull of `spring`: whoever adds something passes the gradient itself on as
+    the extra argument `gradient`.
     """
 
-    def update(updates, state, params=None, *, curvature=None, gradient=None, warm_start=None, **extra):
+    def update(updates, state, params=None, *, curvature=None, gradient=None, **extra):
         if (labels := getattr(curvature, "labels", "true")) != "true":
             raise ValueError(
                 f'`target="ief"` is of the empirical Fisher, but the curvature has labels={labels!r}; capture with '
                 '`labels="true"`.'
             )
-        if warm_start is None:
+        if extra.get("request") is None:
             leaves, raw = addresses.flatten(updates), addresses.flatten(updates if gradient is None else gradient)
             known = [leaf.address for layer in layers.known for leaf in layer.leaves if leaf.address in leaves]
             updates = addresses.replace(updates, leaves | {name: leaves[name] - raw[name] for name in known})
-        return direction.update(updates, state, params, curvature=curvature, warm_start=warm_start, **extra)
+        return direction.update(updates, state, params, curvature=curvature, **extra)
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
-def tengrad(
-    learning_rate: ScalarOrSchedule | Quadratic,
-    layers: Layers,
-    *,
-    damping: Damping = 0.1,
-    blocks: Blocks = "layer",
-    sharing: Sharing = "example",
-    energy: float | None = None,
-    target: Target = "gradient",
-    examples: int | None = None,
-    workspace: int | None = None,
-    decay: ScalarOrSchedule = 0.95,
-    refresh_every: int | Array = 100,
-    kl_clip: Scalar | None = None,
-    momentum: Scalar | Quadratic | Literal["spring"] | None = 0.9,
-    spring_weight: Scalar = 0.9,
-    weight_decay: ScalarOrSchedule | None = None,
-    weight_decay_mask: Any | Callable[[Any], Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+@dataclass(frozen=True, kw_only=True)
+class TENGraDOptimizer(Clipped, TENGraD):
     """TENGraD with heavy-ball momentum and decoupled weight decay.
 
     The defaults are those of the authors' scripts (Fashion-MNIST: learning rate 0.003, batches of 128), which also have
-    `kl_clip=1e-2`, outside of which their dampings of 0.1 to 0.3 stand for shorter steps.
-
-    Args:
-        learning_rate: step size, its schedule, or "quadratic": what minimises the quadratic model (`controlled`); let
-            `momentum` then be "quadratic", too, "spring" or None.
-        layers: from `capture.layers`.
-        damping: see `scale_by_tengrad`; or `adaptive_damping(...)`, beside frequent refreshes.
-        blocks: see `scale_by_tengrad`.
-        sharing: see `scale_by_tengrad`.
-        energy: see `scale_by_tengrad`.
-        target: see `scale_by_tengrad`.
-        examples: see `scale_by_tengrad`.
-        workspace: see `scale_by_tengrad`.
-        decay: see `scale_by_tengrad`.
-        refresh_every: see `scale_by_tengrad`.
-        kl_clip: bound of `clip_by_kl` on how far a step may move the model; None for none.
-        momentum: weight of the old direction, "quadratic", or "spring" for that of `spring`, which is best with
-            `refresh_every=1` and a damping that is not adaptive; None for none.
-        spring_weight: weight of the last direction in `momentum="spring"`.
-        weight_decay: strength, an l2 penalty of the loss if the step is controlled; None for none, else `update` needs
-            `params`.
-        weight_decay_mask: which parameters decay, as `optax.add_decayed_weights` takes it.
-
-    Returns:
-        A complete optimizer; `update` needs `curvature`.
-
-    Raises:
-        ValueError: if a word is unknown, or a number out of its range.
+    `kl_clip=1e-2`, outside of which their dampings of 0.1 to 0.3 stand for shorter steps. An adaptive damping goes with
+    frequent refreshes.
     """
-    direction = scale_by_tengrad(
-        layers,
-        damping=damping,
-        blocks=blocks,
-        sharing=sharing,
-        energy=energy,
-        target=target,
-        examples=examples,
-        workspace=workspace,
-        decay=decay,
-        refresh_every=refresh_every,
-    )
-    if isinstance(momentum, str) and momentum == "spring":
-        if isinstance(damping, AdaptiveDamping):
+
+    momentum: Annotated[  # pyrefly: ignore[bad-override]
+        Scalar | Quadratic | Literal["spring"] | None,
+        'weight of the old direction in heavy-ball momentum; "quadratic": what minimises the quadratic model of the '
+        'loss; "spring": that of `spring`, best with `refresh_every=1`, not for an adaptive damping; None for none.',
+        Number(below=1),
+    ] = 0.9
+    spring_weight: Annotated[
+        Scalar,
+        'weight of the last direction in `momentum="spring"`; its authors take 0.99 beside a bound on the step, such '
+        "as `kl_clip`.",
+        Number(below=1),
+    ] = 0.9
+    damping: Damping = 0.1
+
+    def direction(self, layers: Layers) -> Transformation:
+        """The direction, with its own momentum if that is asked for."""
+        if self.heavy_ball is self.momentum:
+            return self.lifted(layers)
+        if isinstance(self.damping, AdaptiveDamping):
             raise ValueError(
                 'The damping is adaptive, but with `momentum="spring"` it also says how strongly the last direction '
                 "pulls, which the model that it adapts to knows nothing of; give `damping` a number or a schedule, or "
                 'take `momentum="quadratic"`.'
             )
-        direction, momentum = spring(direction, damping, spring_weight), None
-    return complete(direction, learning_rate, damping, kl_clip, momentum, weight_decay, weight_decay_mask)
+        return spring(self.lifted(layers), self.damping, self.spring_weight)
+
+    @property
+    def heavy_ball(self) -> Scalar | Quadratic | None:
+        """The momentum behind the direction, which that of `spring` is not."""
+        return None if isinstance(self.momentum, str) and self.momentum == "spring" else self.momentum
+
+
+scale_by_tengrad = direction(TENGraD)
+tengrad = optimizer(TENGraDOptimizer)

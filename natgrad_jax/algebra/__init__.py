@@ -1,0 +1,1 @@
+"""Algebra of arrays and stacks of matrices; nothing here knows a layer."""

@@ -1,0 +1,39 @@
+"""Algebra of trees of arrays as vectors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.algebra.stacks import HIGHEST
+from natgrad_jax.base import Array, Scalar
+
+
+def dot(one: Any, other: Any) -> Array:
+    """The dot product of two trees, in float32 at least."""
+
+    def of_leaves(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=HIGHEST)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaves, one, other)), jnp.zeros(()))
+
+
+def dots(trees: Any, other: Any) -> Array:
+    """The dot products of some trees with another, a vector."""
+    return jnp.stack([dot(tree, other) for tree in trees])
+
+
+def gram(trees: Any, others: Any = None) -> Array:
+    """The products of every tree with every other, a matrix."""
+    return jnp.stack([dots(others or trees, tree) for tree in trees])
+
+
+def add(tree: Any, other: Any, weight: Scalar) -> Any:
+    """Tree + weight other, in the dtypes of the tree."""
+    return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
+
+
+def select(condition: Array, tree: Any, other: Any) -> Any:
+    """One tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)

@@ -1,0 +1,1 @@
+"""What stands around a direction: its length, its momentum, the complete optimizer."""

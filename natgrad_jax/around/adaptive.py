@@ -1,0 +1,111 @@
+"""How a damping adapts itself while training, by the rule of Levenberg and Marquardt."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from natgrad_jax.base import Array, ScalarOrSchedule
+
+
+@dataclass(frozen=True)
+class AdaptiveDamping:
+    """A damping that follows how well the quadratic model foretells the loss; made by `adaptive_damping`.
+
+    Attributes:
+        initial: damping of the first step.
+        factor: by which the damping falls in a step where the model is good, to the power of `every` when tested.
+        every: steps between tests.
+        calibration: number of first steps that are tested each, with `calibration_factor`.
+        calibration_factor: by which the damping falls or rises in each of them, and in each that follows a bad test.
+        least: lower bound of the damping.
+        most: upper bound of the damping.
+    """
+
+    initial: float
+    factor: float
+    every: int
+    calibration: int
+    calibration_factor: float
+    least: float
+    most: float
+
+    def is_due(self, count: Array, ratio: Array) -> Array:
+        """Whether the step of this count is tested: in its turn, or because the ratio of the last test was bad."""
+        return self._moves_fast(count, ratio) | (count % self.every == 0)
+
+    def adapted(self, damping: Array, before: Array, ratio: Array, count: Array) -> Array:
+        """The damping after a test.
+
+        Args:
+            damping: before.
+            before: the ratio of the last test.
+            ratio: change of the loss over the change that the model foretold; NaN where either is not finite.
+            count: of the step, int32.
+
+        Returns:
+            A smaller damping for a ratio above 3/4, a larger one for a ratio below 1/4 or NaN, within the bounds.
+        """
+        by = jnp.where(self._moves_fast(count, before), self.calibration_factor, self.factor**self.every)
+        change = jnp.where(ratio > 0.75, by, jnp.where(ratio >= 0.25, 1, 1 / by))
+        return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
+
+    def _moves_fast(self, count: Array, ratio: Array) -> Array:
+        return (count < self.calibration) | (count > 0) & ~(ratio >= 0.25)
+
+
+Damping = ScalarOrSchedule | AdaptiveDamping
+"""A number, a schedule, or a rule."""
+
+
+def adaptive_damping(
+    initial: float = 1.0,
+    *,
+    factor: float = 0.9,
+    every: int = 5,
+    calibration: int = 10,
+    calibration_factor: float = 0.5,
+    least: float = 1e-8,
+    most: float = 1e8,
+) -> AdaptiveDamping:
+    """The rule of Levenberg and Marquardt, for the `damping` of every complete optimizer.
+
+    With h the loss of the batch, M the quadratic model of `control.controlled` and d the step,
+
+        rho = (h(theta + d) - h(theta)) / (M(theta + d) - M(theta))        both on the same batch, M without damping
+        damping <- factor^every damping     if rho > 3/4
+        damping <- factor^-every damping    if rho < 1/4 or rho is NaN
+
+    as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is that of kfac-jax. The first `calibration`
+    steps are tested each and move the damping by `calibration_factor`, so that its start need not be known to an order
+    of magnitude; and so is every step after a test with a bad rho or NaN, until one is good again. A tested step that
+    raises the loss of its own batch, or makes it NaN, is not taken.
+
+    It goes with `learning_rate="quadratic"`. Beside a given learning rate it is no trust region: of short steps the
+    model is right at every damping. A small batch tests a step on the very examples that it was made for, so that the
+    damping falls too far; `least` then holds it, at 0.001 to 0.1 in `experiments/control.py`.
+
+    Args:
+        initial: damping of the first step.
+        factor: by which the damping falls per step while the model is good, in (0, 1); it rises by the inverse.
+        every: steps between tests; a test costs one forward pass.
+        calibration: number of first steps that are tested each; 0 for none.
+        calibration_factor: by which the damping falls in each of these, and after a bad test, in (0, 1); it rises by
+            the inverse.
+        least: lower bound of the damping.
+        most: upper bound of the damping.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    rule = AdaptiveDamping(initial, factor, every, calibration, calibration_factor, least, most)
+    for name in ("factor", "calibration_factor"):
+        if not 0 < getattr(rule, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(rule, name)}; expected a number between 0 and 1.")
+    if not (isinstance(every, int) and every >= 1 and isinstance(calibration, int) and calibration >= 0):
+        raise ValueError(f"`every` is {every} and `calibration` {calibration}; expected a positive int and one from 0.")
+    if not 0 < least <= initial <= most:
+        raise ValueError(f"`initial` is {initial}; expected it between `least`, {least} > 0, and `most`, {most}.")
+    return rule

@@ -1,0 +1,227 @@
+"""How far to go along a direction: what the quadratic model of the loss says.
+
+    1  g <- gradient + l2 theta                               of the objective h + l2 / 2 |theta|^2
+    2  u <- -direction of g at damping + l2,  v <- the last step
+    3  B <- V^T (F + l2 I) V,  b <- V^T g,  V = [u, v]        F by exact products on the batch
+    4  w <- argmin of b^T w + w^T (B + damping V^T V) w / 2   w = (learning rate, momentum), what is given held fixed
+    5  step <- V w
+    6  rho <- (h(theta + step) - h(theta)) / (b^T w + w^T B w / 2)        only on tested steps, inside a cond
+    7  damping <- less for a good rho, more for a bad one; no step if the loss rose        only on tested steps
+
+Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4-7. Line 6 leaves the damping out of the
+model, as both public implementations of that group do. A product with F is one forward-mode pass, `curvature.along`.
+
+Not here: what the direction is; how `adaptive.AdaptiveDamping` moves the damping.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import checks
+from natgrad_jax.algebra import trees
+from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
+from natgrad_jax.lift.requests import answered
+from natgrad_jax.lift.state import at_step
+
+Quadratic = Literal["quadratic"]
+"""In the place of a number: what minimises the quadratic model."""
+
+
+class ControlState(NamedTuple):
+    """State of `controlled`.
+
+    Attributes:
+        count: steps done, int32.
+        damping: of the next step if it is adaptive, else of the last.
+        learning_rate: of the last step.
+        momentum: of the last step, the weight of the step before it.
+        ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
+        rejected: tested steps that were not taken, int32.
+        last: the last step that was taken, a tree like the parameters; None without momentum.
+        direction: state of the direction.
+    """
+
+    count: Array
+    damping: Array
+    learning_rate: Array
+    momentum: Array
+    ratio: Array
+    rejected: Array
+    last: Any
+    direction: Any
+
+
+class Model(NamedTuple):
+    """The quadratic model over V = [u, v]: slope b [2], curvature B [2, 2] without damping, and V^T V [2, 2]."""
+
+    slope: Array
+    curvature: Array
+    lengths: Array
+
+
+def controlled(
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: ScalarOrSchedule | Quadratic,
+    *,
+    damping: Damping,
+    momentum: Scalar | Quadratic | None = None,
+    l2: ScalarOrSchedule | None = None,
+    l2_mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A complete optimizer whose learning rate, momentum or damping come from the quadratic model of the loss.
+
+    Args:
+        direction: a `scale_by_*` transformation; it must see the gradient itself.
+        learning_rate: of the direction; "quadratic" for the minimiser of the model.
+        damping: strength in the units of F, its schedule, or `adaptive_damping(...)`; it goes to the direction, whose
+            own is ignored.
+        momentum: weight of the last step; "quadratic" for the minimiser of the model; None for none.
+        l2: strength of l2 / 2 |theta|^2 in the objective; None for none.
+        l2_mask: which parameters it holds for, as `optax.add_decayed_weights` takes it.
+
+    Returns:
+        A transformation; `update` needs `params` and, as `curvature`, the `out.curvature` of `value_and_grad` itself.
+
+    Raises:
+        ValueError: if a word is unknown or a number out of its range.
+    """
+    for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
+        if isinstance(value, str):
+            checks.choice(name, value, ("quadratic",))
+    rule, constant = (damping, 0.0) if isinstance(damping, AdaptiveDamping) else (None, damping)
+    checks.number("damping", constant, least=0, schedule=True)
+    free = (isinstance(learning_rate, str), isinstance(momentum, str))
+    given = [0.0 if isinstance(value, str) or value is None else value for value in (learning_rate, momentum)]
+    penalty_of = None if l2 is None else _penalty(l2_mask)
+
+    def init(params):
+        numbers = {"damping": rule.initial if rule else 0, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
+        return ControlState(
+            count=jnp.zeros((), jnp.int32),
+            **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
+            rejected=jnp.zeros((), jnp.int32),
+            last=None if momentum is None else jax.tree.map(jnp.zeros_like, params),
+            direction=direction.init(params),
+        )
+
+    def update(updates, state, params=None, *, curvature: Any = None, **extra):
+        if extra.get("request") is not None:
+            return answered(direction, updates, state, params, extra | {"curvature": curvature})
+        _check(curvature, params)
+        count, last = state.count, state.last
+        wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
+        strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
+        extra = {"gradient": updates} | extra  # without the penalty, for statistics of the gradient itself
+        l2_now, penalised = jnp.zeros((), wide), None
+        if penalty_of is not None and l2 is not None:
+            l2_now = jnp.asarray(at_step(l2, count), wide)
+            penalised = partial(penalty_of, strength=l2_now)
+            updates = trees.add(updates, penalised(params), 1.0)  # 1
+        found, inner = direction.update(
+            updates, state.direction, params, **extra | {"curvature": curvature, "damping": strength + l2_now}
+        )
+        u = jax.tree.map(jnp.negative, found)  # 2
+        model = partial(_model, curvature, (u,) if last is None else (u, last), updates, penalised)  # 3
+        weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
+        if any(free):
+            quadratic = model()
+            weights, model = _minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
+        step = jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u)  # 5
+        step = step if last is None else trees.add(step, last, weights[1])
+        ratio, taken = state.ratio, jnp.array(True)
+        if rule:
+            is_due = rule.is_due(count, state.ratio)
+            test = partial(_tested, curvature, params, weights, penalised)
+            ratio, taken = jax.lax.cond(is_due, lambda: test(model(), step), lambda: (ratio, taken))  # 6
+            strength = jnp.where(is_due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
+            last = None if last is None else trees.select(taken, step, last)
+            step = trees.select(taken, step, jax.tree.map(jnp.zeros_like, step))
+        elif last is not None:
+            last = step
+        return step, ControlState(
+            count=jnp.asarray(optax.safe_increment(count)),
+            damping=strength.astype(jnp.float32),
+            learning_rate=weights[0].astype(jnp.float32),
+            momentum=weights[1].astype(jnp.float32),
+            ratio=ratio,
+            rejected=state.rejected + ~taken,
+            last=last,
+            direction=inner,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _penalty(mask: Any) -> Callable[..., Any]:
+    """A function of a tree and a strength: the leaves that l2 holds for times the strength, zeros elsewhere."""
+    decays = optax.add_decayed_weights(1.0, mask)
+
+    def penalised(tree: Any, strength: Array) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        chosen = decays.update(zeros, decays.init(tree), tree)[0]
+        return jax.tree.map(lambda leaf: (strength * leaf).astype(leaf.dtype), chosen)
+
+    return penalised
+
+
+def _tested(
+    curvature: Any, params: Any, weights: Array, penalised: Callable[[Any], Any] | None, model: Model, step: Any
+) -> tuple[Array, Array]:
+    """Line 6: the change of the loss over the change foretold, and whether the loss has not risen."""
+    foretold = model.slope @ weights + weights @ model.curvature @ weights / 2
+    change = curvature.value(trees.add(params, step, 1.0)) - curvature.value()
+    if penalised is not None:
+        change += trees.dot(penalised(trees.add(params, step, 0.5)), step)
+    return _ratio(change, foretold), change <= 0
+
+
+def _model(curvature: Any, pair: tuple[Any, ...], gradient: Any, penalised: Callable[[Any], Any] | None) -> Model:
+    """The quadratic model over one or two vectors; `penalised` multiplies by the Hessian of the l2 penalty."""
+    bent = trees.gram([curvature.along(one) for one in pair])
+    if penalised is not None:
+        bent = bent + trees.gram(pair, [penalised(one) for one in pair])
+    return Model(*map(_padded, (trees.dots(pair, gradient), bent, trees.gram(pair))))
+
+
+def _minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bool]) -> Array:
+    """The weights [2] that minimise the damped model, those not free held fixed; zeros where that is not finite."""
+    bent = model.curvature + damping * model.lengths
+    slope = model.slope + bent @ jnp.where(jnp.array(free), 0, weights)
+    size = jnp.sqrt(jnp.where(jnp.diagonal(bent) > 0, jnp.diagonal(bent), jnp.inf))  # inf: a zero vector gets no weight
+    slope, cosine = slope / size, bent[0, 1] / (size[0] * size[1])
+    found = -slope
+    if all(free):
+        other = 1 - cosine**2
+        both = -(slope - cosine * slope[::-1]) / other
+        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0]))  # nearly parallel: u alone
+    weights = jnp.where(jnp.array(free), found / size, weights)
+    return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
+
+
+def _ratio(change: Array, foretold: Array) -> Array:
+    """Change over the change foretold; where a rise was foretold, infinite if the loss fell, minus that if it rose."""
+    surprise = jnp.where(change < 0, jnp.inf, -jnp.inf)
+    ratio = jnp.where(foretold < 0, change / foretold, surprise)
+    return jnp.where(jnp.isfinite(change) & jnp.isfinite(foretold), ratio, jnp.nan).astype(jnp.float32)
+
+
+def _padded(array: Array) -> Array:
+    """With zeros up to two entries along each axis."""
+    return jnp.pad(array, [(0, 2 - size) for size in array.shape])
+
+
+def _check(curvature: Any, params: Any) -> None:
+    """Refuse what the model of the loss cannot be taken from."""
+    if params is None:
+        raise ValueError("`params` is None; a controlled step needs them: `tx.update(grads, state, params, ...)`.")
+    if not (hasattr(curvature, "along") and hasattr(curvature, "value")):
+        raise TypeError(
+            f"`curvature` is of type {type(curvature).__name__}; a controlled step takes products and losses from "
+            "`out.curvature` itself, where `out` is what `capture.value_and_grad` returned."
+        )

@@ -1,0 +1,185 @@
+"""Statistics and operators outside of a step: observe, refresh, a pass of data before training, light checkpoints."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.addresses import Tree
+from natgrad_jax.base import Layers, Scalar
+from natgrad_jax.lift.evidence import Known, is_evidence
+from natgrad_jax.lift.requests import Observe, Refresh, Request
+from natgrad_jax.lift.state import NaturalGradientState
+
+
+def observe(
+    tx: optax.GradientTransformation,
+    state: Any,
+    evidence: Any,
+    params: Tree | None = None,
+    *,
+    decay: Scalar | None = None,
+) -> Any:
+    """Move the statistics by one batch, and nothing else.
+
+    No step is counted, no operator changes, and no other part of a chain, a mask or a partition moves.
+
+    Args:
+        tx: a lifted method, or a transformation with one in it.
+        state: its state.
+        evidence: of a batch: what `capture.value_and_grad` returned; its `out.curvature`; {name: Evidence}, which a
+            jitted function can return; or a gradient, for methods whose statistics are of it.
+        params: the parameters; needed if `evidence` brings no gradient and `tx` has parts beside the method that need
+            the structure of a tree: a mask, a partition, a momentum in a chain of your own.
+        decay: weight of the old statistics; None for that of the method.
+
+    Returns:
+        The state of `tx` with new statistics.
+
+    Raises:
+        ValueError: if the state has no lifted method, or the evidence is not what its statistics are of.
+    """
+    return _ask(tx, state, Observe(None if decay is None else jnp.asarray(decay)), params, evidence)
+
+
+def refresh(tx: optax.GradientTransformation, state: Any, evidence: Any = None, params: Tree | None = None) -> Any:
+    """Make the operators afresh from the statistics; rebuild those that `without_operators` left out.
+
+    A rebuilt state goes on bit for bit as the whole one would where an operator is a function of the statistics that
+    it was made of: K-FAC, TKFAC, TNT, MBF and Shampoo, as long as no statistics were taken since the last refresh, the
+    damping is that of the last refresh, and none was rejected. EKFAC, TEKFAC, SOAP and TENGraD hold what a batch
+    measured: give one, and they go on from there. The coupled Shampoo and the warm refresh ("qr") depend on the
+    operators before. K-BFGS learned its operators from its steps.
+
+    Args:
+        tx: a lifted method, or a transformation with one in it.
+        state: its state.
+        evidence: a batch, as `observe` takes it, for operators that hold what a batch measured.
+        params: the parameters, as `observe` takes them.
+
+    Returns:
+        The state of `tx` with new operators.
+
+    Raises:
+        ValueError: if the state has no lifted method, or the operators cannot be made of what there is.
+    """
+    return _ask(tx, state, Refresh(), params, evidence)
+
+
+def without_operators(state: Any) -> Any:
+    """The state without what `refresh` can make again: half of its bytes, or less, in a checkpoint.
+
+    Args:
+        state: of a lifted method, or of a transformation with one in it.
+
+    Returns:
+        The same with None in the place of every operator; their dates stay.
+
+    Raises:
+        ValueError: if the state has no lifted method.
+    """
+
+    def light(node):
+        if not _is_ours(node):
+            return node
+        return node._replace(operators={name: old._replace(value=None) for name, old in node.operators.items()})
+
+    _check(state)
+    return jax.tree.map(light, state, is_leaf=_is_ours)
+
+
+def warm_start(
+    tx: optax.GradientTransformationExtraArgs,
+    state: Any,
+    evidence_stream: Iterable[Any],
+    params: Tree | None = None,
+) -> Any:
+    """Fill the statistics with the running mean over a pass of data, before training.
+
+    A loop over `observe`. The first step is served by these statistics as they are; afterwards they count as one full
+    old value. As in the experiments of Goldfarb, Ren and Bahamou.
+
+    Args:
+        tx: a lifted method, or a chain with one in it.
+        state: its state.
+        evidence_stream: for each batch what `observe` takes.
+        params: the parameters; see `observe`.
+
+    Returns:
+        The state of `tx` with warm statistics.
+
+    Raises:
+        ValueError: if the state has no lifted method, or the stream is not what its statistics are of.
+    """
+    for done, item in enumerate(evidence_stream):
+        state = observe(tx, state, item, params, decay=done / (done + 1))
+    return state
+
+
+def _ask(
+    tx: optax.GradientTransformation,
+    state: Any,
+    request: Request,
+    params: Tree | None,
+    evidence: Any,
+) -> Any:
+    """The state after a request, with whatever form of evidence goes with it."""
+    _check(state)
+    curvature, gradient = getattr(evidence, "curvature", evidence), getattr(evidence, "grad", None)
+    known, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature
+    if not (found is None or is_evidence(found)):
+        gradient, found, known = evidence, None, None
+    like = gradient if gradient is not None else {} if params is None else params
+    try:
+        return _asked(state, jax.tree.map(jnp.zeros_like, like), params, gradient, found, request, tx=tx, known=known)
+    except (TypeError, ValueError) as error:
+        if not jax.tree.leaves(like):
+            error.add_note("A part of this transformation may need the structure of the parameters: pass `params`.")
+        raise
+
+
+@partial(jax.jit, static_argnames=("tx", "known"))
+def _asked(
+    state: Any,
+    updates: Tree,
+    params: Tree | None,
+    gradient: Tree | None,
+    evidence: Any,
+    request: Request,
+    *,
+    tx: optax.GradientTransformation,
+    known: Layers | None,
+) -> Any:
+    curvature = evidence if known is None or evidence is None else Known(evidence, known)
+    update = optax.with_extra_args_support(tx).update
+    _, new = update(updates, state, params, curvature=curvature, gradient=gradient, request=request)
+    return _ours(state, new)
+
+
+def _ours(old: Any, new: Any) -> Any:
+    """The old state of a chain with the new states of the lifted methods in it."""
+    return jax.tree.map(lambda old, new: new if _is_ours(old) else old, old, new, is_leaf=_is_ours)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, NaturalGradientState)
+
+
+def _check(state: Any) -> None:
+    """Refuse a state that has no method of ours, or has it where a request cannot reach it."""
+    if not any(_is_ours(node) for node in jax.tree.leaves(state, is_leaf=_is_ours)):
+        raise ValueError(
+            f"`state` of type {type(state).__name__} holds no natural-gradient method; expected `tx.init(params)`."
+        )
+
+    def is_multi(node):
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(is_multi(node) for node in jax.tree.leaves(state, is_leaf=is_multi)):
+        raise ValueError(
+            "`optax.MultiSteps` passes nothing on but every k-th update, and of the curvature only the last of k; "
+            "accumulate where the batch is evaluated: `capture(..., microbatches=k)`."
+        )

@@ -1,0 +1,1 @@
+"""What is kept of ONE layer, and how it is applied."""

@@ -1,0 +1,235 @@
+"""The Kronecker pair of a layer: averaged, damped, inverted, applied.
+
+Averaged are A of the inputs and G of the outputs, or the two partial traces of F. F + damping I is no Kronecker
+product; (A + x I) (x) (G + y I) with x y = damping is one. The rules of `split_damping` differ in the ratio of x and y;
+"mean_eigenvalue" also lets their product exceed the damping. "exact" needs no rule: the damping is added to the
+eigenvalues of the product itself, and what is kept is an eigenbasis.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.eigenbasis import Basis, damped_solve, eigenbasis, standard
+from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, mean_diagonal, sandwich, trace
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.layers.rows import Pairing, Sharing, input_moment, output_moment, partial_traces
+
+Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
+"""How a damping is split over the two sides."""
+WIDEST = 8192
+"""The largest side of which a whole factor is kept, if nothing else is said."""
+
+
+class Pair(NamedTuple):
+    """Averages of A [S, I, I] and G [S, O, O]; of a side that is too wide, of its diagonal."""
+
+    inputs: Average
+    outputs: Average
+
+
+class Traces(NamedTuple):
+    """The partial traces of F: E[D D^T] [S, I, I] and E[D^T D] [S, O, O]; of a side too wide, the diagonal."""
+
+    inputs: Factor
+    outputs: Factor
+
+
+class Inverses(NamedTuple):
+    """A^ [S, I, I] and G^ [S, O, O]."""
+
+    inputs: Factor
+    outputs: Factor
+
+
+class Eigen(NamedTuple):
+    """The basis (U, V) and the Kronecker eigenvalues s r^T [S, I, O]."""
+
+    basis: Basis
+    scale: Array
+
+
+def identities(layer: Layer, most: int | None) -> tuple[Factor, Factor]:
+    """Identity matrices in the place of the two factors, each in a buffer of its own.
+
+    Args:
+        layer: the layer.
+        most: the largest size of a side of which the whole factor is kept; None for `WIDEST`.
+
+    Returns:
+        [S, I, I] and [S, O, O]; a `Diagonal` of a side that is too wide, or whose rows are one-hot.
+    """
+
+    def factor(size, full):
+        if full and size <= (WIDEST if most is None else most):
+            return jnp.zeros((*layer.stack, size, size), layer.dtype) + jnp.eye(size, dtype=layer.dtype)
+        return Diagonal(jnp.ones((*layer.stack, size), layer.dtype))
+
+    rows, columns = layer.shape
+    return factor(rows, not layer.one_hot), factor(columns, True)
+
+
+def empty(layer: Layer, most: int | None) -> Pair:
+    """A pair of nothing yet.
+
+    Args:
+        layer: the layer.
+        most: as `identities` takes it.
+
+    Returns:
+        Averages of weight 0.
+    """
+    return Pair(*(averages.of_zeros(side, layer.stack, layer.dtype) for side in identities(layer, most)))
+
+
+def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing: Sharing = "expand") -> Pair:
+    """The pair with one more batch.
+
+    A is the sum over positions and the mean over examples, G the mean over positions and examples, so that A (x) G
+    is the block of one example.
+
+    Args:
+        layer: the layer.
+        pair: so far.
+        evidence: of the batch.
+        decay: weight of the old value.
+        sharing: "expand", or "reduce" for positions that are pooled before they are squared.
+
+    Returns:
+        The new pair.
+    """
+    full_inputs, full_outputs = (not isinstance(side.total, Diagonal) for side in pair)
+    return Pair(
+        averages.update(pair.inputs, input_moment(layer, evidence, full_inputs, sharing), decay),
+        averages.update(pair.outputs, output_moment(layer, evidence, full_outputs, sharing), decay),
+    )
+
+
+def means(pair: Pair) -> tuple[Factor, Factor]:
+    """A and G."""
+    return averages.mean(pair.inputs), averages.mean(pair.outputs)
+
+
+def empty_traces(layer: Layer, most: int | None) -> Average:
+    """An average of no `Traces` yet: both under one weight, so that they stay partial traces of one matrix.
+
+    Args:
+        layer: the layer.
+        most: as `identities` takes it.
+
+    Returns:
+        An average of weight 0.
+    """
+    return averages.of_zeros(Traces(*identities(layer, most)), layer.stack, layer.dtype)
+
+
+def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: Pairing) -> Average:
+    """The partial traces with one more batch.
+
+    Args:
+        layer: the layer.
+        traces: so far.
+        evidence: of the batch.
+        decay: weight of the old value.
+        sharing: as `layers.rows.partial_traces` takes it.
+
+    Returns:
+        The new average.
+    """
+    inputs, outputs = (not isinstance(side, Diagonal) for side in traces.total)
+    found = partial_traces(layer, evidence, (inputs, outputs), sharing)
+    return averages.update(traces, Traces(*found), decay)
+
+
+def trace_restricted(traces: Average) -> Traces:
+    """The Kronecker pair that has the partial traces of F, hence its trace, up to the factor tr F that both share.
+
+    Args:
+        traces: the average.
+
+    Returns:
+        E[D D^T] and E[D^T D], each over the root of delta = tr F; zeros where that is zero.
+    """
+    means = averages.mean(traces)
+    return averages.mean(Average(means, jnp.sqrt(trace(means.inputs))))
+
+
+def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) -> tuple[Array, Array]:
+    """Strengths x, y for the factors A and G, with x y = damping.
+
+    "pi": x / y = (tr A / I) / (tr G / O), which equalises the traces of the two cross terms in the product
+    (Martens and Grosse 2015, section 6.3); "even": x = y. A factor of trace 0 makes "pi" even.
+
+    "mean_eigenvalue": x = max(tr A / I, root of the damping), y likewise, so that x y may exceed the damping, which is
+    a floor. Of use only where A and G share the units of F evenly: else the floor is high for one, low for the other.
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+        damping: strength in the units of A (x) G.
+        split: "pi", "even" or "mean_eigenvalue".
+
+    Returns:
+        x [S] in the units of A and y [S] in the units of G.
+    """
+    mean_inputs, mean_outputs = mean_diagonal(inputs), mean_diagonal(outputs)
+    root = jnp.sqrt(jnp.asarray(damping, mean_inputs.dtype))
+    if split == "mean_eigenvalue":
+        return jnp.maximum(mean_inputs, root), jnp.maximum(mean_outputs, root)
+    both = (mean_inputs > 0) & (mean_outputs > 0)
+    ratio = jnp.where(both, mean_inputs, 1) / jnp.where(both, mean_outputs, 1)
+    pi = jnp.sqrt(ratio) if split == "pi" else jnp.ones_like(ratio)
+    return root * pi, root / pi
+
+
+def identity(layer: Layer, most: int | None, split: Split) -> Inverses | Eigen:
+    """What changes no gradient, of the shapes that `inverted` gives.
+
+    Args:
+        layer: the layer.
+        most: as `identities` takes it.
+        split: as `inverted` takes it.
+
+    Returns:
+        Eigen if the split is "exact", else inverses.
+    """
+    ones = identities(layer, most)
+    if split == "exact":
+        return Eigen(standard(*ones), jnp.ones(layer.stack + layer.shape, layer.dtype))
+    return Inverses(*ones)
+
+
+def inverted(inputs: Factor, outputs: Factor, damping: Scalar, split: Split) -> Inverses | Eigen:
+    """The inverse of a Kronecker pair, damped by a rule of `split_damping`; its eigenbasis if the split is "exact".
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+        damping: strength in the units of A (x) G.
+        split: how the damping enters.
+
+    Returns:
+        (A + x I)^-1 and (G + y I)^-1; or the eigenvectors and the products of the eigenvalues, without damping.
+    """
+    if split == "exact":
+        return Eigen(*eigenbasis(inputs, outputs))
+    x, y = split_damping(inputs, outputs, damping, split)
+    return Inverses(damped_inverse(inputs, x), damped_inverse(outputs, y))
+
+
+def solve(inverse: Inverses | Eigen, gradient: Array, damping: Scalar) -> Array:
+    """The inverse applied to a gradient.
+
+    Args:
+        inverse: from `inverted`.
+        gradient: [S, I, O].
+        damping: what is added to the Kronecker eigenvalues; inverses hold theirs.
+
+    Returns:
+        [S, I, O].
+    """
+    if isinstance(inverse, Eigen):
+        return damped_solve(inverse.basis, inverse.scale, gradient, damping)
+    return sandwich(inverse.inputs, gradient, inverse.outputs)

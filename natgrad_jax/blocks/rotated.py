@@ -1,0 +1,162 @@
+"""Second moments measured in an eigenbasis: the diagonal that stands in the place of the Kronecker eigenvalues."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.eigenbasis import (
+    Basis,
+    damped_solve,
+    eigenbasis,
+    into,
+    mean_squares,
+    rotated,
+    standard,
+    warm_eigenbasis,
+)
+from natgrad_jax.algebra.moments import example_moments
+from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.blocks.kronecker import identities, split_damping
+from natgrad_jax.layers.rows import gradient_matrix, input_moment, input_rows, output_rows, total
+
+Estimator = Literal["per_example", "minibatch"]
+Refresh = Literal["eigh", "qr"]
+Split = Literal["exact", "pi", "even"]
+
+
+class Rotated(NamedTuple):
+    """What is applied: moments in a basis.
+
+    Attributes:
+        basis: U [S, I, I] and V [S, O, O].
+        scale: the average of the second moments in the basis [S, I, O].
+        traces: of A and G [S], which say how "pi" and "even" split the damping; None for "exact".
+    """
+
+    basis: Basis
+    scale: Average
+    traces: tuple[Array, Array] | None
+
+
+def identity(layer: Layer, most: int | None, split: Split) -> Rotated:
+    """The basis that changes nothing, with no moments yet.
+
+    Args:
+        layer: the layer.
+        most: as `kronecker.identities` takes it.
+        split: as `solve` takes it.
+
+    Returns:
+        An operator; applied, it divides by the damping.
+    """
+    traces = None if split == "exact" else (jnp.ones(layer.stack, layer.dtype), jnp.ones(layer.stack, layer.dtype))
+    scale = averages.empty(layer.stack, layer.shape, layer.dtype)
+    return Rotated(standard(*identities(layer, most)), scale, traces)
+
+
+def refreshed(inputs: Factor, outputs: Factor, old: Rotated, estimator: Estimator, refresh: Refresh) -> Rotated:
+    """The basis of a Kronecker pair, and what the scale starts from in it.
+
+    Of eigenvectors made afresh ("eigh") the scale is empty, or for "minibatch" the Kronecker eigenvalues, diag(U^T A U)
+    diag(V^T G V)^T. A step from the old basis ("qr") keeps the scale, which moves with the columns; the first refresh
+    is one by "eigh", of all copies of a stack if one of them has no scale yet.
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+        old: the old basis, and the average of the scale in it.
+        estimator: "per_example" or "minibatch".
+        refresh: "eigh" or "qr".
+
+    Returns:
+        The new basis, and the average of the scale in it.
+    """
+    _, scale, _ = old
+
+    def cold():
+        found, eigenvalues = eigenbasis(inputs, outputs)
+        if estimator == "minibatch":
+            return found, Average(eigenvalues, jnp.ones_like(scale.weight))
+        return found, Average(jnp.zeros_like(scale.total), jnp.zeros_like(scale.weight))
+
+    def warm():
+        found, moved = warm_eigenbasis(old.basis, scale.total, inputs, outputs)
+        return found, scale._replace(total=moved)
+
+    basis, scale = cold() if refresh == "eigh" else lax.cond(jnp.all(scale.weight > 0), warm, cold)
+    return old._replace(basis=basis, scale=scale)
+
+
+def rescaled(layer: Layer, old: Rotated, evidence: Evidence, estimator: Estimator, decay: Scalar) -> Rotated:
+    """The moments with what one batch shows of them.
+
+    "per_example": E[(U^T D V)^2], D = sum_t a g^T the gradient of one example, whatever its positions do.
+    "minibatch": (U^T (sum_n D_n) V)^2 / W, averaged over draws; unbiased for sampled labels only.
+
+    Args:
+        layer: the layer.
+        old: the operator.
+        evidence: of the batch.
+        estimator: "per_example" or "minibatch".
+        decay: weight of the old moments.
+
+    Returns:
+        The operator.
+    """
+    measure = _minibatch if estimator == "minibatch" else _per_example
+    return old._replace(scale=averages.update(old.scale, measure(layer, old.basis, evidence), decay))
+
+
+def followed(inputs: Factor, outputs: Factor, old: Rotated) -> Rotated:
+    """The operator with the traces of these factors, A [S, I, I] and G [S, O, O]."""
+    return old._replace(traces=(trace(inputs), trace(outputs)))
+
+
+def solve(operator: Rotated, gradient: Array, damping: Scalar, split: Split) -> Array:
+    """The gradient over the damped scale, in the basis.
+
+    "exact" divides by scale + damping. The other splits damp as a Kronecker product is damped, (s + x)(r + y) in the
+    place of s r: they divide by scale + x r + y s + x y, where s and r are the sums of the scale over its columns and
+    over its rows, in the units of A and of G. Where the scale is the product of the eigenvalues of A and G, that is
+    the damping of the pair.
+
+    Args:
+        operator: basis, scale and traces.
+        gradient: [S, I, O].
+        damping: strength in the units of the scale, [] or [S].
+        split: "exact", "pi" or "even".
+
+    Returns:
+        [S, I, O].
+    """
+    scale = averages.mean(operator.scale)
+    if operator.traces is None or split == "exact":
+        return damped_solve(operator.basis, scale, gradient, damping)
+    tops = [jnp.where(top > 0, top, 1)[..., None] for top in operator.traces]
+    rows, columns = jnp.sum(scale, axis=-1) / tops[1], jnp.sum(scale, axis=-2) / tops[0]
+    x, y = split_damping(Diagonal(rows), Diagonal(columns), damping, split)
+    cross = x[..., None, None] * columns[..., None, :] + y[..., None, None] * rows[..., :, None]
+    return damped_solve(operator.basis, scale + cross, gradient, x * y)
+
+
+def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
+    if evidence.cotangents is None:  # g = identity: F = A (x) I
+        moment = input_moment(layer, evidence, full=basis.inputs is not None)
+        return jnp.broadcast_to(mean_squares(basis.inputs, moment)[..., None], (*layer.stack, *layer.shape))
+    rows = rotated(input_rows(layer, evidence), basis.inputs)
+    columns = rotated(output_rows(layer, evidence), basis.outputs)
+    return example_moments(rows, columns) / total(evidence, rows.shape[-3])
+
+
+def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
+    gradient = gradient_matrix(layer, evidence)
+    if evidence.count is None:
+        raise ValueError(
+            f"The evidence for layer {layer.name!r} has no `count`, which the estimator 'minibatch' needs; take the "
+            "evidence from `capture.value_and_grad`."
+        )
+    return jnp.mean(into(basis, gradient) ** 2, axis=-3) / evidence.count

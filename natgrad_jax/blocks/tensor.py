@@ -1,0 +1,126 @@
+"""What is kept of a tensor: one factor for each of its modes.
+
+A tensor X [S, n_1, ..., n_k] is a parameter array seen by `layers.views`; its unfolding X_(i) is [S, n_i, all others].
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.modes import contraction, partial_trace, product
+from natgrad_jax.algebra.moments import second_moment
+from natgrad_jax.algebra.stacks import Diagonal, Factor
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.layers.rows import gradient_matrix, partial_traces, total
+
+Estimator = Literal["minibatch", "per_example"]
+WIDEST = 8192
+"""The longest mode of which a whole factor is kept, if nothing else is said."""
+
+
+def empty(layer: Layer, most: int | None) -> Average:
+    """An average of no contractions yet: one factor for each mode, all under one weight.
+
+    Args:
+        layer: of kind "tensor".
+        most: as `identities` takes it.
+
+    Returns:
+        An average of weight 0, of a tuple of [S, n_i, n_i], or `Diagonal`s.
+    """
+    return averages.of_zeros(identities(layer, most), layer.stack, layer.dtype)
+
+
+def identities(layer: Layer, most: int | None) -> tuple[Factor, ...]:
+    """Identity matrices in the place of the factors, each in a buffer of its own.
+
+    Args:
+        layer: of kind "tensor".
+        most: the largest size of a mode of which the whole factor is kept; None for `WIDEST`.
+
+    Returns:
+        For each mode [S, n_i, n_i], or a `Diagonal`.
+    """
+
+    def factor(size):
+        if size <= (WIDEST if most is None else most):
+            return jnp.zeros((*layer.stack, size, size), layer.dtype) + jnp.eye(size, dtype=layer.dtype)
+        return Diagonal(jnp.ones((*layer.stack, size), layer.dtype))
+
+    return tuple(map(factor, layer.shape))
+
+
+def contractions(
+    layer: Layer,
+    average: Average,
+    evidence: Evidence,
+    *,
+    estimator: Estimator = "minibatch",
+    whiten: Sequence[Factor] | None = None,
+) -> tuple[Factor, ...]:
+    """The second moments in every mode that one batch shows, averaged over draws.
+
+    "minibatch": G_(i) G_(i)^T / W of the gradient G summed over the batch. "per_example": E[D_(i) D_(i)^T], D the
+    gradient of one example; for sampled labels it has the same expectation and less noise. Of a parameter of no known
+    layer there is only the first.
+
+    Args:
+        layer: of kind "tensor".
+        average: of what is measured, for which modes are full.
+        evidence: of the batch.
+        estimator: "minibatch" or "per_example".
+        whiten: a factor for each mode, by which the gradient is multiplied in all modes but i before mode i is
+            measured; the result is then divided by the product of their sizes. None for the gradient as it is.
+
+    Returns:
+        For each mode [S, n_i, n_i], or a `Diagonal` [S, n_i].
+    """
+    full = [not isinstance(factor, Diagonal) for factor in average.total]
+    if estimator == "per_example" and evidence.cotangents is not None:
+        return _of_examples(layer, evidence, evidence.cotangents, full)
+    gradient, weight = draws(layer, evidence)
+    found = []
+    for mode, form in enumerate(full):
+        seen = gradient
+        if whiten is not None:
+            others = [None if other == mode else factor for other, factor in enumerate(whiten)]
+            seen = product(gradient, (None, *others)) * (layer.shape[mode] / prod(layer.shape)) ** 0.5
+        found.append(contraction(seen, mode + 1, len(full) + 1, form))  # the draws are a mode in front
+    return _over(tuple(found), weight)
+
+
+def draws(layer: Layer, evidence: Evidence) -> tuple[Array, Array]:
+    """The gradients [S, K, n_1, ..., n_k] of an evidence, and what the sum of their squares is divided by, K W."""
+    gradient = gradient_matrix(layer, evidence)
+    assert evidence.count is not None, "asked for in `lift.evidence`"
+    count = jnp.maximum(evidence.count, 1e-30).astype(layer.dtype)
+    return gradient, gradient.shape[len(layer.stack)] * count
+
+
+def _of_examples(
+    layer: Layer, evidence: Evidence, cotangents: tuple[Array, ...] | Array, full: Sequence[bool]
+) -> tuple[Factor, ...]:
+    """E[D_(i) D_(i)^T] of an array of a known layer."""
+    source, split = layer.geometry.source, layer.geometry.split
+    if not source.is_known:  # a bias: its gradient is the sum of the cotangents of an example
+        lead = 1 + len(source.stack)
+        calls = cotangents if isinstance(cotangents, tuple) else (cotangents,)
+        sums = [jnp.sum(g.reshape(g.shape[: lead + 1] + (-1, source.shape[0])), axis=-2) for g in calls]
+        rows = jnp.moveaxis(sum(sums[1:], sums[0]), 0, -3).astype(layer.dtype)  # [S, K, N, O]
+        count, examples = rows.shape[-3:-1]
+        moment = second_moment(rows.reshape(*source.stack, count * examples, -1), full=full[0])
+        return _over((moment,), count * jnp.maximum(total(evidence, examples), 1e-30))
+    inputs, outputs = partial_traces(source, evidence, (any(full[:-1]), full[-1]))
+    if len(split) == 2:
+        return inputs, outputs
+    found = [partial_trace(inputs, split[:-1], mode, whole) for mode, whole in enumerate(full[:-1])]
+    return (*found, outputs)
+
+
+def _over(factors: tuple[Factor, ...], count: Scalar) -> tuple[Factor, ...]:
+    return tuple(jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), factor) for factor in factors)

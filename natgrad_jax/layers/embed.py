@@ -1,0 +1,48 @@
+"""Tables of embeddings: y = table[index], a dense layer without a bias on one-hot inputs that are never written out.
+
+A row of inputs is its place, so a vocabulary of 50,000 costs two numbers a row. A of such rows is diagonal: how often
+each entry of the vocabulary is seen.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from natgrad_jax.algebra.rows import OneHot
+from natgrad_jax.base import Array, Kind, Layer, Use
+
+
+def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+    return leaves["embedding"].astype(layer.dtype)
+
+
+def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
+    del layer
+    return {"embedding": matrix}
+
+
+def _input_rows(layer: Layer, use: Use, inputs: Array) -> OneHot:
+    del use
+    size = layer.shape[0]
+    index = inputs.reshape(*inputs.shape[: len(layer.stack) + 1], -1).astype(jnp.int32)
+    there = (index >= -size) & (index < size)  # what is out of range reads NaN and sends nothing back
+    return OneHot(jnp.where(there, index % size, 0), there.astype(layer.dtype), size)
+
+
+def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
+    del use
+    lead = 1 + len(layer.stack) + 1
+    rows = cotangents.reshape(*cotangents.shape[:lead], -1, cotangents.shape[-1]).astype(layer.dtype)
+    return jnp.moveaxis(rows, 0, -4)
+
+
+EMBED = Kind(
+    _to_matrix,
+    _from_matrix,
+    _input_rows,
+    _output_rows,
+    modules=("Embed",),
+    roles=("embedding",),
+    floating=False,
+    one_hot=True,
+)

@@ -1,0 +1,225 @@
+"""What changes the state of a lifted method: a step, or a request.
+
+    1  on a statistics step:   statistics <- observe(statistics, curvature())        inside a cond
+    2  on a refresh step:      operator <- measure(operator, curvature())            inside a cond; methods that have it
+                               operator <- refresh(statistics, operator, damping)    equal shapes at once
+    3  on a rescaling step:    operator <- rescale(operator, curvature())            inside a cond; methods that have it
+
+The curvature is called inside the branch, once for all lines. What comes out not finite is dropped layer by layer,
+and counted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+
+from natgrad_jax.base import Array, Evidence, Layer
+from natgrad_jax.lift.grouping import map_layers
+from natgrad_jax.lift.requests import Observe, Request
+from natgrad_jax.lift.state import (
+    Block,
+    Dated,
+    NaturalGradientState,
+    Schedule,
+    counted,
+    due,
+    is_warm,
+    kept_finite,
+    layers_of,
+    when,
+)
+
+EvidenceOf = Callable[[], Mapping[str, Evidence]]
+
+
+def advance(
+    blocks: tuple[Block, ...], schedule: Schedule, damping: Array, evidence_of: EvidenceOf, state: NaturalGradientState
+) -> NaturalGradientState:
+    """Lines 1-3 of one step.
+
+    Args:
+        blocks: the layers with their methods.
+        schedule: when what is due.
+        damping: of the step.
+        evidence_of: gives the evidence of the batch.
+        state: before the step.
+
+    Returns:
+        The state with what was due; the step is not counted yet.
+    """
+    count = state.count
+    statistics_due = due(count, schedule.statistics_every)
+    refresh_due = due(count, schedule.refresh_every)
+    if schedule.early_refresh:
+        refresh_due = _either(refresh_due, _both(count < schedule.refresh_every, statistics_due))
+
+    def observe(state, evidence):
+        return _followed(blocks, _observed(blocks, evidence, state, held=is_warm(state)))  # 1
+
+    def refresh(state, evidence=None):
+        measured = state if evidence is None else _measured(blocks, evidence, state)
+        return _refreshed(blocks, damping, measured, count, state.operators)  # 2
+
+    if not any(block.method.rescale or block.method.measure for block in blocks):
+        state = when(statistics_due, lambda state: observe(state, evidence_of()), state)
+        return when(refresh_due, refresh, state)
+
+    rescales = any(block.method.rescale for block in blocks)
+    rescale_due = _either(due(count, schedule.rescale_every), refresh_due) if rescales else refresh_due
+
+    def with_evidence(state):
+        evidence = evidence_of()
+        state = when(statistics_due, lambda state: observe(state, evidence), state)
+        former = state.operators
+        state = when(refresh_due, lambda state: refresh(state, evidence), state)
+        if not rescales:
+            return state
+        return when(rescale_due, lambda state: _rescaled(blocks, evidence, state, former), state)  # 3
+
+    return when(_either(statistics_due, rescale_due), with_evidence, state)
+
+
+def _observed(
+    blocks: tuple[Block, ...], evidence: Mapping[str, Evidence], state: NaturalGradientState, held: Array | bool = False
+) -> NaturalGradientState:
+    """Line 1; a layer whose statistics are not finite keeps its own, and all keep theirs where they are held."""
+    new = {}
+    for layer, method in blocks:
+        name, statistics = layer.name, state.statistics[layer.name]
+        if method.couple is None:
+            new[name] = method.observe(layer, statistics, evidence[name])
+        else:
+            new[name] = method.couple(layer, statistics, state.operators[name].value, evidence[name])
+    return counted(state, *kept_finite(layers_of(blocks), new, state.statistics, held=held), held=held)
+
+
+def _followed(blocks: tuple[Block, ...], state: NaturalGradientState) -> NaturalGradientState:
+    """What operators have of the statistics for nothing."""
+    operators = dict(state.operators)
+    for layer, method in blocks:
+        if method.follow is not None:
+            old = operators[layer.name]
+            value = method.follow(layer, state.statistics[layer.name], old.value)
+            operators[layer.name] = old._replace(value=value)
+    return state._replace(operators=operators)
+
+
+def _measured(
+    blocks: tuple[Block, ...], evidence: Mapping[str, Evidence], state: NaturalGradientState
+) -> NaturalGradientState:
+    """What operators are made of that no average holds."""
+    operators = dict(state.operators)
+    for layer, method in blocks:
+        if method.measure is not None:
+            old = operators[layer.name]
+            operators[layer.name] = old._replace(value=method.measure(layer, old.value, evidence[layer.name]))
+    return state._replace(operators=operators)
+
+
+def _refreshed(
+    blocks: tuple[Block, ...],
+    damping: Array,
+    state: NaturalGradientState,
+    date: Array,
+    former: Mapping[str, Dated],
+) -> NaturalGradientState:
+    """Line 2; a layer whose refresh is not finite goes back to its former operator."""
+    method_of = {layer.name: method for layer, method in blocks}
+    known = [layer for layer, _ in blocks if layer.is_known]
+    values = {name: operator.value for name, operator in state.operators.items()}
+    if known:
+        refresh = method_of[known[0].name].refresh  # one method for all of them
+        values |= map_layers(
+            lambda layer, statistics, operator: refresh(layer, statistics, operator, damping),
+            known,
+            state.statistics,
+            values,
+        )
+    fresh = {layer.name: Dated(values[layer.name], _dated(layer, date)) for layer, _ in blocks}
+    fresh = _followed(blocks, state._replace(operators=fresh)).operators
+    state = _kept_operators(blocks, fresh, former, state)
+    return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + 1))
+
+
+def _rescaled(
+    blocks: tuple[Block, ...],
+    evidence: Mapping[str, Evidence],
+    state: NaturalGradientState,
+    former: Mapping[str, Dated],
+) -> NaturalGradientState:
+    """Line 3; a layer without a finite scale goes back to before the refresh: a new basis is of no use without one."""
+    fresh, rescaled = dict(state.operators), []
+    for layer, method in blocks:
+        if method.rescale is not None:
+            old = state.operators[layer.name]
+            fresh[layer.name] = old._replace(value=method.rescale(layer, old.value, evidence[layer.name]))
+            rescaled.append(Block(layer, method))
+    return _kept_operators(rescaled, fresh, former, state)
+
+
+def _kept_operators(
+    blocks: Sequence[Block], fresh: Mapping[str, Dated], former: Mapping[str, Dated], state: NaturalGradientState
+) -> NaturalGradientState:
+    operators, rejected = kept_finite(layers_of(blocks), fresh, former)
+    rejected += state.metrics.rejected_refreshes
+    metrics = state.metrics._replace(rejected_refreshes=rejected)
+    return state._replace(operators={**state.operators, **operators}, metrics=metrics)
+
+
+def answer(
+    request: Request,
+    blocks: tuple[Block, ...],
+    evidence_of: EvidenceOf | None,
+    strength_at: Callable[[Array], Array],
+    state: NaturalGradientState,
+) -> NaturalGradientState:
+    """The state after a request.
+
+    Args:
+        request: what is asked for.
+        blocks: the layers with their methods.
+        evidence_of: gives the evidence of a batch; None if there is none.
+        strength_at: the damping at a step.
+        state: before.
+
+    Returns:
+        The state with other statistics, or with other operators.
+
+    Raises:
+        ValueError: if the operators cannot be made of what there is.
+    """
+    if isinstance(request, Observe):
+        assert evidence_of is not None, "asked for by `lift`"
+        return _observed(blocks, evidence_of(), state)
+    missing = sorted(set(state.operators) - {block.layer.name for block in blocks})
+    if missing:
+        raise ValueError(f"The layers of {missing} are not known without the parameters: pass `params`.")
+    measuring = [layer.name for layer, method in blocks if method.rescale or method.measure]
+    if measuring and evidence_of is None:
+        raise ValueError(
+            f"The operators of {measuring} hold what a batch measured, which the statistics do not have: "
+            "keep the operators in the checkpoint, or give a batch, `ng.refresh(tx, state, out.curvature)`."
+        )
+    operators, date = dict(state.operators), state.count
+    for layer, method in blocks:
+        old = operators[layer.name]
+        if old.value is None:  # rebuilt as of the date of the last refresh
+            operators[layer.name] = old._replace(value=method.init(layer)[1])
+            date = jnp.maximum(jnp.max(jnp.stack([jnp.max(each.date) for each in operators.values()])), 0)
+    former = state._replace(operators=operators)
+    evidence = evidence_of() if measuring and evidence_of else {}
+    state = _measured(blocks, evidence, former) if evidence else former
+    state = _refreshed(blocks, strength_at(date), state, date, former.operators)
+    return _rescaled(blocks, evidence, state, former.operators) if evidence else state
+
+
+def _dated(layer: Layer, date: Array) -> Array:
+    return jnp.broadcast_to(date.astype(jnp.int32), layer.stack)
+
+
+def _either(one: bool | Array, other: bool | Array) -> bool | Array:
+    return True if one is True or other is True else jnp.logical_or(one, other)
+
+
+def _both(one: bool | Array, other: bool | Array) -> bool | Array:
+    return one if other is True else jnp.logical_and(one, other)

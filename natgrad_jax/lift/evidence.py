@@ -1,0 +1,244 @@
+"""The evidence of a batch: for which blocks it is needed, checked, and adapted to how a method sees the parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import addresses
+from natgrad_jax.addresses import Tree
+from natgrad_jax.base import Evidence, Layer, Layers
+from natgrad_jax.layers import KINDS
+from natgrad_jax.layers.joint import is_joint
+from natgrad_jax.layers.rows import input_rows, output_rows
+
+Scale = Literal["example", "batch"]
+"""Units of statistics of tensors: those of F, or of the squared mean gradient of a batch, F / W."""
+_ADVICE = "Capture the model that the `layers` of the transformation were found in."
+
+
+def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
+    """The blocks whose parameters a tree has; those that a mask took away are left out.
+
+    Args:
+        layers: of the model.
+        tree: parameters or gradients, possibly masked; a tree without leaves stands for any.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        ValueError: if the tree is not of the model that the layers were found in.
+    """
+    leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
+    if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
+        return layers.blocks
+    if set(leaves) == {""} and not any(leaf.address == "" for layer in layers.blocks for leaf in layer.leaves):
+        raise ValueError(
+            f"The parameters are one array of shape {tuple(leaves[''].shape)} without a name; expected the tree "
+            "`variables['params']`. Curvature needs to know the layers: take `optax.flatten` away."
+        )
+
+    def is_hidden(leaf):  # a mask may hide a whole module by one node
+        return any(not entry or f"{leaf.address}/".startswith(f"{entry}/") for entry in hidden)
+
+    blocks = tuple(layer for layer in layers.blocks if not all(map(is_hidden, layer.leaves)))
+    for layer in blocks:
+        for leaf in layer.leaves:
+            if is_hidden(leaf):
+                raise ValueError(
+                    f"A mask hides {leaf.address!r} but not the other parameters of layer {layer.name!r}, which are "
+                    "preconditioned together; mask all of them or none."
+                )
+            if leaf.address not in leaves:
+                raise ValueError(
+                    f"Layer {layer.name!r} has the parameter {leaf.address!r}, which the tree of parameters lacks; "
+                    f"it has {sorted(leaves)}. Build the transformation with the `layers` of this very model."
+                )
+            if tuple(leaves[leaf.address].shape) != leaf.shape:
+                raise ValueError(
+                    f"Parameter {leaf.address!r} has shape {tuple(leaves[leaf.address].shape)}; expected {leaf.shape}, "
+                    "as in the `layers`. Build the transformation with the `layers` of this very model."
+                )
+    known = {leaf.address for layer in layers.blocks for leaf in layer.leaves}
+    if unknown := sorted(set(leaves) - known):
+        raise ValueError(
+            f"The `layers` do not have the parameters {unknown}; they have {sorted(known)}. "
+            "Build the transformation with the `layers` of this very model."
+        )
+    return blocks
+
+
+def lazy(curvature: Any, layers: tuple[Layer, ...], *, optional: bool = False) -> Callable[[], Mapping[str, Evidence]]:
+    """A function that gives the evidence of every block, its names and shapes compared to the layers.
+
+    Args:
+        curvature: a callable, or {name: Evidence}.
+        layers: those that need evidence.
+        optional: whether there may be none, if the function is not called.
+
+    Returns:
+        The function; it raises ValueError if the evidence is of other layers or shapes.
+
+    Raises:
+        TypeError: if the curvature is neither.
+        ValueError: if there is no curvature.
+    """
+    if curvature is None and not optional:
+        raise ValueError(
+            "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, "
+            "where `out` is what `capture.value_and_grad` returned."
+        )
+    if not (curvature is None or callable(curvature) or isinstance(curvature, Mapping)):
+        raise TypeError(
+            f"`curvature` is of type {type(curvature).__name__}; expected `out.curvature`, where `out` is what "
+            "`capture.value_and_grad` returned, or a mapping {name: Evidence}."
+        )
+
+    def evidence_of():
+        evidence = curvature() if callable(curvature) else curvature
+        assert evidence is not None, "not called without one"
+        missing = [layer.name for layer in layers if layer.name not in evidence]
+        if missing:
+            raise ValueError(f"`curvature` has no evidence for {missing}; it has {sorted(evidence)}. {_ADVICE}")
+        for layer in layers:
+            _check(layer, evidence[layer.name])
+        return {layer.name: evidence[layer.name] for layer in layers}
+
+    return evidence_of
+
+
+def _check(layer: Layer, evidence: Evidence) -> None:
+    """Refuse an evidence whose shapes are not those of the layer."""
+    if is_joint(layer):  # its members were compared one by one
+        return
+    gradient = evidence.gradient
+    if not KINDS[layer.kind].input_rows and (gradient is None or evidence.count is None):
+        raise ValueError(f"The evidence for {layer.name!r}, a parameter of no layer, needs `gradient` and `count`.")
+    has_rows = KINDS[layer.kind].input_rows is not None
+    for name, rows, side in (("inputs", input_rows, 0), ("cotangents", output_rows, 1)):
+        if not has_rows or getattr(evidence, name) is None:
+            continue
+        size = layer.shape[side]
+        shape = jax.eval_shape(lambda evidence, rows=rows: rows(layer, evidence), evidence).shape
+        if shape[-1] != size or shape[: len(layer.stack)] != layer.stack:
+            raise ValueError(
+                f"The evidence for layer {layer.name!r} has {name} whose rows have shape {shape}; expected "
+                f"{size} entries in each row and the stack {layer.stack} in front. {_ADVICE}"
+            )
+    for leaf in layer.leaves if gradient is not None else ():
+        found = gradient.get(leaf.role) if isinstance(gradient, Mapping) else None
+        if found is None or found.shape[1:] != leaf.shape:
+            there = "none of that name" if found is None else f"shape {found.shape}"
+            raise ValueError(
+                f"The evidence for {layer.name!r} has a gradient with {there} for {leaf.role!r}; expected "
+                f"{leaf.shape} behind the draws. {_ADVICE}"
+            )
+
+
+class Known(NamedTuple):
+    """Evidence and the layers that it is of, as `out.curvature` has them, for a transformation without `layers`."""
+
+    evidence: Mapping[str, Evidence]
+    layers: Layers
+
+    def __call__(self) -> Mapping[str, Evidence]:
+        """The evidence."""
+        return self.evidence
+
+
+def of_gradient(blocks: tuple[Layer, ...], gradient: Tree) -> dict[str, Evidence]:
+    """The evidence of one gradient: one draw, of total weight 1.
+
+    Args:
+        blocks: tensors.
+        gradient: a tree like the parameters.
+
+    Returns:
+        {name: Evidence}.
+
+    Raises:
+        ValueError: if the gradient is of other parameters.
+    """
+    leaves = addresses.flatten(gradient)
+    shapes = {address: tuple(leaf.shape) for address, leaf in leaves.items()}
+    _same(blocks, shapes, "`gradient`", "Pass the gradient of the very parameters that are updated.")
+    return {
+        block.name: Evidence(
+            gradient={leaf.role: leaves[leaf.address][None] for leaf in block.leaves}, count=jnp.ones((), block.dtype)
+        )
+        for block in blocks
+    }
+
+
+def of_curvature(
+    blocks: tuple[Layer, ...], layers: Layers | None, curvature: Any, scale: Scale
+) -> Callable[[], Mapping[str, Evidence]]:
+    """The evidence of a curvature for tensors, when it is called.
+
+    Args:
+        blocks: tensors.
+        layers: of the model; None for those that the curvature says it is of.
+        curvature: as `lazy` takes it.
+        scale: units of the statistics.
+
+    Returns:
+        A function that gives {name: Evidence}.
+
+    Raises:
+        TypeError: if nobody knows the layers.
+        ValueError: if there is no curvature, or it is of other parameters.
+    """
+    if curvature is None:
+        raise ValueError(
+            "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, where `out` is "
+            'what `capture.value_and_grad` returned, or take the statistics from the gradient, `statistics="gradient"`.'
+        )
+    layers = getattr(curvature, "layers", None) if layers is None else layers
+    if layers is None:
+        raise TypeError(
+            f"`curvature` is of type {type(curvature).__name__}, which does not say what layers it is of; pass the "
+            "`out.curvature` of `capture.value_and_grad` itself, or build the transformation with `layers`."
+        )
+    owner = {leaf.address: (layer, leaf) for layer in layers.blocks for leaf in layer.leaves}
+    shapes = {address: leaf.shape for address, (_, leaf) in owner.items()}
+    _same(blocks, shapes, "`curvature`", "Capture the model whose parameters are updated.")
+    needed = {owner[leaf.address][0].name for block in blocks for leaf in block.leaves}
+    evidence_of = lazy(curvature, tuple(layer for layer in layers.blocks if layer.name in needed))
+
+    def found():
+        evidence = evidence_of()
+        return {block.name: _seen(block, owner, evidence, scale) for block in blocks}
+
+    return found
+
+
+def _seen(
+    block: Layer, owner: Mapping[str, tuple[Layer, Any]], evidence: Mapping[str, Evidence], scale: Scale
+) -> Evidence:
+    """The evidence of one tensor: that of the layer which its arrays are of, with their gradients."""
+    layer = owner[block.leaves[0].address][0]
+    origin = evidence[layer.name]
+    if origin.gradient is None or origin.count is None:
+        raise ValueError(
+            f"The evidence for {layer.name!r} has no `gradient` or no `count`; take it from "
+            '`capture.value_and_grad`, with other `labels` than "forward".'
+        )
+    gradient = {leaf.role: origin.gradient[owner[leaf.address][1].role] for leaf in block.leaves}
+    count = jnp.asarray(origin.count)
+    return origin._replace(gradient=gradient, count=count if scale == "example" else count**2)
+
+
+def _same(blocks: tuple[Layer, ...], shapes: Mapping[str, tuple[int, ...]], name: str, advice: str) -> None:
+    """Refuse what is of other parameters than the blocks; `shapes` says by address what it is of."""
+    for block in blocks:
+        for leaf in block.leaves:
+            if shapes.get(leaf.address) != leaf.shape:
+                there = shapes.get(leaf.address, "none of that name")
+                raise ValueError(f"Parameter {leaf.address!r} has shape {leaf.shape}; {name} has {there}. {advice}")
+
+
+def is_evidence(item: Any) -> bool:
+    """Whether something is {name: Evidence}."""
+    return isinstance(item, Mapping) and all(isinstance(value, Evidence) for value in item.values())

@@ -1,0 +1,62 @@
+"""The coverage report: what `print(layers)` shows."""
+
+from math import prod
+from typing import Any
+
+
+def coverage(layers: Any) -> str:
+    """The coverage report of some `base.Layers`.
+
+    Args:
+        layers: known layers and remaining parameters.
+
+    Returns:
+        A table of the known layers, then the remaining parameters with the reasons in their notes.
+    """
+    lines = []
+    if layers.known:
+        sampled = layers.examples * layers.draws
+        rows = [("parameter", "shape", "kind", "factors", "state", "in sample space")]
+        for layer in layers.known:
+            first, *others = layer.leaves
+            copies = "".join(f"{size} x " for size in layer.stack)
+            batch = 4 * (min(layer.sample_sizes(layers.examples, layers.draws)) + prod(layer.stack) * sampled**2)
+            sizes = (_bytes(_factors(layer)), _bytes(batch) if sampled else "")
+            rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
+            rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append(
+            "(factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)"
+        )
+        if sampled:
+            lines.append(f"(in sample space: {_batch(layers)}, with the inverse of their kernel, as TENGraD has it)")
+    if layers.rest:
+        lines.append("Not covered, hence a diagonal Fisher block each, same damping and learning rate:")
+        width = max(len(layer.name) for layer in layers.rest)
+        lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
+    elif layers.known:
+        lines.append("Every parameter is covered.")
+    return "\n".join(lines)
+
+
+def _factors(layer: Any) -> int:
+    """Bytes of a pair of float32 factors and their inverses."""
+    rows, columns = layer.shape
+    return prod(layer.stack) * 8 * ((rows if layer.one_hot else rows**2) + columns**2)
+
+
+def _batch(layers: Any) -> str:
+    """How many rows a batch has, in words."""
+    draws = f" of {layers.draws} draws" if layers.draws > 1 else ""
+    return f"{layers.examples} examples{draws}"
+
+
+def _bytes(count: float) -> str:
+    """A number of bytes for reading."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

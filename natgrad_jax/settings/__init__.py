@@ -1,0 +1,35 @@
+"""The settings of the methods: what a keyword can be, those that are shared, and the public functions made of them."""
+
+from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, Steps
+from natgrad_jax.settings.public import direction, direction_of_tensors, optimizer, optimizer_of_tensors
+from natgrad_jax.settings.shared import (
+    Averaged,
+    Clipped,
+    Completed,
+    Direction,
+    OfCutTensors,
+    OfTensors,
+    Rescaled,
+    Transformation,
+)
+
+__all__ = [
+    "Averaged",
+    "Clipped",
+    "Completed",
+    "Direction",
+    "Fixed",
+    "Mask",
+    "Number",
+    "OfCutTensors",
+    "OfTensors",
+    "Rescaled",
+    "Settings",
+    "Size",
+    "Steps",
+    "Transformation",
+    "direction",
+    "direction_of_tensors",
+    "optimizer",
+    "optimizer_of_tensors",
+]

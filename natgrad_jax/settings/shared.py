@@ -1,0 +1,293 @@
+"""The settings that methods share: every keyword is written, typed, explained and checked in the class that owns it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, cast
+
+import optax
+
+from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.complete import complete
+from natgrad_jax.around.control import Quadratic
+from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
+from natgrad_jax.blocks import rotated
+from natgrad_jax.layers.views import Modes, in_modes, merged, view
+from natgrad_jax.lift.evidence import Scale
+from natgrad_jax.lift.lift import Strengths, lift
+from natgrad_jax.lift.state import Period, Schedule
+from natgrad_jax.lift.tensors import Statistics, lift_tensors
+from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps
+
+Transformation = optax.GradientTransformationExtraArgs
+Rate = ScalarOrSchedule | Quadratic
+Smoothing = Callable[[Scalar], optax.GradientTransformation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direction(Settings):
+    """Settings of every direction."""
+
+    damping: Annotated[
+        Damping,
+        "strength in the units of F, the Fisher block of one example; its schedule, if a function. More is safer and "
+        "closer to the gradient, divided by the damping; in a short run it is worth tuning first.",
+        Number(schedule=True),
+    ]
+    decay: Annotated[
+        ScalarOrSchedule,
+        "weight of the old value in the averages. Nearer to 1 for small batches, less where the curvature moves fast.",
+        Number(below=1, schedule=True),
+    ] = 0.95
+    refresh_every: Annotated[
+        Period, "steps between refreshes of what is applied. Fewer steps follow the curvature, at their cost.", Steps()
+    ] = 100
+
+    @property
+    def given(self) -> ScalarOrSchedule | None:
+        """The damping of the direction; None if it adapts itself, so that whoever wraps the direction gives it."""
+        return None if isinstance(self.damping, AdaptiveDamping) else self.damping
+
+    @property
+    def schedule(self) -> Schedule:
+        """The periods."""
+        return Schedule(self.refresh_every, self.refresh_every)
+
+    @property
+    def decays(self) -> ScalarOrSchedule | tuple[ScalarOrSchedule, ...]:
+        """The weights of old values that `method` takes."""
+        return self.decay
+
+    @property
+    def strengths(self) -> Strengths | None:
+        """The rule of dampings that depend on other layers, as `lift` takes it."""
+        return None
+
+    def method(self, *decays: Any, **named: Any) -> Method:
+        """The functions of one layer.
+
+        Args:
+            *decays: weights of old values in the averages.
+            **named: the same by their names.
+
+        Returns:
+            The method.
+        """
+        raise NotImplementedError
+
+    def lifted(self, layers: Layers) -> Transformation:
+        """The direction for the layers of a model."""
+        return lift(
+            self.method,
+            layers,
+            damping=self.given,
+            decay=self.decays,
+            schedule=self.schedule,
+            strengths=self.strengths,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged(Direction):
+    """Settings of directions whose statistics are averages with a period of their own."""
+
+    statistics_every: Annotated[
+        Period,
+        "steps between statistics, each of which costs a backward pass where they are of the curvature.",
+        Steps(),
+    ] = 10
+    early_refresh: Annotated[
+        bool,
+        "whether to refresh at every statistics step until the first refresh period is over; it steadies the start.",
+    ] = True
+    max_factor_dim: Annotated[
+        int | None,
+        "a side wider than this (a vocabulary, say) keeps only the diagonal of its factor; None for 8192. Less bounds "
+        "memory and the time of a refresh, which grow with its square and its cube.",
+        Size(0),
+    ] = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The periods."""
+        return Schedule(self.statistics_every, self.refresh_every, early_refresh=self.early_refresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(Averaged):
+    """Settings of directions that measure second moments in an eigenbasis.
+
+    Directions that the last batches did not show are divided by the damping alone: with small batches it must not be
+    too small.
+    """
+
+    split: Annotated[
+        rotated.Split,
+        'how the damping enters: "exact" (the paper\'s): added to the scale; "pi" or "even": as in `scale_by_kfac`, '
+        "with the cross terms that the damping of two factors has. They hold back the directions that one side says "
+        "little about, and train deep autoencoders in fewer steps.",
+    ] = "exact"
+    estimator: Annotated[
+        rotated.Estimator,
+        'of the scale. "per_example": the mean square of each example\'s gradient; "minibatch": the square of the '
+        "batch's gradient, cheaper and noisier (EKFAC-ra), unbiased for sampled labels only.",
+    ] = "per_example"
+    refresh: Annotated[
+        rotated.Refresh,
+        'how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old ones, '
+        'which is cheaper, after a first refresh by "eigh"; the scale is then kept, not begun anew.',
+    ] = "eigh"
+    rescale_every: Annotated[
+        Period, "steps between measurements of the scale; there is one after every refresh in any case.", Steps()
+    ] = 10
+    scale_decay: Annotated[
+        ScalarOrSchedule | None,
+        "weight of the old value in the average of the scale; None for `decay`. EKFAC's authors average the scale "
+        "alone, with 0.75: `decay=0.0, scale_decay=0.75`.",
+        Number(below=1, schedule=True),
+    ] = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The periods."""
+        return Schedule(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh)
+
+    @property
+    def decays(self) -> tuple[ScalarOrSchedule, ScalarOrSchedule]:
+        """The weights of old values: of the factors, and of the scale."""
+        return self.decay, self.decay if self.scale_decay is None else self.scale_decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTensors(Averaged):
+    """Settings of directions that need shapes and a gradient: the `layers` may be None."""
+
+    damping: Annotated[
+        Damping,
+        "strength in the units of the statistics: those of F, the Fisher block of one example, or of the squared "
+        "gradient of a batch, which shrinks as the batch grows; its schedule, if a function. More is safer and closer "
+        "to the gradient; in a short run it is worth tuning first.",
+        Number(schedule=True),
+    ]
+    statistics: Annotated[
+        Statistics,
+        '"curvature": from the labels of the capture, sampled by default; "gradient": from the gradient itself, true '
+        "labels and all: `curvature` is then not needed, nor asked if it is there. Where something stands in front of "
+        "the direction, give `update` the gradient as its extra argument `gradient`.",
+    ] = "curvature"
+
+    @property
+    def units(self) -> Scale:
+        """Of statistics of the curvature."""
+        return "example"
+
+    def see(self, source: Layer) -> Layer:
+        """How an array, or a layer that stays whole, is seen as a tensor."""
+        raise NotImplementedError
+
+    def whole(self, layer: Layer) -> bool:
+        """Whether the arrays of a layer stay together."""
+        del layer
+        return False
+
+    def lifted(self, layers: Layers | None) -> Transformation:
+        """The direction for the layers of a model, or for arrays of any model."""
+        return lift_tensors(
+            self.method,
+            self.see,
+            layers,
+            damping=self.given,
+            decay=self.decay,
+            schedule=self.schedule,
+            statistics=self.statistics,
+            scale=self.units,
+            whole=self.whole,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfCutTensors(OfTensors):
+    """Settings of directions that join short modes and cut long ones, in the units of the gradient of a batch."""
+
+    kernels: Annotated[
+        Modes,
+        'the modes of a convolution\'s kernel: "flatten_spatial", (window, C, O); "matrix", (window C, O); "all", each '
+        "of its axes. Without `layers`, of any array of three axes or more. Modes of one entry do not count.",
+    ] = "flatten_spatial"
+    merge: Annotated[
+        int | None, "neighbouring modes are joined while their product is at most this; None to join none.", Size()
+    ] = None
+    block_size: Annotated[
+        int | None,
+        "modes longer than this are cut into blocks, each with factors of its own; None to cut none. 1024 or so bounds "
+        "the time of a refresh.",
+        Size(),
+    ] = None
+
+    @property
+    def units(self) -> Scale:
+        """Of statistics of the curvature."""
+        return "batch"
+
+    def see(self, source: Layer) -> Layer:
+        """An array in its modes, merged and cut."""
+        return view(source, merged(in_modes(source, self.kernels), self.merge), block=self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed(Settings):
+    """What a complete optimizer adds to the settings of a direction, which its class inherits as well."""
+
+    momentum: Annotated[
+        Scalar | Quadratic | None,
+        "weight of the old value in the momentum, behind the direction unless it is said to stand in front; "
+        '"quadratic": what minimises the quadratic model of the loss; None for none.',
+        Number(below=1),
+    ] = 0.9
+    weight_decay: Annotated[
+        ScalarOrSchedule | None,
+        "strength of decoupled weight decay, or of an l2 penalty of the loss if the step is controlled; None for none, "
+        "else `update` needs `params`.",
+        Number(schedule=True),
+    ] = None
+    weight_decay_mask: Annotated[
+        Any, "which parameters decay, as `optax.add_decayed_weights` takes it; None for all.", Mask()
+    ] = None
+
+    smoothing: ClassVar[Smoothing | None] = None
+    """The momentum in front of the direction, if it does not stand behind it."""
+
+    @property
+    def clip(self) -> Scalar | None:
+        """The bound of the KL clip."""
+        return None
+
+    @property
+    def heavy_ball(self) -> Scalar | Quadratic | None:
+        """The momentum behind the direction, or in front where there is a `smoothing`."""
+        return self.momentum
+
+    def direction(self, layers: Any) -> Transformation:
+        """The direction that is completed."""
+        return cast(Direction, self).lifted(layers)
+
+    def completed(self, learning_rate: Rate, layers: Any) -> Transformation:
+        """The complete optimizer for the layers of a model."""
+        decay = (self.weight_decay, self.weight_decay_mask)
+        around = (self.clip, self.heavy_ball, *decay, self.smoothing)
+        return complete(self.direction(layers), learning_rate, cast(Direction, self).damping, *around)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped(Completed):
+    """What a complete optimizer of curvature adds."""
+
+    kl_clip: Annotated[
+        Scalar | None,
+        "bound of `clip_by_kl` on how far a step may move the model, 1e-3 to 1e-2 in most uses; None for none.",
+        Number(),
+    ] = None
+
+    @property
+    def clip(self) -> Scalar | None:
+        """The bound of the KL clip."""
+        return self.kl_clip

@@ -1,0 +1,154 @@
+"""A batch in pieces gives the loss, the statistics and the step of the whole batch, for every method."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import linen as nn
+from methods_table import ALL_NAMES, of_the_lifting, row
+
+import natgrad_jax as ng
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Net(nn.Module):
+    """A convolution with groups, a dense layer on sequences, a norm of each example, an embedding."""
+
+    @nn.compact
+    def __call__(self, x, token):
+        x = nn.tanh(nn.Conv(4, (2, 2), feature_group_count=2, strides=2)(x))
+        x = nn.LayerNorm()(nn.Dense(3)(x.reshape(len(x), -1, 4)) + nn.Embed(5, 3)(token)[:, None])
+        return nn.Dense(3)(nn.tanh(x).mean(1))
+
+
+@cache
+def problem():
+    x, token = reference.normal(8, 4, 4, 2), jnp.arange(8) % 5
+    params = jax.tree.map(lambda p: p.astype("float64"), Net().init(jax.random.key(0), x, token)["params"])
+    return params, (x, token), jnp.arange(8) % 3, 0.5 + jnp.arange(8) / 8
+
+
+def captured(pieces, labels="true", **settings):
+    return ng.linen.capture(Net(), ng.losses.softmax_cross_entropy, labels=labels, microbatches=pieces, **settings)
+
+
+def steps(tx_of, pieces, weighted=False, count=3):
+    """The parameters after some steps, and the state."""
+    params, inputs, y, weights = problem()
+    capture = captured(pieces)
+    tx = tx_of(capture.layers({"params": params}, *inputs))
+
+    @jax.jit
+    def step(params, state):
+        out = capture.value_and_grad({"params": params}, inputs, y, weights=weights if weighted else None)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(count):
+        params, state = step(params, state)
+    return params, state
+
+
+def agree(one, other, gate=1e-9):
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=gate, atol=gate)
+
+
+def optimizer(method):
+    settings = {"damping": 0.1, "statistics_every": 1, "refresh_every": 2}
+    return lambda layers: row(method).optimizer(0.05, layers, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_evidence_is_that_of_the_whole_batch_on_which_every_method_works(weighted):
+    params, inputs, y, weights = problem()
+    weights = weights if weighted else None
+
+    def evidence(pieces):
+        return captured(pieces).value_and_grad({"params": params}, inputs, y, weights=weights).curvature()
+
+    one, other = jax.jit(lambda: (evidence(4), evidence(1)))()
+    agree(one, other)
+    assert {type(each) for each in one.values()} == {ng.Evidence} and len(jax.tree.leaves(one)) > 20
+
+
+@pytest.mark.slow
+@of_the_lifting(ALL_NAMES)
+def test_the_state_and_the_step_are_those_of_the_whole_batch(method):
+    agree(steps(optimizer(method), 4), steps(optimizer(method), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kfac pi", "tengrad"])
+def test_so_are_they_with_weights(method):
+    agree(steps(optimizer(method), 2, weighted=True), steps(optimizer(method), 1, weighted=True))
+
+
+@pytest.mark.slow
+def test_so_is_a_step_that_chooses_its_own_length():
+    def adaptive(layers):
+        return ng.kfac("quadratic", layers, damping=ng.adaptive_damping(), momentum="quadratic", weight_decay=1e-3)
+
+    agree(steps(adaptive, 4, weighted=True), steps(adaptive, 1, weighted=True), gate=1e-7)
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_with_the_curvature_of_the_last_piece_are_not():
+    params, inputs, y, _ = problem()
+    capture = captured(1)
+    tx = optax.MultiSteps(optimizer("kfac pi")(capture.layers({"params": params}, *inputs)), 2)
+    state = tx.init(params)
+    for part in (slice(0, 4), slice(4, 8)):
+        out = capture.value_and_grad({"params": params}, tuple(x[part] for x in inputs), y[part])
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+    found = optax.apply_updates(params, updates)
+    with pytest.raises(AssertionError):
+        agree(found, steps(optimizer("kfac pi"), 1, count=1)[0], gate=1e-5)
+
+
+def test_loss_gradient_and_outputs_are_those_of_the_whole_batch():
+    params, inputs, y, weights = problem()
+    outs = [captured(n).value_and_grad({"params": params}, inputs, y, weights=weights) for n in (1, 4)]
+    agree(*((out.value, out.grad, out.outputs) for out in outs))
+
+
+def test_every_piece_draws_labels_of_its_own():
+    params, inputs, y, _ = problem()
+    same = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 8, axis=0), inputs)
+    found = captured(8, "sampled").value_and_grad({"params": params}, same, y, key=jax.random.key(3)).curvature()
+    cotangents = found["Dense_1"].cotangents[0][0]
+    assert len(np.unique(np.round(cotangents, 6), axis=0)) > 1
+
+
+def test_batch_statistics_are_those_of_one_piece_after_the_other():
+    class Normalised(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=False, momentum=0.5)(x))
+
+    x, y = reference.normal(6, 3), jnp.arange(6) % 2
+    variables = Normalised().init(jax.random.key(0), x)
+    capture = ng.linen.capture(Normalised(), ng.losses.softmax_cross_entropy, labels="true", microbatches=3)
+    found = capture.value_and_grad(variables, x, y).updated["batch_stats"]["BatchNorm_0"]["mean"]
+    expected = jnp.zeros(3)
+    for piece in x.reshape(3, 2, 3):
+        expected = 0.5 * expected + 0.5 * piece.mean(0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_what_cannot_be_cut_is_refused_with_the_shapes():
+    params, inputs, y, _ = problem()
+    with pytest.raises(ValueError, match=r"`microbatches` is 3.*a multiple of 3"):
+        captured(3).value_and_grad({"params": params}, inputs, y)
+    with pytest.raises(ValueError, match=r"lead with the examples"):
+        captured(4).value_and_grad({"params": params}, (inputs[0], inputs[1][:4]), y)
+    for wrong, error in ((0, ValueError), (2.0, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="`microbatches`"):
+            captured(wrong)

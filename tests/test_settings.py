@@ -1,0 +1,277 @@
+"""Every public keyword: explained, in the signature, checked in the user's own word; and what Optax injects."""
+
+import doctest
+import inspect
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods_table import task
+
+import natgrad_jax as ng
+
+NAMES = ("kfac", "ekfac", "tkfac", "tekfac", "tnt", "mbf", "shampoo", "soap", "tengrad", "kbfgs")
+DIRECTIONS = tuple(f"scale_by_{name}" for name in NAMES if name != "kbfgs")
+MAKERS = NAMES + DIRECTIONS
+every_maker = pytest.mark.parametrize("name", MAKERS)
+every_optimizer = pytest.mark.parametrize("name", NAMES)
+
+
+def keywords(name):
+    return inspect.signature(getattr(ng, name)).parameters
+
+
+def made(name, rate=0.1, **settings):
+    """A direction or a complete optimizer for the small net."""
+    layers = task("mlp").layers
+    if name.startswith("scale_by_"):
+        return getattr(ng, name)(layers, **{"damping": 0.1, **settings})
+    return getattr(ng, name)(rate, layers, **settings)
+
+
+# Documentation --------------------------------------------------------------------------------------------------------
+
+
+@every_maker
+def test_help_explains_every_keyword_and_starts_with_the_signature(name):
+    function = getattr(ng, name)
+    assert function.__name__ == name and function.__doc__.splitlines()[0].endswith((".", ","))
+    arguments = function.__doc__.split("Args:\n")[1].split("\n\nReturns:")[0]
+    explained = [
+        line.split(":")[0].strip() for line in arguments.splitlines() if line.startswith("    ") and line[4] != " "
+    ]
+    assert sorted(explained) == sorted(keywords(name))
+    assert "see `scale_by" not in function.__doc__
+    shown = str(inspect.signature(function))
+    assert shown.count("\n") == len(keywords(name)) + 2 and "typing" not in shown and "ArrayLike" not in shown
+
+
+@pytest.mark.slow
+@every_maker
+def test_the_example_of_the_documentation_runs(name):
+    function = getattr(ng, name)
+    test = doctest.DocTestParser().get_doctest(function.__doc__, {}, name, None, None)
+    assert len(test.examples) == 10
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(test)
+    assert runner.failures == 0
+
+
+def test_what_methods_share_means_and_defaults_the_same_but_where_a_class_says_so():
+    defaults = {}
+    for name in NAMES:
+        for keyword, parameter in keywords(name).items():
+            defaults.setdefault(keyword, set()).add(str(parameter.default))
+    for shared in ("weight_decay", "weight_decay_mask", "max_factor_dim", "kl_clip", "block_size", "merge"):
+        assert defaults[shared] == {"None"}
+    assert defaults["momentum"] == {"0.9", "0.95"} and defaults["refresh_every"] == {"100", "10"}
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "learning_rate": (-0.1, float("nan"), "fast", None),
+    "momentum": (1.0, 1.5, -1.0, float("nan"), "heavy", True),
+    "weight_decay": (-1.0, float("nan"), "some"),
+    "weight_decay_mask": (True, jnp.ones(())),
+    "damping": (-1.0, float("nan"), float("inf"), "much", None),
+    "decay": (1.0, -0.1, float("nan"), "slow"),
+    "scale_decay": (1.0, -0.1),
+    "statistics_every": (0, 2.5, -1, "often", lambda count: 5, None),
+    "refresh_every": (0, 2.5, -1, lambda count: 5),
+    "rescale_every": (0, 2.5, lambda count: 5),
+    "early_refresh": ("no", 1, None),
+    "max_factor_dim": (-1, 2.5, "wide", jnp.int32(4)),
+    "kl_clip": (-1.0, float("nan"), lambda count: 0.1),
+    "split": ("pie", None, 1),
+    "sharing": ("some", None),
+    "estimator": ("guess",),
+    "refresh": ("svd",),
+    "damping_rule": ("none",),
+    "statistics": ("loss",),
+    "scale": ("batches",),
+    "kernels": ("spatial",),
+    "normalise": ("no",),
+    "merge": (0, 1.5),
+    "block_size": (0, 1.5, jnp.float32(4)),
+    "exponent": (0.0, -1.0, jnp.float32(0.5)),
+    "root": ("cholesky",),
+    "accumulate": ("mean",),
+    "coupled": ("yes",),
+    "graft_to": ("sgd-m",),
+    "graft_decay": (3.0, -0.1),
+    "dense": ("fan",),
+    "shared": (2,),
+    "vectors": ("none",),
+    "blocks": ("all",),
+    "energy": (1.0, -0.1, jnp.float32(0.9)),
+    "target": ("true",),
+    "examples": (0, 1.5),
+    "workspace": (1.5, 0),
+    "spring_weight": (1.0, -0.1),
+    "memory": (0, 2.5),
+    "hessian_action": ("mean",),
+    "second_damping": ("none",),
+    "others": ("adam",),
+}
+NOT_WRONG = {("tkfac", "split", None), ("scale_by_tkfac", "split", None)}
+REFUSED = [
+    pytest.param(
+        name,
+        keyword,
+        value,
+        id=f"{name}-{keyword}-{value if isinstance(value, (str, int, float)) else type(value).__name__}",
+    )
+    for name in MAKERS
+    for keyword in keywords(name)
+    for value in WRONG.get(keyword, ())
+    if (name, keyword, value if isinstance(value, (str, float, int, type(None))) else "") not in NOT_WRONG
+]
+
+
+def test_every_keyword_has_a_value_that_is_refused():
+    known = {keyword for name in MAKERS for keyword in keywords(name)} - {"layers"}
+    assert known == set(WRONG)
+
+
+@pytest.mark.parametrize(("name", "keyword", "value"), REFUSED)
+def test_a_wrong_value_is_refused_in_the_users_word(name, keyword, value):
+    settings = {keyword: value} if keyword != "learning_rate" else {}
+    with pytest.raises((TypeError, ValueError), match=rf"`{keyword}`") as caught:
+        made(name, *([value] if keyword == "learning_rate" else []), **settings)
+    assert "expected" in str(caught.value) or "static_args" in str(caught.value)
+
+
+@every_maker
+def test_the_defaults_and_what_is_near_the_bounds_are_taken(name):
+    fine = {"momentum": 0.0, "decay": 0.0, "weight_decay": 0.0, "max_factor_dim": 0, "statistics_every": 1}
+    made(name, **{keyword: value for keyword, value in fine.items() if keyword in keywords(name)})
+    made(name, damping=lambda count: 0.1)
+    made(name, damping=jnp.bfloat16(0.1))
+    made(name, decay=np.float32(0.5))
+
+
+def test_an_unknown_keyword_and_a_missing_one_are_refused():
+    with pytest.raises(TypeError, match="dampin"):
+        ng.kfac(0.1, task("mlp").layers, dampin=0.1)
+    with pytest.raises(TypeError, match="damping"):
+        ng.scale_by_kfac(task("mlp").layers)
+    with pytest.raises(TypeError, match="momentum"):
+        ng.scale_by_kfac(task("mlp").layers, damping=0.1, momentum=0.9)
+    with pytest.raises(TypeError, match="`layers` is 3"):
+        ng.kfac(0.1, 3)
+
+
+# Injection ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def params(dtype="float32"):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), task("mlp true labels").variables["params"])
+
+
+def stepped(tx, dtype="float32"):
+    """One jitted step, state made under `jit` as well."""
+    problem = task("mlp true labels")
+    state = jax.jit(tx.init)(params(dtype))
+
+    @jax.jit
+    def step(state):
+        out = problem.capture.value_and_grad({"params": params(dtype)}, problem.x[0].astype(dtype), problem.y[0])
+        return tx.update(out.grad, state, params(dtype), curvature=out.curvature)
+
+    return step(state)
+
+
+@pytest.mark.slow
+@every_optimizer
+def test_every_method_is_injected_without_static_arguments(name):
+    layers = task("mlp true labels").layers
+    injected = optax.inject_hyperparams(getattr(ng, name))(0.1, layers, damping=0.1)
+    plain = getattr(ng, name)(0.1, layers, damping=0.1)
+    updates, state = stepped(injected)
+    expected, _ = stepped(plain)
+    for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-6)
+    assert "damping" in state.hyperparams and "max_factor_dim" not in state.hyperparams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kfac", "soap", "kbfgs"])
+def test_settings_in_bfloat16_as_optax_makes_them_for_such_parameters_are_taken(name):
+    tx = optax.inject_hyperparams(getattr(ng, name))(0.1, task("mlp true labels").layers, damping=0.1)
+    updates, state = stepped(tx, "bfloat16")
+    assert state.hyperparams["damping"].dtype == jnp.bfloat16
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+
+
+def test_periods_that_were_made_floats_stay_exact():
+    def due(count):
+        return bool(ng.lift.__globals__["advance"].__globals__["due"](jnp.int32(count), jnp.bfloat16(100)))
+
+    assert [count for count in range(100_000, 100_401) if due(count)] == [100_000, 100_100, 100_200, 100_300, 100_400]
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "value"),
+    [
+        ("kfac", "max_factor_dim", 5),
+        ("shampoo", "block_size", 4),
+        ("shampoo", "merge", 4),
+        ("shampoo", "exponent", 0.25),
+        ("tengrad", "examples", 8),
+        ("tengrad", "workspace", 10**6),
+        ("tengrad", "energy", 0.9),
+        ("kbfgs", "memory", 3),
+    ],
+)
+def test_what_fixes_shapes_is_refused_as_an_array_with_the_remedy(name, keyword, value):
+    tx = optax.inject_hyperparams(getattr(ng, name))(0.1, task("mlp true labels").layers, **{keyword: value})
+    with pytest.raises(TypeError, match=rf"`{keyword}` is an array.*static_args='{keyword}'"):
+        jax.jit(tx.init)(params())
+    static = optax.inject_hyperparams(getattr(ng, name), static_args=keyword)
+    jax.eval_shape(static(0.1, task("mlp true labels").layers, **{keyword: value}).init, params())
+
+
+def test_a_mask_that_injection_takes_for_a_schedule_is_refused_with_the_remedy():
+    def mask(tree):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+    settings = {"weight_decay": 0.1, "weight_decay_mask": mask}
+    tx = optax.inject_hyperparams(ng.kfac)(0.1, task("mlp true labels").layers, **settings)
+    with pytest.raises(TypeError, match=r"`weight_decay_mask`.*static_args='weight_decay_mask'"):
+        tx.init(params())
+    optax.inject_hyperparams(ng.kfac, static_args="weight_decay_mask")(
+        0.1, task("mlp true labels").layers, **settings
+    ).init(params())
+
+
+# EKFAC's authors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["scale_by_ekfac", "scale_by_tekfac"])
+def test_the_scale_alone_is_averaged_with_its_own_weight(name):
+    problem = task("mlp")
+    settings = {"damping": 0.1, "decay": 0.0, "statistics_every": 1, "refresh_every": 4, "rescale_every": 1}
+    settings["early_refresh"] = False
+    tx = getattr(ng, name)(problem.layers, scale_decay=0.75, **settings)
+    same = getattr(ng, name)(problem.layers, **settings)
+    state, other = tx.init(problem.variables["params"]), same.init(problem.variables["params"])
+    weights = []
+    for t in range(3):
+        key = jax.random.key(t)
+        out = problem.capture.value_and_grad(problem.variables, problem.x[t], problem.y[t], key=key)
+        evidence = out.curvature()
+        _, state = tx.update(out.grad, state, curvature=evidence)
+        _, other = same.update(out.grad, other, curvature=evidence)
+        weights.append(float(state.operators["Dense_0"].value.scale.weight))
+    np.testing.assert_allclose(weights, [0.25, 0.4375, 0.578125], rtol=1e-6)
+    assert float(other.operators["Dense_0"].value.scale.weight) == 1.0
+    ours, theirs = (jax.tree.leaves(each.statistics["Dense_0"]) for each in (state, other))
+    for one, two in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, two)
