@@ -81,13 +81,13 @@ def size(name: str, value: Any, *, least: int = 1) -> None:
         least: the smallest value allowed.
 
     Raises:
-        TypeError: if it is no whole number, or known on the device only.
-        ValueError: if it is too small.
+        TypeError: if it is no number, or known on the device only.
+        ValueError: if it is not whole, or too small.
     """
     static(name, value, "the shapes of the state")
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not _is_number(value):
         raise TypeError(f"`{name}` is {value!r}; expected a whole number of at least {least}.")
-    if value < least:
+    if not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
 
 

@@ -10,6 +10,7 @@ import pytest
 import reference
 import watching
 from jax.flatten_util import ravel_pytree
+from one_layer import Walk
 from reference import assert_differs, assert_equal
 from rich.console import Console
 
@@ -45,7 +46,7 @@ def found(layer):
 @cache
 def implied_blocks(method):
     """What a method stands for, by the matrix that it multiplies gradients with."""
-    return watching.implied_blocks(METHODS[method].method, net())
+    return watching.implied_blocks(Walk(METHODS[method].method), net())
 
 
 @pytest.mark.parametrize("layer", LAYERS)

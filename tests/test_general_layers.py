@@ -198,6 +198,7 @@ TWINS = {
 }
 LEARNS_ITS_INVERSE = {"kbfgs"}  # exactly diagonal for a table, where the dense twin learns it by BFGS
 OFF_THE_DIAGONAL = {"tkfac", "tekfac"}  # their factor of the inputs of several positions is not diagonal
+TURNS_THE_UNSEEN = {"ekfac qr pi", "soap"}  # iterated bases of what no batch has shown are arbitrary, and then scaled
 
 
 def rows_of_twins():
@@ -211,7 +212,10 @@ def rows_of_twins():
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "twins"), rows_of_twins())
 def test_a_layer_trains_as_its_dense_twin_does(method, twins):
-    if twins != "axes" and (method in LEARNS_ITS_INVERSE or (method in OFF_THE_DIAGONAL and "sequences" in twins)):
+    table = twins != "axes"
+    if table and (
+        method in LEARNS_ITS_INVERSE | TURNS_THE_UNSEEN or (method in OFF_THE_DIAGONAL and "sequences" in twins)
+    ):
         pytest.skip("another factor by design")
     pair = TWINS[twins]
     start = jax.tree.map(

@@ -149,6 +149,6 @@ def test_what_cannot_be_cut_is_refused_with_the_shapes():
         captured(3).value_and_grad({"params": params}, inputs, y)
     with pytest.raises(ValueError, match=r"lead with the examples"):
         captured(4).value_and_grad({"params": params}, (inputs[0], inputs[1][:4]), y)
-    for wrong, error in ((0, ValueError), (2.0, TypeError), ("2", TypeError)):
+    for wrong, error in ((0, ValueError), (2.5, ValueError), ("2", TypeError)):
         with pytest.raises(error, match="`microbatches`"):
             captured(wrong)

@@ -215,7 +215,7 @@ def test_other_wrappers_pass_the_curvature_on(name):
     }
     tx = wrappers[name](optimizer(momentum=None))
     updates, state = jax.jit(tx.update)(gradient, tx.init(params_of()), params_of(), curvature=evidence)
-    assert optax.tree.get(state, "statistics") == 1
+    assert optax.tree.get(state, "metrics").statistics == 1
     assert jax.tree.structure(updates) == jax.tree.structure(gradient)
 
 

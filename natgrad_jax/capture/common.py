@@ -12,6 +12,7 @@ Hessian of the likelihood by the outputs.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -375,9 +376,11 @@ def _from_rows(layer: Layer, evidence: Evidence) -> Evidence:
     from_rows = KINDS[layer.kind].gradient
     if from_rows is None:
         return evidence
-    gradient = jax.lax.platform_dependent(
-        evidence, cpu=lambda evidence: from_rows(layer, evidence), default=lambda evidence: evidence.gradient
-    )
+
+    def as_it_is(evidence):  # in the dtype of the rows, as the other
+        return {role: leaf.astype(layer.dtype) for role, leaf in evidence.gradient.items()}
+
+    gradient = jax.lax.platform_dependent(evidence, cpu=partial(from_rows, layer), default=as_it_is)
     return evidence._replace(gradient=gradient)
 
 

@@ -113,7 +113,8 @@ def in_pieces(
     def step(others, piece):
         found, _ = of_piece(others, params, *piece)
         weight = total_weight(piece[2], examples // count)
-        kept = {name: found.updated.get(name, value) for name, value in others.items()}
+        written = {name: found.updated.get(name, value) for name, value in others.items()}
+        kept = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), written, others)
         return kept, (found.value, found.grad, weight, found.outputs, _without(found.updated, others))
 
     updated, (values, grads, totals, outputs, written) = jax.lax.scan(step, dict(others), pieces)
