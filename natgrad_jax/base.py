@@ -228,6 +228,8 @@ class Method(NamedTuple):
     couple: layer, statistics, operator, evidence     -> statistics      only for statistics that are measured in the
                                                                          terms of an operator: in the place of `observe`
 
+    holds: whether statistics that were observed before the first step serve it as they are.
+
     Every array leads with the axes S. `refresh` may not depend on a layer beyond its kind, shape, stack, window and
     dtype: layers that agree in these are stacked and refreshed as one.
     """
@@ -240,6 +242,7 @@ class Method(NamedTuple):
     follow: Callable[[Layer, Statistics, Operator], Operator] | None = None
     measure: Callable[[Layer, Operator, Evidence], Operator] | None = None
     couple: Callable[[Layer, Statistics, Operator, Evidence], Statistics] | None = None
+    holds: bool = False
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,9 @@ def test_no_import_runs_up():
 
 
 def test_capture_and_methods_meet_only_in_the_evidence():
-    reached = {origin: {t for o, t in arrows(sources()) if o == origin} for origin in sources()}
+    house = sources()
+    drawn = arrows(house)
+    reached = {origin: {target for o, target in drawn if o == origin} for origin in house}
     for origin, found in reached.items():
         while (more := found.union(*(reached[t] for t in found))) != found:
             found = more

@@ -63,7 +63,7 @@ def complete(
         parts.append(optax.add_decayed_weights(weight_decay, weight_decay_mask))
     if momentum is not None:
         parts.append(optax.trace(momentum))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return chained(*parts, optax.scale_by_learning_rate(learning_rate), direction=direction)
 
 
 def behind(

@@ -99,8 +99,8 @@ def warm_start(
 ) -> Any:
     """Fill the statistics with the running mean over a pass of data, before training.
 
-    A loop over `observe`. The first step is served by these statistics as they are; afterwards they count as one full
-    old value. As in the experiments of Goldfarb, Ren and Bahamou.
+    A loop over `observe`. The average so made counts as one full old value afterwards; TNT, Shampoo and K-BFGS leave it
+    as it is in their first step. As in the experiments of Goldfarb, Ren and Bahamou.
 
     Args:
         tx: a lifted method, or a chain with one in it.

@@ -54,7 +54,8 @@ def advance(
         refresh_due = _either(refresh_due, _both(count < schedule.refresh_every, statistics_due))
 
     def observe(state, evidence):
-        return _followed(blocks, _observed(blocks, evidence, state, held=is_warm(state)))  # 1
+        held = any(block.method.holds for block in blocks) and is_warm(state)
+        return _followed(blocks, _observed(blocks, evidence, state, held=held))  # 1
 
     def refresh(state, evidence=None):
         measured = state if evidence is None else _measured(blocks, evidence, state)

@@ -3,8 +3,7 @@
     1-3  statistics, operators <- what the schedule says is due                                  `advance`
     4    update <- apply(operator, gradient, damping)                                            on every step
 
-A step that is due for none of 1-3 computes nothing of them. Nothing is ever read back by the host. Statistics that were
-observed before the first step serve it as they are.
+A step that is due for none of 1-3 computes nothing of them. Nothing is ever read back by the host.
 """
 
 from collections.abc import Callable, Mapping

@@ -98,7 +98,7 @@ class Shampoo(OfCutTensors):
             del layer, damping
             return product(gradient, roots)  # 3
 
-        return Method(init, observe, refresh, apply, couple=couple if self.coupled else None)
+        return Method(init, observe, refresh, apply, couple=couple if self.coupled else None, holds=True)
 
 
 @dataclass(frozen=True, kw_only=True)

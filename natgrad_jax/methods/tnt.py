@@ -120,7 +120,7 @@ class TNT(OfTensors):
             del layer, damping
             return product(gradient, operator)  # 5
 
-        return Method(init, observe, refresh, apply)
+        return Method(init, observe, refresh, apply, holds=True)
 
 
 def _scales(total: Array, sizes: tuple[int, ...]) -> list[Array]:
