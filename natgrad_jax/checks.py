@@ -20,7 +20,6 @@ def number(
     least: float,
     below: float = np.inf,
     schedule: bool = False,
-    above: bool = False,
 ) -> None:
     """Refuse a setting that is known now and is no number within its range; traced values pass.
 
@@ -30,14 +29,12 @@ def number(
         least: the smallest value allowed.
         below: the value must be smaller than this.
         schedule: whether a function of the step count is allowed, too.
-        above: whether the value must be larger than `least`.
 
     Raises:
         TypeError: if it is no number.
         ValueError: if it is out of range.
     """
-    bounds = f"a finite number {'above' if above else 'of at least'} {least:g}"
-    bounds += f" and below {below:g}" if np.isfinite(below) else ""
+    bounds = f"a finite number of at least {least:g}" + (f" and below {below:g}" if np.isfinite(below) else "")
     if callable(value):
         if not schedule:
             raise TypeError(f"`{name}` is a function; expected {bounds}. It takes no schedule.")
@@ -46,7 +43,7 @@ def number(
         return
     if not _is_number(value):
         raise TypeError(f"`{name}` is {value!r}; expected {bounds}{', or a function of the step count' * schedule}.")
-    if not least <= float(value) < below or (above and float(value) == least):
+    if not least <= float(value) < below:
         raise ValueError(f"`{name}` is {value}; expected {bounds}.")
 
 

@@ -242,6 +242,23 @@ def mean_diagonal(factor: Factor) -> Array:
     return jnp.mean(diagonal(factor), axis=-1)
 
 
+def identity(stack: tuple[int, ...], size: int, dtype: str, full: bool = True) -> Factor:
+    """An identity matrix for each entry of a stack, in a buffer of its own.
+
+    Args:
+        stack: S.
+        size: n.
+        dtype: of the entries.
+        full: whether to form the matrix, or only its diagonal.
+
+    Returns:
+        [S, n, n], or a `Diagonal` [S, n].
+    """
+    if not full:
+        return Diagonal(jnp.ones((*stack, size), dtype))
+    return jnp.zeros((*stack, size, size), dtype) + jnp.eye(size, dtype=dtype)
+
+
 def per_stack(values: Array, leaf: Array) -> Array:
     """Values [S], with trailing axes of one entry so that they go with a leaf [S, ...]."""
     return values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim))

@@ -1,6 +1,6 @@
 """Statistics and operators outside of a step: observe, refresh, a pass of data before training, light checkpoints."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -168,17 +168,22 @@ def _is_ours(node: Any) -> bool:
     return isinstance(node, NaturalGradientState)
 
 
+def _is_multi(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)
+
+
+def _has(state: Any, is_wanted: Callable[[Any], bool]) -> bool:
+    """Whether a state, or one inside it, is wanted."""
+    return any(map(is_wanted, jax.tree.leaves(state, is_leaf=is_wanted)))
+
+
 def _check(state: Any) -> None:
     """Refuse a state that has no method of ours, or has it where a request cannot reach it."""
-    if not any(_is_ours(node) for node in jax.tree.leaves(state, is_leaf=_is_ours)):
+    if not _has(state, _is_ours):
         raise ValueError(
             f"`state` of type {type(state).__name__} holds no natural-gradient method; expected `tx.init(params)`."
         )
-
-    def is_multi(node):
-        return isinstance(node, optax.MultiStepsState)
-
-    if any(is_multi(node) for node in jax.tree.leaves(state, is_leaf=is_multi)):
+    if _has(state, _is_multi):
         raise ValueError(
             "`optax.MultiSteps` passes nothing on but every k-th update, and of the curvature only the last of k; "
             "accumulate where the batch is evaluated: `capture(..., microbatches=k)`."

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages
+from natgrad_jax.algebra import averages, stacks
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.eigenbasis import Basis, damped_solve, eigenbasis, standard
 from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, mean_diagonal, sandwich, trace
@@ -61,14 +61,11 @@ def identities(layer: Layer, most: int | None) -> tuple[Factor, Factor]:
     Returns:
         [S, I, I] and [S, O, O]; a `Diagonal` of a side that is too wide, or whose rows are one-hot.
     """
-
-    def factor(size, full):
-        if full and size <= (WIDEST if most is None else most):
-            return jnp.zeros((*layer.stack, size, size), layer.dtype) + jnp.eye(size, dtype=layer.dtype)
-        return Diagonal(jnp.ones((*layer.stack, size), layer.dtype))
-
-    rows, columns = layer.shape
-    return factor(rows, not layer.one_hot), factor(columns, True)
+    widest, (rows, columns) = WIDEST if most is None else most, layer.shape
+    return (
+        stacks.identity(layer.stack, rows, layer.dtype, full=rows <= widest and not layer.one_hot),
+        stacks.identity(layer.stack, columns, layer.dtype, full=columns <= widest),
+    )
 
 
 def empty(layer: Layer, most: int | None) -> Pair:

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages
+from natgrad_jax.algebra import averages, stacks
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.modes import contraction, partial_trace, product
 from natgrad_jax.algebra.moments import second_moment
@@ -46,13 +46,8 @@ def identities(layer: Layer, most: int | None) -> tuple[Factor, ...]:
     Returns:
         For each mode [S, n_i, n_i], or a `Diagonal`.
     """
-
-    def factor(size):
-        if size <= (WIDEST if most is None else most):
-            return jnp.zeros((*layer.stack, size, size), layer.dtype) + jnp.eye(size, dtype=layer.dtype)
-        return Diagonal(jnp.ones((*layer.stack, size), layer.dtype))
-
-    return tuple(map(factor, layer.shape))
+    widest = WIDEST if most is None else most
+    return tuple(stacks.identity(layer.stack, size, layer.dtype, full=size <= widest) for size in layer.shape)
 
 
 def contractions(

@@ -110,8 +110,11 @@ def in_pieces(
         forward = forward_of(args, others, number)
         return common.evaluate(problem, forward, params, targets, weights, key), forward.layers
 
+    seen = []  # the layers are static: the trace of the scan leaves them here
+
     def step(others, piece):
-        found, _ = of_piece(others, params, *piece)
+        found, layers = of_piece(others, params, *piece)
+        seen.append(layers)
         weight = total_weight(piece[2], examples // count)
         written = {name: found.updated.get(name, value) for name, value in others.items()}
         kept = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), written, others)
@@ -121,15 +124,7 @@ def in_pieces(
     shares = totals / jnp.maximum(jnp.sum(totals), 1e-30)
     value = jnp.sum(values * shares)
     grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1), grads)
-    first = jax.tree.map(lambda leaf: leaf[0], pieces)
-    found = {}
-
-    def shaped(piece):  # the layers are static, so they leave the trace by the back door
-        found["layers"] = of_piece(others, params, *piece)[1]
-        return ()
-
-    jax.eval_shape(shaped, first)
-    layers = replace(found["layers"], examples=examples)
+    layers = replace(seen[-1], examples=examples)
     curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
     return Evaluation(value, grad, curvature, jax.tree.map(_flat, outputs), updated | last)

@@ -35,14 +35,16 @@ def with_ones(layer: Layer, rows: Array) -> Array:
     return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
 
 
-def _input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
+def input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
+    """Rows a [S, N, T, I] of inputs [S, N, ..., channels], the ones of the bias behind them."""
     del use
     return with_ones(layer, _rows(layer, inputs, leading=len(layer.stack)))
 
 
-def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
+def output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
+    """Rows g [S, K, N, T, O] of cotangents [K, S, N, ..., O]."""
     del use
     return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
 
 
-DENSE = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows, modules=("Dense",), roles=("kernel", "bias"))
+DENSE = Kind(_to_matrix, _from_matrix, input_rows, output_rows, modules=("Dense",), roles=("kernel", "bias"))

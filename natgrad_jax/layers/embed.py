@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.algebra.rows import OneHot
 from natgrad_jax.base import Array, Kind, Layer, Use
+from natgrad_jax.layers.dense import output_rows
 
 
 def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
@@ -29,18 +30,11 @@ def _input_rows(layer: Layer, use: Use, inputs: Array) -> OneHot:
     return OneHot(jnp.where(there, index % size, 0), there.astype(layer.dtype), size)
 
 
-def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
-    del use
-    lead = 1 + len(layer.stack) + 1
-    rows = cotangents.reshape(*cotangents.shape[:lead], -1, cotangents.shape[-1]).astype(layer.dtype)
-    return jnp.moveaxis(rows, 0, -4)
-
-
 EMBED = Kind(
     _to_matrix,
     _from_matrix,
     _input_rows,
-    _output_rows,
+    output_rows,
     modules=("Embed",),
     roles=("embedding",),
     floating=False,

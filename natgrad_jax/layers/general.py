@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Kind, Layer, Outline, Use
-from natgrad_jax.layers.dense import with_ones
+from natgrad_jax.layers.dense import input_rows
 
 
 class GeneralGeometry(NamedTuple):
@@ -69,12 +69,6 @@ def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
     return {"kernel": matrix[..., :-1, :].reshape(shapes["kernel"]), "bias": matrix[..., -1, :].reshape(shapes["bias"])}
 
 
-def _input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
-    del use
-    lead = len(layer.stack) + 1
-    return with_ones(layer, inputs.reshape(*inputs.shape[:lead], -1, inputs.shape[-1]).astype(layer.dtype))
-
-
 def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
     del use
     lead = 1 + len(layer.stack) + 1
@@ -85,7 +79,7 @@ def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
 GENERAL = Kind(
     _to_matrix,
     _from_matrix,
-    _input_rows,
+    input_rows,
     _output_rows,
     modules=("DenseGeneral",),
     roles=("kernel", "bias"),

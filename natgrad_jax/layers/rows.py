@@ -16,10 +16,8 @@ from natgrad_jax.losses import example_weights
 
 Sharing = Literal["expand", "reduce"]
 """How factors see the positions that share the weights: each by itself, or pooled within an example."""
-SHARINGS = ("expand", "reduce")
 Pairing = Literal["example", "expand", "reduce"]
 """The same for the partial traces of F: of examples as they are, position by position, or of pooled positions."""
-PAIRINGS = ("example", "expand", "reduce")
 
 
 def to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Matrix:

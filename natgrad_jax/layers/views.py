@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -20,7 +20,6 @@ from natgrad_jax.layers.parameter import dtype_of, parameter
 
 Modes = Literal["flatten_spatial", "matrix", "all"]
 """The modes of a kernel [*window, C, O]: (window, C, O), (window C, O), or each of its axes."""
-MODES = get_args(Modes)
 
 
 @dataclass(frozen=True)

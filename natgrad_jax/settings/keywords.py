@@ -9,6 +9,7 @@ repeats the field without the words, `decay: ScalarOrSchedule = 0.9`.
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -20,16 +21,15 @@ from natgrad_jax.around.adaptive import AdaptiveDamping
 
 
 class Number(NamedTuple):
-    """A number from `least`, or above it, to below `below`; its schedule, where that is said."""
+    """A number from `least` to below `below`; its schedule, where that is said."""
 
     least: float = 0.0
     below: float = np.inf
     schedule: bool = False
-    above: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Refuse what it is not."""
-        checks.number(name, value, least=self.least, below=self.below, schedule=self.schedule, above=self.above)
+        checks.number(name, value, least=self.least, below=self.below, schedule=self.schedule)
 
 
 class Steps(NamedTuple):
@@ -83,6 +83,7 @@ class Settings:
             _check(name, getattr(self, name), hint)
 
 
+@cache
 def hints_of(settings: type) -> dict[str, Any]:
     """{keyword: its type with all that is said of it}, of the last class that says anything."""
     found = {}

@@ -19,7 +19,6 @@ from natgrad_jax.settings.keywords import hints_of, parts_of
 from natgrad_jax.settings.shared import Clipped, Completed, Direction, OfTensors, Rate, Transformation
 
 P = ParamSpec("P")
-_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 class Complete(Protocol):
