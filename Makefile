@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-ARGS ?= -n 2
+ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 
 # jaxlib's eigendecompositions and OpenBLAS each bring their own threads; together they fight over the cores.

@@ -8,7 +8,6 @@ from natgrad_jax.around.graft import graft
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
-from natgrad_jax.capture import linen
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import NaturalGradientState, Schedule
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
@@ -21,15 +20,20 @@ from natgrad_jax.methods.tekfac import scale_by_tekfac, tekfac
 from natgrad_jax.methods.tengrad import scale_by_tengrad, tengrad
 from natgrad_jax.methods.tkfac import scale_by_tkfac, tkfac
 from natgrad_jax.methods.tnt import scale_by_tnt, tnt
+from natgrad_jax.watch import linen, nnx
+from natgrad_jax.watch.doors import Inputs
+from natgrad_jax.watch.function import capture
 
 __all__ = [
     "Evidence",
+    "Inputs",
     "Layer",
     "Layers",
     "Method",
     "NaturalGradientState",
     "Schedule",
     "adaptive_damping",
+    "capture",
     "clip_by_kl",
     "controlled",
     "ekfac",
@@ -40,6 +44,7 @@ __all__ = [
     "linen",
     "losses",
     "mbf",
+    "nnx",
     "observe",
     "refresh",
     "scale_by_ekfac",

@@ -1,7 +1,8 @@
 """Leaves of any parameter tree by "/"-joined address, and their replacement.
 
 Dicts, tuples, NamedTuples and dataclasses all read alike: `{"encoder": {"kernel": w}}` has the one leaf
-"encoder/kernel". An `optax.MaskedNode` (a leaf that a mask took away) counts as absent.
+"encoder/kernel", and so it has where a box stands around the array: a Variable of NNX, metadata of linen. An
+`optax.MaskedNode` (a leaf that a mask took away) counts as absent.
 """
 
 from collections.abc import Mapping
@@ -63,4 +64,6 @@ def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
 
 
 def _address(path: tuple[Any, ...]) -> str:
+    if len(path) > 1 and getattr(path[-1], "name", None) == "value":  # the attribute of a box
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")

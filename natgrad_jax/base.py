@@ -79,6 +79,8 @@ class Layer:
         window: sizes of the window over which the inputs are gathered; () for none.
         one_hot: whether a row of inputs has one entry that is not zero, so that A is diagonal.
         uses: its calls, in order; `Evidence.inputs[i]` belongs to `uses[i]`.
+        arrays: (role, `algebra.arranged.Arrangement` of its parameter arrays) for the kernel and the bias of the kind;
+            () where the parameter arrays are these as they are.
         note: why the parameter has no layer, for the coverage report.
     """
 
@@ -93,6 +95,7 @@ class Layer:
     window: tuple[int, ...] = ()
     one_hot: bool = False
     uses: tuple[Use, ...] = ()
+    arrays: tuple[tuple[str, Any], ...] = ()
     note: str = ""
 
     @property
@@ -113,7 +116,7 @@ class Layer:
     @property
     def has_bias(self) -> bool:
         """Whether the last row of the weight matrix is a bias."""
-        return any(leaf.role == "bias" for leaf in self.leaves)
+        return any(leaf.role.startswith("bias") for leaf in self.leaves)
 
     def sample_sizes(self, examples: int, draws: int, positions: int | None = None) -> tuple[int, int]:
         """How many numbers a batch takes in sample space, for all copies of the layer.
@@ -158,27 +161,10 @@ class Evidence(NamedTuple):
     slopes: Array | None = None
 
 
-class Outline(NamedTuple):
-    """What a kind makes of the shape of its main array: the matrix (I, O), and stack axes of its own.
-
-    Attributes:
-        shape: (I, O) without a bias.
-        stack: sizes of stack axes that lead the array.
-        groups: size of a stack axis that the array does not have; 1 for none.
-        window: sizes of the window over which inputs are gathered; () for none.
-    """
-
-    shape: tuple[int, int]
-    stack: tuple[int, ...] = ()
-    groups: int = 1
-    window: tuple[int, ...] = ()
-
-
 class Kind(NamedTuple):
-    """What a layer of one kind answers: about its module, its arrays, its rows.
+    """What a layer of one kind answers: about its arrays, its rows.
 
-    What no module has (a parameter by itself, a tensor, a block of several layers) has a matrix only. `module` and its
-    options are read by the attributes that Flax gives them; no framework is imported.
+    What has no rows (a parameter by itself, a tensor, a block of several layers) has a matrix only.
 
     Attributes:
         to_matrix: layer, {role: array} -> [S, I, O].
@@ -186,13 +172,6 @@ class Kind(NamedTuple):
         input_rows: layer, use, recorded inputs of the use -> rows [S, N, T, I], the ones of the bias included; None of
             what has no rows.
         output_rows: layer, use, cotangents of the use -> [S, K, N, T, O]; None of what has no rows.
-        modules: names of the classes of Flax that are of this kind.
-        roles: names of the parameter arrays, the main one first.
-        recognise: module, shape of its input -> geometry of the call, or a sentence why it cannot be handled.
-        record: geometry, input -> what the capture keeps of it, [N, ..., channels].
-        outline: geometry, shape of the main array without axes of transforms around the module -> `Outline`.
-        floating: whether inputs have to be floating-point numbers.
-        one_hot: whether a row of inputs has one entry that is not zero.
         gradient: layer, evidence -> {role: [K, *shape]}, where that is cheaper from the rows on a CPU; None elsewhere.
     """
 
@@ -200,13 +179,6 @@ class Kind(NamedTuple):
     from_matrix: Callable[[Layer, Matrix], dict[str, Array]]
     input_rows: Callable[[Layer, Use, Any], Any] | None = None
     output_rows: Callable[[Layer, Use, Array], Array] | None = None
-    modules: tuple[str, ...] = ()
-    roles: tuple[str, ...] = ()
-    recognise: Callable[[Any, tuple[int, ...]], Any] = lambda module, shape: None
-    record: Callable[[Any, Array], Array] = lambda geometry, inputs: inputs
-    outline: Callable[[Any, tuple[int, ...]], Outline] = lambda geometry, shape: Outline((shape[0], shape[1]))
-    floating: bool = True
-    one_hot: bool = False
     gradient: Callable[[Layer, Evidence], dict[str, Array]] | None = None
 
 

@@ -82,6 +82,10 @@ def _same_shape(outputs: Array, targets: Array) -> str | None:
 
 def _labels_or_distributions(outputs: Array, targets: Array) -> str | None:
     integer = jnp.issubdtype(targets.dtype, jnp.integer)
+    if outputs.ndim < 2:
+        return (
+            f"the outputs have shape {outputs.shape}; expected [N, ..., C]: one example has an axis of its own, x[None]"
+        )
     if integer and targets.shape == outputs.shape[:-1]:
         return None
     if not integer and targets.shape == outputs.shape:

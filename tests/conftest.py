@@ -3,13 +3,20 @@
 Most of the time of the suite goes into compiling, each function for a few calls. So the code generator does not
 optimise, which is no matter of the package, and what was compiled is kept in `.jax_cache`, for the other process and
 for the next run. The key of an entry is the program itself, so that a change of the package compiles what it changes.
+
+Within a process it is kept as long as a file runs: each program holds memory maps, of which a process has 65,530, and
+jaxlib dies where it gets no more.
 """
 
+import gc
 import os
 import pathlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when the library loads, hence before jax
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",  # together a third of the time
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true",
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".jax_cache")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -17,6 +24,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What a file compiled is let go."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def unverified(request, monkeypatch):
+    """`layers` does not compare what it finds with autodiff: a compilation for each call. Tests of that ask for it."""
+    if "verified" not in request.keywords:
+        monkeypatch.setattr("natgrad_jax.watch.doors.wrong", lambda *_: {})
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ ROOMS = (
     "algebra",
     "algebra/stacks",
     "algebra/averages",
+    "algebra/arranged",
     "algebra/rows",
     "algebra/moments",
     "algebra/eigenbasis",
@@ -25,20 +26,34 @@ ROOMS = (
     "algebra/roots",
     "algebra/bfgs",
     "algebra/trees",
+    "layers/arrays",
     "layers/dense",
     "layers/conv",
-    "layers/general",
     "layers/embed",
     "layers/parameter",
     "layers/joint",
     "layers/views",
     "layers",
     "layers/rows",
-    "capture",
-    "capture/common",
-    "capture/sightings",
-    "capture/microbatches",
-    "capture/linen",
+    "program",
+    "program/products",
+    "program/axes",
+    "program/facts",
+    "program/liveness",
+    "program/scenes",
+    "program/follow",
+    "program/replay",
+    "watch",
+    "watch/reading",
+    "watch/recognise",
+    "watch/common",
+    "watch/microbatches",
+    "watch/traced",
+    "watch/verify",
+    "watch/doors",
+    "watch/function",
+    "watch/linen",
+    "watch/nnx",
     "blocks",
     "blocks/kronecker",
     "blocks/rotated",
@@ -125,7 +140,7 @@ def wrong_arrows(sources):
             continue
         if (
             there is None
-            or {folder(origin), folder(target)} == {"capture", "methods"}
+            or {folder(origin), folder(target)} == {"watch", "methods"}
             or ROOMS.index(there) > ROOMS.index(here)
             or here == there == "methods"
         ):
@@ -156,15 +171,15 @@ def test_no_import_runs_up():
     assert wrong_arrows(sources()) == []
 
 
-def test_capture_and_methods_meet_only_in_the_evidence():
+def test_watching_and_methods_meet_only_in_the_evidence():
     house = sources()
     drawn = arrows(house)
     reached = {origin: {target for o, target in drawn if o == origin} for origin in house}
     for origin, found in reached.items():
         while (more := found.union(*(reached[t] for t in found))) != found:
             found = more
-        if folder(origin) in ("capture", "methods"):
-            other = "methods" if folder(origin) == "capture" else "capture"
+        if folder(origin) in ("watch", "methods"):
+            other = "methods" if folder(origin) == "watch" else "watch"
             assert not [t for t in found if folder(t) == other], origin
 
 
@@ -189,10 +204,10 @@ def test_no_file_is_longer_than_a_reader_can_hold():
     [
         ("algebra.stacks", "from natgrad_jax.lift.lift import lift", "lift.lift"),
         ("algebra.stacks", "from natgrad_jax.algebra import moments", "algebra.moments"),
-        ("losses", "import natgrad_jax.capture.linen", "capture.linen"),
+        ("losses", "import natgrad_jax.watch.linen", "watch.linen"),
         ("methods.kfac", "from natgrad_jax.methods.ekfac import ekfac", "methods.ekfac"),
-        ("methods.kfac", "from natgrad_jax.capture import linen", "capture.linen"),
-        ("capture.linen", "def late():\n    from natgrad_jax.methods import kfac", "methods.kfac"),
+        ("methods.kfac", "from natgrad_jax.watch import linen", "watch.linen"),
+        ("watch.linen", "def late():\n    from natgrad_jax.methods import kfac", "methods.kfac"),
         ("around.adaptive", "import natgrad_jax", "__init__"),
     ],
 )

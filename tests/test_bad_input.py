@@ -134,14 +134,12 @@ def test_a_model_with_several_outputs_and_no_readout():
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_integer_inputs_to_a_dense_layer():
+def test_integer_inputs_to_a_dense_layer_are_what_it_makes_of_them():
     capture, variables = watch()
-    for call in (
-        lambda: capture.layers(variables, LABELS[:, None] + jnp.zeros((1, 5), jnp.int32)),
-        lambda: capture.value_and_grad(variables, jnp.zeros((8, 5), jnp.int32), LABELS, key=KEY),
-    ):
-        with says(TypeError, "Layer 'Dense'", "int32", "expected floating-point inputs", "nn.Embed"):
-            call()
+    integers = jnp.arange(40).reshape(8, 5)
+    assert list(capture.layers(variables, integers)) == ["Dense"]
+    found = capture.value_and_grad(variables, integers, LABELS, key=KEY).curvature()["Dense"]
+    np.testing.assert_array_equal(found.inputs[0], integers.astype(jnp.float32))
 
 
 class Images(nn.Module):
@@ -157,9 +155,10 @@ class Images(nn.Module):
 
 OPTIONS = {
     "mask": {"mask": np.tril(np.ones((3, 3, 1, 2), np.float32))},
-    "conv_general_dilated": {"conv_general_dilated": jax.lax.conv_general_dilated},
+    "conv_general_dilated": {"conv_general_dilated": lambda x, kernel, *a, **k: _conv(x, jnp.tanh(kernel), *a, **k)},
 }
-WORDS = {option: (f"`{option}`", "no product of patches") for option in OPTIONS}
+WORDS = {"mask": "factor entry by entry", "conv_general_dilated": "goes through `tanh`"}
+_conv = jax.lax.conv_general_dilated
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -169,11 +168,18 @@ def test_an_option_of_a_convolution_that_cannot_be_handled_costs_the_layer_not_t
     layers = capture.layers(variables, images)
     assert list(layers) == ["head"]
     notes = {layer.name: layer.note for layer in layers.rest}
-    assert set(notes) == {"conv/kernel", "conv/bias"} and all(word in notes["conv/kernel"] for word in WORDS[option])
+    assert set(notes) == {"conv/kernel", "conv/bias"} and WORDS[option] in notes["conv/kernel"]
     assert notes["conv/kernel"] in str(layers)
     out = capture.value_and_grad(variables, images, jnp.zeros(8, int), key=jax.random.key(0))
     tx = ng.kfac(0.1, layers)
     tx.update(out.grad, tx.init(variables["params"]), variables["params"], curvature=out.curvature)
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"conv_general_dilated": _conv}], ids=["same", "its own"])
+def test_an_option_that_comes_to_the_same_product_costs_nothing(options):
+    images = jnp.ones((8, 4, 4, 1))
+    capture, variables = watch(Images(options), x=images)
+    assert list(capture.layers(variables, images)) == ["conv", "head"]
 
 
 def test_excluding_what_the_model_does_not_have():
@@ -184,7 +190,7 @@ def test_excluding_what_the_model_does_not_have():
 
 def test_a_model_without_a_known_layer_warns_and_lists_its_parameters():
     capture, variables = watch(nn.LayerNorm())
-    with pytest.warns(UserWarning, match=r"LayerNorm has no layer that natgrad_jax knows \(.*Dense.*\).*bias, scale"):
+    with pytest.warns(UserWarning, match=r"LayerNorm has no layer that natgrad_jax can watch.*bias, scale"):
         layers = capture.layers(variables, X)
     assert len(layers) == 0 and "bias" in str(layers) and "scale" in str(layers)
 

@@ -16,9 +16,6 @@ from watching import captured_fisher, evidence_of, gradients, summed
 
 import natgrad_jax as ng
 
-CARRIED = dict.fromkeys(ng.linen.COLLECTIONS, 0)
-
-
 # C3 -------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,11 +180,10 @@ class Scanned(nn.Module):
     """The same three blocks in a scan."""
 
     body: Any = Block
-    collections: Any = tuple(CARRIED)
 
     @nn.compact
     def __call__(self, x):
-        axes = {"params": 0, **dict.fromkeys(self.collections, 0)}
+        axes = {"params": 0}
         body = nn.scan(lambda block, x, _: (block(x), None), variable_axes=axes, split_rngs={"params": True}, length=3)
         return body(self.body(5, name="block"), x, None)[0]
 
@@ -214,18 +210,6 @@ def test_c3_evidence_of_a_scan_is_that_of_the_unrolled_layers(body):
         assert_differs(gradients(layer, stacked), np.stack(one_by_one[::-1]))
 
 
-@pytest.mark.usefixtures("x64")
-def test_a_scan_that_does_not_carry_the_collections_is_reported_and_not_covered():
-    x = normal(4, 5)
-    params = in_a_stack(random_params(Unrolled(), x))
-    capture = ng.linen.capture(Scanned(collections=()), ng.losses.squared_error)
-    with pytest.warns(UserWarning, match="no layer"):
-        layers = capture.layers({"params": params}, x)
-    assert not layers.known
-    assert len(layers.rest) == 4
-    assert all("COLLECTIONS" in block.note for block in layers.rest)
-
-
 class Apart(nn.Module):
     """Three blocks beside each other."""
 
@@ -239,7 +223,7 @@ class Mapped(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        axes = {"variable_axes": {"params": 0, **CARRIED}, "in_axes": None, "out_axes": 1, "axis_size": 3}
+        axes = {"variable_axes": {"params": 0}, "in_axes": None, "out_axes": 1, "axis_size": 3}
         return nn.vmap(Block, split_rngs={"params": True}, **axes)(name="block")(x)
 
 

@@ -11,12 +11,12 @@ import optax
 import pytest
 import reference
 from jax.flatten_util import ravel_pytree
-from methods_table import NAMES, measured, row, task
+from methods_table import NAMES, measured, of_the_lifting, row, task
 from watching import LIKELIHOODS, mlp
 
 import natgrad_jax as ng
 
-every_method = pytest.mark.parametrize("method", NAMES)
+every_method = of_the_lifting(NAMES)
 LOSS = "softmax_cross_entropy"
 SETTINGS = table.SETTINGS | {"statistics_every": 1, "refresh_every": 1}
 DAMPING, L2 = 0.3, 0.2

@@ -205,7 +205,7 @@ def rows_of_twins():
     """Every method on a table, the representatives on the others; all with `-m full`."""
     for twins in TWINS:
         for name in ALL_NAMES:
-            marks = () if twins == "embedding" or name in LIFTED else (pytest.mark.full,)
+            marks = () if name in LIFTED else (pytest.mark.full,)
             yield pytest.param(name, twins, marks=marks, id=f"{name}-{twins}")
 
 
@@ -285,17 +285,3 @@ def _sizes(jaxpr):
         yield from (variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size"))
         for inner in inner_jaxprs(equation):
             yield from _sizes(inner)
-
-
-def test_a_table_that_is_read_transposed_as_well_is_left_to_a_diagonal_block():
-    class Tied(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            table = nn.Embed(7, 4)
-            return table.attend(nn.Dense(4)(table(x)))
-
-    capture = ng.linen.capture(Tied(), ng.losses.softmax_cross_entropy)
-    layers = capture.layers(Tied().init(jax.random.key(0), places(4)), places(4))
-    assert list(layers) == ["Dense_0"]
-    (rest,) = layers.rest
-    assert rest.name == "Embed_0/embedding" and "transposed" in rest.note

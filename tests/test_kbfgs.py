@@ -252,7 +252,7 @@ class Net(nn.Module):
     def __call__(self, x):
         x = nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, name="conv")(x)
         x = nn.LayerNorm(name="norm")(nn.tanh(x)).reshape(len(x), -1, 4)
-        axes = {"params": 0, **dict.fromkeys(ng.linen.COLLECTIONS, 0)}
+        axes = {"params": 0}
         block = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)
         x, _ = block(name="blocks")(x, None)
         return nn.Dense(3, name="head")(x.mean(1))

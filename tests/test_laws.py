@@ -32,6 +32,12 @@ lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
 lifting_optimizer = of_the_lifting(ALL_NAMES)
 everywhere = pytest.mark.parametrize("where", TASKS)
+EVERYWHERE = [
+    pytest.param(name, where, marks=() if where == "mlp" or name in table.LIFTED else pytest.mark.full)
+    for name in ALL_NAMES
+    for where in TASKS
+]
+"""Every method on the net of dense layers, the representatives on the others."""
 ANY = NAMES[0]
 
 
@@ -74,8 +80,7 @@ def descends(where, tx, statistics=5):
 
 
 @pytest.mark.slow
-@everywhere
-@every_optimizer
+@pytest.mark.parametrize(("method", "where"), EVERYWHERE)
 def test_every_direction_descends_also_between_refreshes(method, where):
     descends(where, direction(method, where), 5 if table.row(method).apart else 3)
 

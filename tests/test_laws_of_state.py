@@ -14,7 +14,6 @@ from sklearn.datasets import load_digits
 from test_laws import (
     ANY,
     blockwise,
-    every_method,
     every_optimizer,
     everywhere,
     fails,
@@ -62,7 +61,7 @@ def test_half_precision_in_the_state_or_double_in_the_updates_fails_the_law_of_t
 
 
 @pytest.mark.slow
-@every_method
+@lifting_method
 def test_a_bfloat16_model_is_met_by_finite_directions_of_descent(method):
     gradient, evidence = measured("mlp bfloat16")
     tx = direction(method, "mlp bfloat16")
@@ -340,7 +339,7 @@ def survives_poison(where, tx):
 
 @pytest.mark.slow
 @everywhere
-@every_method
+@lifting_method
 def test_a_batch_that_is_not_finite_leaves_the_previous_factors_and_is_counted(method, where):
     survives_poison(where, direction(method, where, statistics_every=1, refresh_every=1))
 

@@ -251,7 +251,7 @@ class Twice(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        axes = {"params": 0, **dict.fromkeys(ng.linen.COLLECTIONS, 0)}
+        axes = {"params": 0}
         body = nn.scan(lambda layer, x, _: (layer(x), None), variable_axes=axes, split_rngs={"params": True}, length=2)
         return body(nn.Dense(4, name="layer"), x, None)[0]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_table import NAMES, evaluate, lifted, row, task
+from methods_table import NAMES, evaluate, lifted, of_the_lifting, row, task
 
 import natgrad_jax as ng
 
@@ -35,8 +35,10 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kfac pi", "tnt"])
-@pytest.mark.parametrize("wrap", ["chain", "partition", "masked", "injected", "clipped"])
+@pytest.mark.parametrize(
+    ("method", "wrap"),
+    [("kfac pi", wrap) for wrap in ("chain", "partition", "masked", "injected", "clipped")] + [("tnt", "chain")],
+)
 def test_observe_moves_the_statistics_of_a_step_and_nothing_else(method, wrap):
     tx = optimizer(method)
     if wrap == "chain":
@@ -101,7 +103,7 @@ def test_observe_through_multi_steps_is_refused_with_the_remedy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", MADE_OF_STATISTICS)
+@of_the_lifting(MADE_OF_STATISTICS)
 def test_a_checkpoint_without_operators_goes_on_bit_for_bit(method):
     tx = optimizer(method)
     state, theta = tx.init(params()), params()
@@ -130,7 +132,7 @@ def _bytes(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", MEASURED)
+@of_the_lifting(MEASURED)
 def test_operators_that_a_batch_measured_want_one(method):
     tx = optimizer(method)
     state = tx.init(params())

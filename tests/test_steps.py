@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from methods_table import NAMES, direction, measured, task, update_of
+from methods_table import NAMES, direction, measured, of_the_lifting, task, update_of
 from reference import normal
 
 import natgrad_jax as ng
 
-every_method = pytest.mark.parametrize("method", NAMES)
+every_method = of_the_lifting(NAMES)
 
 
 def length(rate, gradient, updates):

@@ -26,9 +26,6 @@ GRADIENT = ng.scale_by_tnt(statistics="gradient", decay=0.5, **AT_ONCE)
 """Without layers and without curvature."""
 
 
-CARRIED = dict.fromkeys(ng.linen.COLLECTIONS, 0)
-
-
 class Block(nn.Module):
     """A dense layer, to be stacked."""
 
@@ -43,7 +40,7 @@ class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.tanh(nn.Conv(4, (2, 2), feature_group_count=2, name="conv")(x)).mean((1, 2))
-        stack = nn.scan(Block, variable_axes={"params": 0, **CARRIED}, split_rngs={"params": True}, length=3)
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         x = stack(name="stack")(x, None)[0]
         x = x * self.param("scale", nn.initializers.ones, ())
         x = x * self.param("cube", nn.initializers.normal(), (2, 3, 4)).sum((0, 1))

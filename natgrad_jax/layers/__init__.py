@@ -5,13 +5,11 @@ from natgrad_jax.layers import joint, views
 from natgrad_jax.layers.conv import CONV
 from natgrad_jax.layers.dense import DENSE
 from natgrad_jax.layers.embed import EMBED
-from natgrad_jax.layers.general import GENERAL
 from natgrad_jax.layers.parameter import PARAMETER
 
 KINDS: dict[str, Kind] = {
     "dense": DENSE,
     "conv": CONV,
-    "general": GENERAL,
     "embed": EMBED,
     "parameter": PARAMETER,
 }

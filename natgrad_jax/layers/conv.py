@@ -9,18 +9,15 @@ convolution with an identity kernel.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from natgrad_jax.algebra.stacks import einsum
-from natgrad_jax.base import Array, Evidence, Kind, Layer, Outline, Use
+from natgrad_jax.base import Array, Evidence, Kind, Layer, Use
+from natgrad_jax.layers.arrays import assembled, taken_apart
 from natgrad_jax.layers.dense import with_ones
-
-Padding = str | tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class ConvGeometry:
     Attributes:
         window: kernel sizes.
         strides: steps between output positions.
-        padding: (low, high) pairs, or "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL".
+        padding: (low, high) pairs; negative ones cut.
         input_dilation: gaps put between inputs.
         kernel_dilation: gaps put between kernel offsets.
         groups: number of channel groups.
@@ -38,7 +35,7 @@ class ConvGeometry:
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: Padding
+    padding: tuple[tuple[int, int], ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     groups: int = 1
@@ -51,21 +48,9 @@ class ConvGeometry:
 
 def _padded(geometry: ConvGeometry, images: Array) -> Array:
     """[M, *spatial, C] with its padding around it and its gaps inside."""
-    reach, padding = geometry.reach, geometry.padding
-    if padding in ("CIRCULAR", "REFLECT"):
-        around = [((size - 1) // 2, size // 2) for size in reach]
-        mode = "wrap" if padding == "CIRCULAR" else "reflect"
-        images = jnp.pad(images, [(0, 0), *around, (0, 0)], mode=mode)
-        pairs = [(0, 0)] * len(reach)
-    elif padding == "CAUSAL":
-        pairs = [(size - 1, 0) for size in reach]
-    elif isinstance(padding, str):
-        pairs = lax.padtype_to_pads(images.shape[1:-1], reach, geometry.strides, padding)
-    else:
-        pairs = padding
     gaps = [dilation - 1 for dilation in geometry.input_dilation]
-    config = [(0, 0, 0), *((low, high, gap) for (low, high), gap in zip(pairs, gaps, strict=True)), (0, 0, 0)]
-    return lax.pad(images, jnp.zeros((), images.dtype), config)
+    around = [(low, high, gap) for (low, high), gap in zip(geometry.padding, gaps, strict=True)]
+    return lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *around, (0, 0, 0)])
 
 
 def patches(geometry: ConvGeometry, images: Array) -> Array:
@@ -92,6 +77,7 @@ def patches(geometry: ConvGeometry, images: Array) -> Array:
 
 def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
     groups = layer.geometry.groups
+    leaves = assembled(layer, leaves)
     kernel = leaves["kernel"].astype(layer.dtype)  # [..., *window, C / groups, groups * O]
     lead = layer.module_axes
     matrix = _split(kernel.reshape(kernel.shape[:lead] + (-1, kernel.shape[-1])), groups, lead)
@@ -103,13 +89,12 @@ def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
 
 def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
     groups = layer.geometry.groups
-    shapes = {leaf.role: leaf.shape for leaf in layer.leaves}
     if groups > 1:
         matrix = jnp.moveaxis(matrix, -3, -2)
         matrix = matrix.reshape(matrix.shape[:-2] + (-1,))
     if not layer.has_bias:
-        return {"kernel": matrix.reshape(shapes["kernel"])}
-    return {"kernel": matrix[..., :-1, :].reshape(shapes["kernel"]), "bias": matrix[..., -1, :]}
+        return taken_apart(layer, {"kernel": matrix})
+    return taken_apart(layer, {"kernel": matrix[..., :-1, :], "bias": matrix[..., -1, :]})
 
 
 def _split(values: Array, groups: int, axis: int) -> Array:
@@ -158,45 +143,4 @@ def _gradient(layer: Layer, evidence: Evidence) -> dict[str, Array]:
     return jax.vmap(lambda matrix: _from_matrix(layer, matrix))(draws)
 
 
-_PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
-
-
-def _recognise(module: Any, shape: tuple[int, ...]) -> ConvGeometry | str:
-    """The options of a convolution, or the one that cannot be handled."""
-    del shape
-    for option in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
-        if getattr(module, option, None) is not None:
-            return f"its option `{option}`: with it the gradient is no product of patches and cotangents"
-    window = (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
-    rank = len(window)
-
-    def each(value):
-        return (value or 1,) * rank if value is None or isinstance(value, int) else tuple(value)
-
-    padding = module.padding
-    if isinstance(padding, str):
-        if padding not in _PADDINGS:
-            return f"padding={padding!r}, which is none of {', '.join(_PADDINGS)}, an int or pairs of ints"
-    else:
-        sides = (padding,) * rank if isinstance(padding, int) else padding
-        padding = tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides)
-    dilations = each(module.input_dilation), each(module.kernel_dilation)
-    return ConvGeometry(window, each(module.strides), padding, *dilations, module.feature_group_count)
-
-
-def _outline(geometry: ConvGeometry, shape: tuple[int, ...]) -> Outline:
-    groups = geometry.groups
-    return Outline((prod(shape[:-1]), shape[-1] // groups), groups=groups, window=geometry.window)
-
-
-CONV = Kind(
-    _to_matrix,
-    _from_matrix,
-    _input_rows,
-    _output_rows,
-    modules=("Conv",),
-    roles=("kernel", "bias"),
-    recognise=_recognise,
-    outline=_outline,
-    gradient=_gradient,
-)
+CONV = Kind(_to_matrix, _from_matrix, _input_rows, _output_rows, gradient=_gradient)

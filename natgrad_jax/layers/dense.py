@@ -1,4 +1,4 @@
-"""Dense layers: y = x kernel + bias, the weights shared by all axes of x between the first and the last.
+"""Dense layers: y = x kernel + bias, the weights shared by all axes of x between the examples and the last.
 
 The weight matrix [I, O] is the kernel with the bias as its last row; a row of inputs is x with a 1 behind it.
 """
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Kind, Layer, Use
+from natgrad_jax.layers.arrays import assembled, taken_apart
 
 
 def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
+    leaves = assembled(layer, leaves)
     kernel = leaves["kernel"].astype(layer.dtype)
     if not layer.has_bias:
         return kernel
@@ -19,8 +21,8 @@ def _to_matrix(layer: Layer, leaves: Mapping[str, Array]) -> Array:
 
 def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
     if not layer.has_bias:
-        return {"kernel": matrix}
-    return {"kernel": matrix[..., :-1, :], "bias": matrix[..., -1, :]}
+        return taken_apart(layer, {"kernel": matrix})
+    return taken_apart(layer, {"kernel": matrix[..., :-1, :], "bias": matrix[..., -1, :]})
 
 
 def _rows(layer: Layer, values: Array, leading: int) -> Array:
@@ -47,4 +49,4 @@ def output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
     return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
 
 
-DENSE = Kind(_to_matrix, _from_matrix, input_rows, output_rows, modules=("Dense",), roles=("kernel", "bias"))
+DENSE = Kind(_to_matrix, _from_matrix, input_rows, output_rows)

@@ -42,12 +42,12 @@ def gradient_matrix(layer: Layer, evidence: Evidence) -> Array:
 
 def input_rows(layer: Layer, evidence: Evidence) -> Rows:
     """Rows a [S, N, T, I], the ones of the bias included; the uses of a shared layer are further positions."""
-    return of_rows.joined(_by_use(layer, evidence.inputs, "input_rows"))
+    return of_rows.joined(_by_use(layer, evidence, "input_rows"))
 
 
 def output_rows(layer: Layer, evidence: Evidence) -> Array:
     """Rows g [S, K, N, T, O], aligned with `input_rows`."""
-    found = _by_use(layer, evidence.cotangents, "output_rows")
+    found = _by_use(layer, evidence, "output_rows")
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-2)
 
 
@@ -200,10 +200,9 @@ def total(evidence: Evidence, examples: int) -> Scalar:
     return examples if evidence.count is None else evidence.count
 
 
-def _by_use(
-    layer: Layer, values: tuple[Array, ...] | Array | None, side: Literal["input_rows", "output_rows"]
-) -> list[Any]:
+def _by_use(layer: Layer, evidence: Evidence, side: Literal["input_rows", "output_rows"]) -> list[Any]:
     """The rows of every use of a layer, from what was recorded of it."""
+    values = evidence.inputs if side == "input_rows" else evidence.cotangents
     if values is None:
         raise ValueError(
             f"The evidence for {layer.name!r} has no activations or no cotangents, which the method needs. "
@@ -216,7 +215,44 @@ def _by_use(
             f"The evidence for {layer.name!r} is of {len(calls)} calls; the layer has {len(uses)}. "
             "Capture the model that the `layers` of the transformation were found in."
         )
+    if any(use.transposed for use in uses):
+        pairs = [_balanced(*_pair(layer, use, evidence, place)) for place, use in enumerate(uses)]
+        found = [pair[side == "output_rows"] for pair in pairs]
+        alike = len({type(rows) for rows in found}) == 1
+        return found if alike else [of_rows.written_out(rows) for rows in found]
     return [getattr(KINDS[use.kind], side)(layer, use, call) for use, call in zip(uses, calls, strict=True)]
+
+
+def _pair(layer: Layer, use: Use, evidence: Evidence, place: int) -> tuple[Rows, Array]:
+    """Rows a and g of one use; of a transposed one the cotangents are a, and what it reads is g.
+
+    Cotangents have draws, and a has none: each draw of a position is a position of its own, at which g is zero for the
+    other draws. The roots of the weights are in g, wherever it comes from.
+    """
+    kind = KINDS[use.kind]
+    assert isinstance(evidence.inputs, tuple) and isinstance(evidence.cotangents, tuple), "recorded of several uses"
+    assert kind.input_rows is not None and kind.output_rows is not None, "a use has rows"
+    inputs, cotangents = evidence.inputs[place], evidence.cotangents[place]
+    if not use.transposed:
+        return kind.input_rows(layer, use, inputs), kind.output_rows(layer, use, cotangents)
+    rows, columns = kind.output_rows(layer, use, cotangents), kind.input_rows(layer, use, inputs)
+    weights = _row_weights(evidence, rows.shape[-2])
+    if weights is not None:
+        roots = jnp.sqrt(weights.astype(rows.dtype))[..., None]
+        rows, columns = jnp.where(roots > 0, rows / jnp.where(roots > 0, roots, 1), 0), columns * roots
+    draws, examples, positions = rows.shape[-4:-1]
+    rows = jnp.moveaxis(rows, -4, -2)  # [S, N, T, K, I]
+    columns = einsum("kl,...nto->...kntlo", jnp.eye(draws, dtype=columns.dtype), columns)
+    rows = rows.reshape(*rows.shape[:-4], examples, positions * draws, rows.shape[-1])
+    return rows, columns.reshape(*columns.shape[:-3], positions * draws, columns.shape[-1])
+
+
+def _balanced(rows: Rows, columns: Array) -> tuple[Rows, Array]:
+    """A c and g / c with the same mean square length for each copy, so that the uses of a layer can be joined."""
+    mean = jnp.mean(of_rows.lengths(rows), axis=(-2, -1))
+    other = jnp.mean(jnp.sum(columns**2, axis=-1), axis=(-3, -2, -1))
+    scale = jnp.where((mean > 0) & (other > 0), other / jnp.where(mean > 0, mean, 1), 1) ** 0.25
+    return of_rows.scaled(rows, scale[..., None, None]), columns / scale[..., None, None, None, None]
 
 
 def _row_weights(evidence: Evidence, positions: int) -> Array | None:

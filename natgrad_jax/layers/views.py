@@ -141,14 +141,18 @@ def _parts(layer: Layer, whole: bool) -> list[Layer]:
     if whole or not layer.is_known:
         return [layer]
     parts = []
+    roles = dict(layer.arrays)
     for leaf in layer.leaves:
-        if leaf.role == "bias":
+        if layer.arrays and (leaf.role not in roles or leaf.role == "bias"):  # several make one, or moved
+            parts.append(parameter(leaf.address, leaf.shape, layer.dtype))
+        elif leaf.role == "bias":
             copies = leaf.shape[: layer.module_axes]
             vector = replace(parameter(leaf.address, leaf.shape, layer.dtype), uses=layer.uses, stack=copies)
             parts.append(replace(vector, shape=(prod(leaf.shape[len(copies) :]),)))
         else:
             shape = (layer.shape[0] - layer.has_bias, layer.shape[1])
-            parts.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=shape))
+            kernel = tuple((role, each) for role, each in layer.arrays if role == leaf.role)
+            parts.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=shape, arrays=kernel))
     return parts
 
 

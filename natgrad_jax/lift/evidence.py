@@ -29,6 +29,7 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
         The blocks.
 
     Raises:
+        TypeError: if a parameter is complex.
         ValueError: if the tree is not of the model that the layers were found in.
     """
     leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
@@ -55,6 +56,11 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
                 raise ValueError(
                     f"Layer {layer.name!r} has the parameter {leaf.address!r}, which the tree of parameters lacks; "
                     f"it has {sorted(leaves)}. Build the transformation with the `layers` of this very model."
+                )
+            if jnp.issubdtype(jnp.result_type(leaves[leaf.address]), jnp.complexfloating):
+                raise TypeError(
+                    f"The parameter {leaf.address!r} is complex, and has no curvature here. Give it to another "
+                    "optimizer (`optax.partition`), or keep its real and its imaginary part as two parameters."
                 )
             if tuple(leaves[leaf.address].shape) != leaf.shape:
                 raise ValueError(

@@ -24,6 +24,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import LIKELIHOODS, Likelihood, spread, total_weight
+from natgrad_jax.watch.reading import Call
 
 LABELS = ("sampled", "exact", "true", "forward")
 
@@ -80,12 +81,14 @@ class Forward(NamedTuple):
         probes: {layer: zeros of the shape of the output of each call}.
         layers: the layers that it reports.
         examples: N.
+        calls: {layer: how each of its uses is read}.
     """
 
     run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
     probes: dict[str, tuple[Array, ...]]
     layers: Layers
     examples: int
+    calls: Mapping[str, tuple[Call, ...]]
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,10 @@ class Problem:
             return self.objective(outputs, targets, weights)
         return self.likelihood(self.readout(outputs), targets, weights)
 
-    def rows_of(self, outputs: Any) -> int:
-        """K, how many cotangents each example has; `outputs` of the model may be shapes. 0 if g is the identity."""
+    def rows_of(self, read: Any) -> int:
+        """K, how many cotangents each example has, from the shape that the likelihood reads; 0 if g is the identity."""
         if self.labels == "exact":  # whether the likelihood can read the outputs is asked when it has to
-            return prod(getattr(jax.eval_shape(self.readout, outputs), "shape", ())[1:])
+            return prod(getattr(read, "shape", ())[1:])
         return 0 if self.labels == "forward" else self.draws
 
 
@@ -220,7 +223,7 @@ class Curvature:
 
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
-        outputs, back = jax.vjp(self._problem.readout, passed.outputs)
+        outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), passed.floats)
         wide = _wide(outputs)
         scale = jnp.sqrt(spread(self._batch.weights, outputs.ndim))
         if self._problem.labels == "exact":
@@ -262,21 +265,21 @@ class Curvature:
         pulled_outside: bool = False,
     ) -> dict[str, Evidence]:
         """The evidence of every block; the leaves of `gradients` lead with K."""
-        weights, examples = self._batch.weights, self._forward.examples
+        weights = self._batch.weights
         leaves = addresses.flatten(gradients)
-        count = total_weight(weights, examples)
+        count = total_weight(weights, self._forward.examples)
         evidence = {}
         for layer in self._forward.layers.blocks:
             gradient = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
             if not layer.is_known:
                 evidence[layer.name] = Evidence(gradient=gradient, weights=weights, count=count)
                 continue
-            axes = layer.module_axes
-            calls = tuple(_by_example(x, axes, examples) for x in passed.inputs[layer.name])
+            uses = self._forward.calls[layer.name]
+            calls = tuple(use.inputs(x) for use, x in zip(uses, passed.inputs[layer.name], strict=True))
             if cotangents is None:
                 evidence[layer.name] = Evidence(calls, weights=weights, count=count)
                 continue
-            seen = tuple(_by_example(g, 1 + axes, examples) for g in cotangents[layer.name])
+            seen = tuple(use.outputs(g, 1) for use, g in zip(uses, cotangents[layer.name], strict=True))
             found = Evidence(calls, seen, gradient, weights, count, slopes)
             evidence[layer.name] = found if pulled_outside else _from_rows(layer, found)
         return evidence
@@ -289,10 +292,16 @@ class Curvature:
 
 
 class _Pass(NamedTuple):
-    """A forward pass and its pullback: cotangent of the outputs -> (gradient, cotangents of the probes)."""
+    """A forward pass and its pullback: cotangents of the outputs -> (gradient, cotangents of the probes).
+
+    Outputs that are no floating-point numbers have no cotangents: `floats` are the others, and `whole` puts these among
+    them again.
+    """
 
     outputs: Any
-    pullback: Callable[[Any], tuple[Tree, Tree]]
+    floats: list[Array]
+    whole: Callable[[list[Array]], Any]
+    pullback: Callable[[list[Array]], tuple[Tree, Tree]]
     inputs: dict[str, tuple[Array, ...]]
     updated: Mapping[str, Any]
 
@@ -327,7 +336,9 @@ def evaluate(
     weights = None if weights is None else _wide(jnp.asarray(weights))
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
-    value, seed = jax.value_and_grad(problem.value)(passed.outputs, targets, weights)
+    value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
+        passed.floats
+    )
     ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
     reusable = problem.labels == "true" and problem.objective is None and weights is None
@@ -336,9 +347,52 @@ def evaluate(
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
 
 
+def evidence_for(
+    problem: Problem, forward: Forward, params: Tree, seed_of: Callable[[Array], Array]
+) -> dict[str, Evidence]:
+    """The evidence that one cotangent of what the likelihood reads gives, whatever the likelihood.
+
+    Args:
+        problem: what is asked; its readout is used.
+        forward: the watched function.
+        params: where.
+        seed_of: what the likelihood reads -> the cotangent.
+
+    Returns:
+        {name: Evidence} of every block, with one draw; gradients as autodiff has them.
+    """
+    passed = _run(forward, params)
+    read, back = jax.vjp(lambda floats: problem.readout(passed.whole(floats)), passed.floats)
+    seeds = jax.tree.map(lambda leaf: leaf[None], back(seed_of(read))[0])
+    curvature = Curvature(problem, forward, params, passed, _Batch(None, None, None), jnp.zeros(()), None)
+    return curvature._evidence(passed, *_pull_each(passed.pullback, seeds), pulled_outside=True)
+
+
 def _run(forward: Forward, params: Tree) -> _Pass:
-    outputs, pullback, (inputs, updated) = jax.vjp(forward.run, params, forward.probes, has_aux=True)
-    return _Pass(outputs, pullback, inputs, updated)
+    static: dict[str, Any] = {}
+
+    def run(params, probes):
+        outputs, aux = forward.run(params, probes)
+        leaves, static["tree"] = jax.tree.flatten(outputs)
+        kinds = static["kinds"] = [_sort(leaf) for leaf in leaves]
+        static["plain"] = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "plain"]
+        floats = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "float"]
+        return floats, ([leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "other"], aux)
+
+    floats, pullback, (others, (inputs, updated)) = jax.vjp(run, params, forward.probes, has_aux=True)
+
+    def whole(floats):
+        given = {"float": iter(floats), "other": iter(others), "plain": iter(static["plain"])}
+        return jax.tree.unflatten(static["tree"], [next(given[kind]) for kind in static["kinds"]])
+
+    return _Pass(whole(floats), floats, whole, pullback, inputs, updated)
+
+
+def _sort(leaf: Any) -> str:
+    """Whether a leaf of the outputs has a cotangent, is another array, or is none."""
+    if not hasattr(leaf, "dtype"):
+        return "plain"
+    return "float" if jnp.issubdtype(leaf.dtype, jnp.inexact) else "other"
 
 
 def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, key: Array | None) -> None:
@@ -392,10 +446,3 @@ def _score(likelihood: Likelihood, outputs: Array, targets: Array) -> Array:
 def _wide(values: Array) -> Array:
     """Values in float32 at least: labels are drawn and roots taken there; masks become numbers."""
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
-def _by_example(values: Array, axes: int, examples: int) -> Array:
-    """Axes merged into the example axis (as [N, P] -> [N P] does) split off again."""
-    if values.shape[axes] == examples:
-        return values
-    return values.reshape(values.shape[:axes] + (examples, -1) + values.shape[axes + 1 :])

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layers
-from natgrad_jax.capture import common
-from natgrad_jax.capture.common import Evaluation, Forward, Problem
 from natgrad_jax.losses import total_weight
+from natgrad_jax.watch import common
+from natgrad_jax.watch.common import Evaluation, Forward, Problem
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 

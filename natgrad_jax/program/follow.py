@@ -1,0 +1,250 @@
+"""Following the parameters of a traced function to what is done with them.
+
+A parameter is USED where it is one operand of a product: `dot_general`, a convolution, `gather`. On its way it may be
+moved (transposed, reshaped, cast, reversed, joined with others), through `jit`, `checkpoint`, `scan` and `cond`. What
+is added to the result of a product over all of its positions is its bias. Everything else is named.
+
+The axis of the examples is found by a second trace with twice as many: it is the one that has grown. Where it holds
+more than the examples (two views side by side, positions merged with examples) the order is followed; see `scenes`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from natgrad_jax.algebra.arranged import addresses, source
+from natgrad_jax.program import facts
+from natgrad_jax.program.axes import SIDES, columns_of, options_of
+from natgrad_jax.program.facts import Fact, Parameter, Result
+from natgrad_jax.program.liveness import INLINE, REMAT, body_of, live_inputs, live_outputs
+from natgrad_jax.program.products import Found, Level, Path, Product
+from natgrad_jax.program.scenes import Scene, Turns
+
+_WORDS = {
+    "add": "added, not as the bias of a product",
+    "add_any": "added, not as the bias of a product",
+    "mul": "a factor entry by entry, not of a product",
+    "div": "divided before any product",
+    "while": "used inside a while loop",
+    "custom_jvp_call": "used inside a custom derivative rule",
+    "custom_vjp_call": "used inside a custom derivative rule",
+    "slice": "cut before its product",
+    "dynamic_slice": "cut before its product",
+    "split": "cut before its product",
+    "shard_map": "used inside a shard_map",
+}
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+"""Functions with derivative rules of their own: followed inside for the order of the examples alone."""
+Facts = Sequence[Fact | None]
+Orders = Sequence[tuple[int, int] | None]
+
+
+def follow(
+    program: ClosedJaxpr, twin: ClosedJaxpr | None, names: Sequence[str | None], wanted: Sequence[bool], examples: int
+) -> Found:
+    """What is done with the parameters of a program.
+
+    Args:
+        program: the traced function.
+        twin: the same, traced with twice as many examples; None where that cannot be.
+        names: of each input, the address of the parameter that it is; None for others.
+        wanted: of each output, whether it counts: a use that none of these depends on is none.
+        examples: N.
+
+    Returns:
+        The products and the other uses.
+    """
+    known = [
+        None if name is None else Parameter(source(name, v.aval.shape))
+        for name, v in zip(names, program.jaxpr.invars, strict=True)
+    ]
+    follower = _Follower(examples, twin is None)
+    other = None if twin is None else twin.jaxpr
+    ends, _ = follower.walk(program.jaxpr, other, known, [None] * len(known), wanted, (), ())
+    follower.note([fact for fact, want in zip(ends, wanted, strict=True) if want], "returned by the function")
+    needed = live_inputs(program.jaxpr, wanted)
+    used = frozenset(name for name, need in zip(names, needed, strict=True) if name is not None and need)
+    return Found(tuple(follower.products.values()), follower.otherwise, used)
+
+
+class _Follower:
+    """One pass over a program, and what it finds."""
+
+    def __init__(self, examples: int, alone: bool):
+        self.examples, self.alone = examples, alone
+        self.products: dict[Path, Product] = {}
+        self.otherwise: dict[str, str] = {}
+
+    def walk(
+        self,
+        program: Jaxpr,
+        twin: Jaxpr | None,
+        known: Facts,
+        orders: Orders,
+        wanted: Sequence[bool],
+        path: Path,
+        turns: tuple[Turns, ...],
+    ) -> tuple[list[Fact | None], list[tuple[int, int] | None]]:
+        """Follow a program: what is known of its inputs -> what is known of its outputs."""
+        scene = Scene(program, twin, wanted, path, turns, self.examples, self.alone)
+        scene.begin(known, orders)
+        for place, equation, other in scene.equations():
+            name = equation.primitive.name
+            rule = name in _CUSTOM and not any(isinstance(scene.fact(v), Parameter) for v in equation.invars)
+            if name in INLINE or name in REMAT or rule:
+                self.inline(scene, place, equation, other)
+            elif name == "scan":
+                self.scan(scene, place, equation, other)
+            elif name == "cond":
+                self.branches(scene, place, equation, other)
+            else:
+                scene.keep_orders(equation, other)
+                self.visit(scene, place, equation, other)
+        return scene.end()
+
+    def visit(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
+        """Follow an equation that has no program inside, or one that is not looked into."""
+        inputs = [scene.fact(v) for v in equation.invars]
+        given = [place for place, fact in enumerate(inputs) if isinstance(fact, Parameter)]
+        if equation.primitive.name == "stop_gradient":
+            return
+        learned = self.result(scene, equation, inputs)
+        if learned is None and given:
+            learned = self.parameter(scene, path, equation, twin, inputs, given)
+        if isinstance(learned, str):
+            self.note(inputs, learned)
+        elif learned is not None:
+            scene.facts[equation.outvars[0]] = learned
+
+    def note(self, inputs: Facts, reason: str) -> None:
+        """Name how parameters enter otherwise."""
+        for fact in inputs:
+            if isinstance(fact, Parameter):
+                self.otherwise |= dict.fromkeys(addresses(fact.arrangement), reason)
+
+    def parameter(
+        self, scene: Scene, path: Path, equation: Any, twin: Any, inputs: Facts, given: list[int]
+    ) -> Fact | str | None:
+        """What becomes of parameters in an equation, or how they enter there."""
+        name, fact = equation.primitive.name, inputs[given[0]]
+        assert fact is not None, "given are places of parameters"
+        if name == "concatenate" and len(given) == len(inputs):
+            whole = facts.side_by_side(inputs, equation.params["dimension"])
+            return "joined with others in a way that is not followed" if whole is None else whole
+        if len(given) > 1:
+            return "multiplied with another parameter" if name in SIDES else _WORDS.get(name, f"goes through `{name}`")
+        if given[0] in SIDES.get(name, ()):
+            return self.product(scene, path, equation, twin, given[0])
+        if len(inputs) == 1 and (after := facts.moved(fact, equation)) is not None:
+            return after
+        return _WORDS.get(name, f"goes through `{name}` before any product")
+
+    def product(self, scene: Scene, path: Path, equation: Any, twin: Any, side: int) -> Fact | str:
+        """Keep a product; or say why it is none."""
+        fact, kernel, out = scene.fact(equation.invars[side]), equation.invars[side].aval, equation.outvars[0].aval
+        assert isinstance(fact, Parameter), "the side is that of a parameter"
+        options = options_of(equation, side)
+        if isinstance(options, str):
+            return options
+        if fact.axes is not None:
+            return "repeated along an axis before its product"
+        if not (jnp.issubdtype(kernel.dtype, jnp.floating) and jnp.issubdtype(out.dtype, jnp.floating)):
+            return f"of dtype {kernel.dtype}, in a product of dtype {out.dtype}"
+        place = 1 - side
+        front = tuple(turns.length for turns in scene.turns)
+        self.products[path] = Product(
+            path=path,
+            primitive=equation.primitive.name,
+            options=options,
+            side=side,
+            kernel=fact.arrangement,
+            levels=fact.levels,
+            other=(*front, *equation.invars[place].aval.shape),
+            output=(*front, *out.shape),
+            dtype=out.dtype,
+            examples=scene.spread(equation.invars[place], twin and twin.invars[place]),
+            examples_out=scene.spread(equation.outvars[0], twin and twin.outvars[0]),
+        )
+        return facts.result(path, out.shape)
+
+    def result(self, scene: Scene, equation: Any, inputs: Facts) -> Fact | None:
+        """What an equation makes of the result of a product: moved, something added, its bias added; None of others."""
+        place = next((place for place, fact in enumerate(inputs) if isinstance(fact, Result)), None)
+        if place is None or len(equation.outvars) != 1:
+            return None
+        fact, value = inputs[place], equation.invars[place]
+        assert isinstance(fact, Result), "found as one"
+        if not scene.is_read_once(value):
+            return None
+        if len(inputs) == 1:
+            return facts.moved(fact, equation)
+        if equation.primitive.name not in ("add", "add_any") or value.aval.shape != equation.outvars[0].aval.shape:
+            return None
+        added = inputs[1 - place]
+        return self.with_bias(fact, value, added) if isinstance(added, Parameter) else fact
+
+    def with_bias(self, fact: Result, value: Any, added: Parameter) -> Fact | None:
+        """The result with its bias; None if what is added is none."""
+        product = self.products[fact.path]
+        if product.bias is not None or added.levels != product.levels:
+            return None
+        output = product.output[len(product.levels) :]
+        found = facts.bias_of(added, fact, value.aval.shape, output, columns_of(product))
+        if found is None or set(addresses(found)) & set(addresses(product.kernel)):
+            return None
+        self.products[fact.path] = product._replace(bias=found)
+        return fact
+
+    def inline(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
+        """Follow the body of a `jit` or `checkpoint` as if it stood there."""
+        known = [(scene.fact(v), v) for v in equation.invars]
+        inside = [
+            fact if isinstance(fact, Parameter) or (fact and scene.is_read_once(v)) else None for fact, v in known
+        ]
+        orders = [scene.order(v) for v in equation.invars]
+        wanted = [v in scene.needed for v in equation.outvars]
+        other = body_of(twin) if twin is not None else None
+        found, after = self.walk(body_of(equation), other, inside, orders, wanted, path, scene.turns)
+        scene.facts |= {v: fact for v, fact in zip(equation.outvars, found, strict=True) if fact is not None}
+        scene.orders |= {v: order for v, order in zip(equation.outvars, after, strict=True) if order is not None}
+
+    def scan(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
+        """Follow a scan: its turns share a constant; of a scanned input each has an entry."""
+        options, inputs = equation.params, [scene.fact(v) for v in equation.invars]
+        consts, carries, length = options["num_consts"], options["num_carry"], options["length"]
+        self.note(inputs[consts : consts + carries], "carried through a scan")
+        inside: list[Fact | None] = []
+        for place, fact in enumerate(inputs):
+            if not isinstance(fact, Parameter) or consts <= place < consts + carries:
+                inside.append(None)
+            elif fact.axes is not None:
+                self.note([fact], "repeated along an axis before a scan")
+                inside.append(None)
+            else:
+                inside.append(fact._replace(levels=(*fact.levels, Level(length, place >= consts))))
+        turns = (*scene.turns, Turns(length, twin.params["length"] if twin is not None else length))
+        other = twin.params["jaxpr"].jaxpr if twin is not None else None
+        wanted = live_outputs(equation, [v in scene.needed for v in equation.outvars])
+        orders = [scene.order(v) for v in equation.invars]
+        ends, after = self.walk(options["jaxpr"].jaxpr, other, inside, orders, wanted, path, turns)
+        self.note(ends, "returned from a scan")
+        scene.orders |= {v: order for v, order in zip(equation.outvars, after, strict=True) if order is not None}
+
+    def branches(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
+        """Follow the branches of a `cond`: a use in one of them has rows of zeros where another is taken."""
+        inputs = [scene.fact(v) for v in equation.invars]
+        inside = [fact if isinstance(fact, Parameter) else None for fact in inputs[1:]]
+        orders = [scene.order(v) for v in equation.invars[1:]]
+        wanted = [v in scene.needed for v in equation.outvars]
+        self.note(inputs[:1], "chooses a branch")
+        after = []
+        for number, branch in enumerate(equation.params["branches"]):
+            other = twin.params["branches"][number].jaxpr if twin is not None else None
+            ends, found = self.walk(branch.jaxpr, other, inside, orders, wanted, (*path, number), scene.turns)
+            self.note(ends, "returned from a branch")
+            after.append(found)
+        for v, *found in zip(equation.outvars, *after, strict=True):
+            if len(set(found)) == 1 and found[0] is not None:
+                scene.orders[v] = found[0]

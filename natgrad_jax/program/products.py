@@ -1,0 +1,72 @@
+"""The nouns of a traced function: a product of a parameter, and what happens to a parameter otherwise.
+
+An equation has a PATH: its number, behind those of the equations that it stands in, and of the branch in a `cond`.
+A LEVEL is a scan around it: its arrays have the turns of the scan as an axis in front, outermost first.
+"""
+
+from typing import Any, NamedTuple
+
+from natgrad_jax.algebra.arranged import Arrangement, Shape
+
+Path = tuple[int, ...]
+
+
+class Level(NamedTuple):
+    """A scan around a product: its length, and whether the parameter has an entry for every turn."""
+
+    length: int
+    stacked: bool
+
+
+class Spread(NamedTuple):
+    """Where the examples are in an array: an axis of outer * N * inner entries, the examples in the middle."""
+
+    axis: int
+    outer: int = 1
+    inner: int = 1
+
+
+class Product(NamedTuple):
+    """An equation that multiplies a parameter with something else.
+
+    Attributes:
+        path: of the equation.
+        primitive: "dot_general", "conv_general_dilated" or "gather".
+        options: what `axes.options_of` makes of those of the equation.
+        side: which operand is the parameter.
+        kernel: the parameter as it enters, the stacked levels in front.
+        levels: the scans around it.
+        other: shape of the other operand, levels in front.
+        output: shape of the result, levels in front.
+        dtype: of the result.
+        examples: where they are in the other operand; None where that is not known.
+        examples_out: where they are in the result.
+        bias: what is added to the result over all its positions [stacked levels, batch axes, outputs]; None of nothing.
+    """
+
+    path: Path
+    primitive: str
+    options: Any
+    side: int
+    kernel: Arrangement
+    levels: tuple[Level, ...]
+    other: Shape
+    output: Shape
+    dtype: Any
+    examples: Spread | None
+    examples_out: Spread | None
+    bias: Arrangement | None = None
+
+
+class Found(NamedTuple):
+    """What is done with the parameters of a traced function.
+
+    Attributes:
+        products: in the order of the program.
+        otherwise: {address: how it enters, if not by a product alone}.
+        used: addresses of the parameters that the watched outputs depend on.
+    """
+
+    products: tuple[Product, ...]
+    otherwise: dict[str, str]
+    used: frozenset[str]

@@ -1,0 +1,163 @@
+"""A traced function, run again with records and probes at some of its products.
+
+What is watched is written out, equation by equation, and so are the bodies that it stands in: `jit`, `checkpoint` with
+its policy, `scan`, `cond`. Everything between runs as it was traced, custom derivatives, effects and all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from natgrad_jax.base import Array
+from natgrad_jax.program.liveness import INLINE, REMAT, body_of
+from natgrad_jax.program.products import Path, Product
+
+Records = dict[Path, Array]
+"""{path of a product: its other operand}; a scan around it puts its turns in front."""
+
+
+def replay(
+    program: ClosedJaxpr, products: Sequence[Product], values: Sequence[Array], probes: Mapping[Path, Array]
+) -> tuple[list[Array], Records]:
+    """Run a traced function.
+
+    Args:
+        program: the traced function.
+        products: what to record.
+        values: the inputs.
+        probes: what is added to the results of these products.
+
+    Returns:
+        The outputs, and what the parameters of the products were multiplied with.
+    """
+    watched = {product.path: product for product in products}
+    return _Replay(watched, dict(probes)).run(program.jaxpr, program.consts, values, ())
+
+
+class _Replay:
+    """One run."""
+
+    def __init__(self, watched: Mapping[Path, Product], probes: Mapping[Path, Array]):
+        self.watched, self.probes = watched, probes
+        self.inside = {path[:depth] for path in watched for depth in range(1, len(path))}
+
+    def run(
+        self, program: Jaxpr, consts: Sequence[Any], values: Sequence[Any], path: Path
+    ) -> tuple[list[Array], Records]:
+        """Run one program."""
+        known: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
+        known |= dict(zip(program.invars, values, strict=True))
+        records: Records = {}
+
+        def read(v):
+            return v.val if isinstance(v, Literal) else known[v]
+
+        for place, equations in self.pieces(program, path):
+            if place is None:
+                known |= _as_traced(program, equations, known)
+                continue
+            (equation,) = equations
+            inputs = [read(v) for v in equation.invars]
+            if place in self.watched:
+                product = self.watched[place]
+                outputs = list(_as_traced(program, equations, known).values())
+                records[place] = inputs[1 - product.side]
+                outputs = [outputs[0] + self.probes[place]] if place in self.probes else outputs
+            else:
+                outputs, found = self.enter(equation, inputs, place)
+                records |= found
+            known |= dict(zip(equation.outvars, outputs, strict=True))
+        return [read(v) for v in program.outvars], records
+
+    def pieces(self, program: Jaxpr, path: Path) -> list[tuple[Path | None, list[Any]]]:
+        """The equations in order: each that is watched or entered by itself, with its path; the others in runs."""
+        found: list[tuple[Path | None, list[Any]]] = []
+        for number, equation in enumerate(program.eqns):
+            place = (*path, number)
+            if place in self.watched or place in self.inside:
+                found.append((place, [equation]))
+            elif found and found[-1][0] is None:
+                found[-1][1].append(equation)
+            else:
+                found.append((None, [equation]))
+        return found
+
+    def under(self, path: Path) -> dict[Path, Array]:
+        """The probes inside of an equation."""
+        return {place: probe for place, probe in self.probes.items() if place[: len(path)] == path}
+
+    def enter(self, equation: Any, inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
+        """Run an equation in whose body something is watched."""
+        name, options = equation.primitive.name, equation.params
+        if name in INLINE:
+            return self.run(body_of(equation), _consts(equation), inputs, path)
+        if name in REMAT:
+            return self.remat(equation, inputs, path)
+        return self.scan(options, inputs, path) if name == "scan" else self.branches(options, inputs, path)
+
+    def remat(self, equation: Any, inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
+        """A checkpoint with its policy."""
+
+        def body(inputs, probes):
+            return _Replay(self.watched, probes).run(body_of(equation), _consts(equation), inputs, path)
+
+        options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
+        return jax.checkpoint(body, **options)(inputs, self.under(path))
+
+    def scan(self, options: Mapping[str, Any], inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
+        """A scan; records and probes have its turns in front."""
+        body, consts, carries = options["jaxpr"], options["num_consts"], options["num_carry"]
+        shared, carry, scanned = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
+
+        def turn(carry, given):
+            scanned, probes = given
+            replayed = _Replay(self.watched, probes)
+            outputs, records = replayed.run(body.jaxpr, body.consts, [*shared, *carry, *scanned], path)
+            return outputs[:carries], (outputs[carries:], records)
+
+        how = {name: options[name] for name in ("length", "reverse", "unroll")}
+        carry, (outputs, records) = jax.lax.scan(turn, carry, (scanned, self.under(path)), **how)
+        return [*carry, *outputs], records
+
+    def branches(self, options: Mapping[str, Any], inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
+        """A choice; what the other branches would have recorded is zero."""
+        index, *operands = inputs
+        bodies = [
+            lambda *operands, branch=branch, number=number: self.run(
+                branch.jaxpr, branch.consts, operands, (*path, number)
+            )
+            for number, branch in enumerate(options["branches"])
+        ]
+        shapes = [jax.eval_shape(body, *operands)[1] for body in bodies]
+        every = {place: shape for found in shapes for place, shape in found.items()}
+
+        def filled(body):
+            def run(*operands):
+                outputs, records = body(*operands)
+                return outputs, {p: records.get(p, jnp.zeros(s.shape, s.dtype)) for p, s in every.items()}
+
+            return run
+
+        return jax.lax.switch(index, [filled(body) for body in bodies], *operands)
+
+
+def _consts(equation: Any) -> Sequence[Any]:
+    """The constants of the body of a `jit` or `checkpoint`."""
+    found = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return getattr(found, "consts", ())
+
+
+def _as_traced(program: Jaxpr, equations: Sequence[Any], known: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The values that some equations give, run as they are."""
+    made = {v for equation in equations for v in equation.outvars}
+    read = dict.fromkeys(v for equation in equations for v in equation.invars if not isinstance(v, Literal))
+    inputs = [v for v in read if v not in made]
+    outputs = [v for equation in equations for v in equation.outvars]
+    effects = frozenset().union(*(equation.effects for equation in equations))
+    origin = program.debug_info and program.debug_info._replace(arg_names=None, result_paths=None)
+    piece = Jaxpr((), inputs, outputs, list(equations), effects, origin)
+    values = jaxpr_as_fun(ClosedJaxpr(piece, ()))(*[known[v] for v in inputs])
+    return dict(zip(outputs, values, strict=True))

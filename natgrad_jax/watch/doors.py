@@ -1,0 +1,157 @@
+"""What all doors have in common: linen, NNX, plain functions.
+
+A door says which function of parameters, state and inputs a model is. Here it is watched: its layers, verified, and
+for each batch loss, gradient and curvature.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from natgrad_jax import checks
+from natgrad_jax.addresses import Tree
+from natgrad_jax.base import Array, Layers
+from natgrad_jax.losses import Likelihood
+from natgrad_jax.watch import common
+from natgrad_jax.watch.common import Evaluation, Forward, Problem
+from natgrad_jax.watch.microbatches import in_pieces
+from natgrad_jax.watch.recognise import Exceptions
+from natgrad_jax.watch.traced import Function, watch
+from natgrad_jax.watch.verify import wrong
+
+Labels = Literal["sampled", "exact", "true", "forward"]
+
+
+class Inputs:
+    """What a model is called with, where one array or a tuple of positional ones will not do.
+
+    `capture.value_and_grad(params, ng.Inputs(x, key=k), y)` calls the model with `(x, key=k)`, whatever the names are.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args, self.kwargs = args, kwargs
+
+
+class Model(NamedTuple):
+    """What a door makes of a model.
+
+    Attributes:
+        function: parameters, state, (args, kwargs) -> outputs, what was written.
+        params: the parameters.
+        state: {name: what it reads beside them}; what is written under the same name is read by the next piece.
+        name: in words.
+        root: the name of a layer whose kernel stands at the top; "" for its address.
+    """
+
+    function: Function
+    params: Tree
+    state: Mapping[str, Any]
+    name: str
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is asked of a model.
+
+    Attributes:
+        problem: the source of labels, what is differentiated, how curvature is measured.
+        exclude: layers to treat as unknown.
+        microbatches: into how many pieces a batch is cut.
+        verify: whether `layers` compares what it found with autodiff.
+        unexplained: {layer: why} of those that it found to be seen wrongly.
+    """
+
+    problem: Problem
+    exclude: tuple[str, ...] = ()
+    microbatches: int = 1
+    verify: bool = True
+    unexplained: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def layers(self, model: Model, inputs: Inputs) -> Layers:
+        """The layers of a model on such inputs.
+
+        Args:
+            model: the model; shapes of parameters suffice.
+            inputs: a batch; shapes suffice.
+
+        Returns:
+            The layers, those that do not explain their gradient left out.
+        """
+        forward = self._forward(model, inputs.args, inputs.kwargs)
+        given = (model.state, inputs.args, inputs.kwargs)
+        if self.verify and (found := wrong(self.problem, forward, model.params, given)):
+            self.unexplained.update(found)
+            warnings.warn(
+                f"Not preconditioned as layers, since their products do not explain their gradients: {found}. Each "
+                "parameter of them gets a diagonal Fisher block. Please report the model.",
+                stacklevel=3,
+            )
+            forward = self._forward(model, inputs.args, inputs.kwargs)
+        if not forward.layers.known:
+            warnings.warn(
+                f"{model.name} has no layer that natgrad_jax can watch: every parameter gets a diagonal Fisher block: "
+                f"{', '.join(layer.name for layer in forward.layers.rest)}.",
+                stacklevel=3,
+            )
+        return forward.layers
+
+    def evaluate(
+        self, model: Model, inputs: Inputs, targets: Any, key: Array | None, weights: Array | None
+    ) -> Evaluation:
+        """Loss, gradient and lazy curvature of one batch.
+
+        Args:
+            model: the model.
+            inputs: the batch; keyword arguments serve every piece as they are.
+            targets: labels of the batch.
+            key: for drawing labels.
+            weights: of examples or positions.
+
+        Returns:
+            The evaluation.
+        """
+        if self.microbatches == 1:
+            forward = self._forward(model, inputs.args, inputs.kwargs)
+            return common.evaluate(self.problem, forward, model.params, targets, weights, key)
+
+        def forward_of(args, state, number):
+            options = dict(inputs.kwargs)
+            if "rngs" in options:
+                options["rngs"] = jax.tree.map(lambda rng: jax.random.fold_in(rng, number), options["rngs"])
+            return self._forward(model._replace(state=state), args, options)
+
+        batch = (inputs.args, targets, weights)
+        return in_pieces(self.problem, forward_of, model.params, model.state, *batch, key, self.microbatches)
+
+    def _forward(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
+        exceptions = Exceptions(self.exclude, self.unexplained)
+        given = (args, dict(kwargs))
+        return watch(model.function, model.params, model.state, given, self.problem, exceptions, model.root)
+
+
+def asked(
+    likelihood: Likelihood,
+    labels: Labels,
+    draws: int,
+    objective: Callable[[Any, Any, Array | None], Array] | None,
+    readout: Callable[[Any], Array] | None,
+    exclude: Iterable[str],
+    microbatches: int,
+    verify: bool,
+) -> Watch:
+    """What is asked of a model, checked; the arguments are those of every `capture`."""
+    problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs))
+    checks.size("microbatches", microbatches)
+    checks.flag("verify", verify)
+    return Watch(problem, (exclude,) if isinstance(exclude, str) else tuple(exclude), microbatches, verify)
+
+
+def called(inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
+    """What a model is called with: a tuple stands for positional arguments, a named tuple is one of them."""
+    if isinstance(inputs, Inputs):
+        return Inputs(*inputs.args, **{**inputs.kwargs, **kwargs})
+    return Inputs(*(inputs if type(inputs) is tuple else (inputs,)), **kwargs)

@@ -1,0 +1,160 @@
+"""Watching a function by its trace: what linen, NNX and plain functions have in common.
+
+program, twin <- the function traced on the batch, and on shapes of twice as many examples
+products      <- what is done with the parameters (`program.follow`)
+layers        <- which of it are layers (`recognise`)
+run           <- the program with records and probes at the products of the layers (`program.replay`)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from natgrad_jax import addresses
+from natgrad_jax.addresses import Tree
+from natgrad_jax.base import Array
+from natgrad_jax.program.follow import follow
+from natgrad_jax.program.replay import replay
+from natgrad_jax.watch.common import Forward, Problem
+from natgrad_jax.watch.recognise import Exceptions, recognise
+
+Function = Callable[..., tuple[Any, Mapping[str, Any]]]
+"""Parameters, state, inputs -> outputs, what was written."""
+
+
+def watch(
+    function: Function, params: Tree, state: Any, inputs: Any, problem: Problem, exceptions: Exceptions, root: str
+) -> Forward:
+    """Trace a function once, for its layers and to run it.
+
+    Args:
+        function: parameters, state, inputs -> outputs, what was written.
+        params: the parameters; shapes suffice.
+        state: what it reads beside them and has no examples.
+        inputs: what it is called with; arrays whose first axis is as long as that of the outputs have the examples.
+        problem: what is asked.
+        exceptions: what is not to be a layer.
+        root: the name of a layer whose kernel stands at the top; "" for its address.
+
+    Returns:
+        The watched function on these inputs.
+    """
+    traced = _Traced(function, problem.readout, (params, state, inputs))
+    leaves = addresses.flatten(params)
+    program = traced.program(traced.arrays)
+    examples = traced.examples(program)
+    fixed = len(leaves) + sum(_is_array(leaf) for leaf in jax.tree.leaves(state))
+    twin = _twin(function, problem.readout, (params, state, inputs), examples, fixed)
+    names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
+    wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
+    found = follow(program, twin, names, wanted, examples)
+    layers, calls = recognise(leaves, found, examples, problem.rows_of(traced.read), exceptions, root)
+    products = [call.product for layer in layers.known for call in calls[layer.name]]
+    probes = {
+        name: tuple(jnp.zeros(call.product.output, call.product.dtype) for call in uses) for name, uses in calls.items()
+    }
+
+    def run(params, probes):
+        given = {
+            call.product.path: probe
+            for name, uses in calls.items()
+            for call, probe in zip(uses, probes[name], strict=True)
+        }
+        values = [*jax.tree.leaves(params), *traced.arrays[len(leaves) :]]
+        outputs, records = replay(program, products, values, given)
+        seen = {name: tuple(records[call.product.path] for call in uses) for name, uses in calls.items()}
+        outputs, updated = traced.rebuilt(outputs)
+        return outputs, (seen, updated)
+
+    return Forward(run, probes, layers, examples, calls)
+
+
+class _Traced:
+    """A function of arrays alone: what else there is among its arguments and results is kept as it is."""
+
+    def __init__(self, function: Function, readout: Callable[[Any], Any], arguments: Any):
+        self._function, self._readout = function, readout
+        leaves, self._structure = jax.tree.flatten(arguments)
+        self._static = {place: leaf for place, leaf in enumerate(leaves) if not _is_array(leaf)}
+        self.arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        self.read: Any = None
+        self.kept = 0
+
+    def program(self, arrays: Sequence[Any]) -> ClosedJaxpr:
+        """Its trace on arrays, or on shapes. The last outputs are what the likelihood reads."""
+
+        def flat(*arrays):
+            given = iter(arrays)
+            places = range(self._structure.num_leaves)
+            leaves = [self._static[place] if place in self._static else next(given) for place in places]
+            result = self._function(*jax.tree.unflatten(self._structure, leaves))
+            found, self._results = jax.tree.flatten(result)
+            self._others = [None if _is_number(leaf) else leaf for leaf in found]
+            _check_results(self._others)
+            read = self._readout(result[0])
+            self.kept = sum(leaf is None for leaf in self._others)
+            return [leaf for leaf in found if _is_number(leaf)], jax.tree.leaves(read)
+
+        found, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+        self.read = shapes[1][0] if len(shapes[1]) == 1 else shapes[1]
+        return found
+
+    def examples(self, program: ClosedJaxpr) -> int:
+        """N: the length of the first axis of what the likelihood reads."""
+        shape = program.jaxpr.outvars[-1].aval.shape if len(program.jaxpr.outvars) > self.kept else ()
+        return shape[0] if shape else 1
+
+    def rebuilt(self, outputs: Sequence[Array]) -> tuple[Any, Mapping[str, Any]]:
+        """Outputs and what was written, from the outputs of the program."""
+        given = iter(outputs)
+        return jax.tree.unflatten(self._results, [next(given) if leaf is None else leaf for leaf in self._others])
+
+
+def _twin(
+    function: Function, readout: Callable[[Any], Any], arguments: Any, examples: int, fixed: int
+) -> ClosedJaxpr | None:
+    """The trace on twice as many examples; None where the function takes them in no way that was tried.
+
+    Tried first is that every input with N entries along its first axis has the examples there, then that it is the
+    first axis of N entries wherever it stands. The first `fixed` arrays are parameters and state.
+    """
+    traced = _Traced(function, readout, arguments)
+    shapes = [tuple(leaf.shape) for leaf in traced.arrays]
+    places = range(fixed, len(shapes))
+    leading = {place: 0 for place in places if shapes[place][:1] == (examples,)}
+    anywhere = {place: shapes[place].index(examples) for place in places if examples in shapes[place]}
+    for grown in (leading, anywhere):
+        arrays = [_doubled(leaf, grown[i]) if i in grown else leaf for i, leaf in enumerate(traced.arrays)]
+        try:
+            twin = traced.program(arrays)
+        except Exception:  # whatever the function says of shapes that it was not made for
+            continue
+        if traced.examples(twin) == 2 * examples:
+            return twin
+    return None
+
+
+def _doubled(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+    shape = tuple(leaf.shape)
+    return jax.ShapeDtypeStruct((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), leaf.dtype)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_number(leaf: Any) -> bool:
+    return _is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+
+
+def _check_results(others: Sequence[Any]) -> None:
+    """Refuse what may hold arrays that JAX does not see."""
+    for leaf in others:
+        if leaf is not None and not isinstance(leaf, (str, bytes)):
+            raise TypeError(
+                f"The model returns a {type(leaf).__name__}, which is no array and no tree of arrays that JAX knows. "
+                "Register it (`jax.tree_util.register_dataclass`), or give `method=` a function that returns arrays."
+            )
