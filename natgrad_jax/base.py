@@ -39,6 +39,10 @@ Operator = Any
 """What a method applies to a layer: a pytree whose arrays lead with the axes S."""
 
 
+WIDEST = 8192
+"""The largest size of a side of which methods keep the whole factor, unless they are told another."""
+
+
 class Leaf(NamedTuple):
     """One parameter array of a layer: what part it plays, where it stands in the tree, its shape."""
 
@@ -254,4 +258,21 @@ class Layers(Mapping[str, Layer]):
         return self.known + self.rest
 
     def __str__(self) -> str:
-        return report.coverage(self)
+        return report.coverage(self, WIDEST)
+
+    def bytes(self, tx: optax.GradientTransformation) -> int:
+        """How much memory the state of a transformation takes for these layers; nothing is computed.
+
+        Args:
+            tx: a direction or a complete optimizer, made of these layers.
+
+        Returns:
+            Bytes, for parameters in the dtype of their curvature.
+        """
+        shapes = {
+            leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)
+            for layer in self.blocks
+            for leaf in layer.leaves
+        }
+        state = jax.eval_shape(tx.init, shapes)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

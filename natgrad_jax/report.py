@@ -4,11 +4,12 @@ from math import prod
 from typing import Any
 
 
-def coverage(layers: Any) -> str:
+def coverage(layers: Any, widest: int) -> str:
     """The coverage report of some `base.Layers`.
 
     Args:
         layers: known layers and remaining parameters.
+        widest: the largest size of a side whose whole factor is kept.
 
     Returns:
         A table of the known layers, then the remaining parameters with the reasons in their notes.
@@ -21,7 +22,7 @@ def coverage(layers: Any) -> str:
             first, *others = layer.leaves
             copies = "".join(f"{size} x " for size in layer.stack)
             batch = 4 * (min(layer.sample_sizes(layers.examples, layers.draws)) + prod(layer.stack) * sampled**2)
-            sizes = (_bytes(_factors(layer)), _bytes(batch) if sampled else "")
+            sizes = (_bytes(_factors(layer, widest)), _bytes(batch) if sampled else "")
             rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
             rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -41,10 +42,10 @@ def coverage(layers: Any) -> str:
     return "\n".join(lines)
 
 
-def _factors(layer: Any) -> int:
-    """Bytes of a pair of float32 factors and their inverses."""
-    rows, columns = layer.shape
-    return prod(layer.stack) * 8 * ((rows if layer.one_hot else rows**2) + columns**2)
+def _factors(layer: Any, widest: int) -> int:
+    """Bytes of a pair of float32 factors and their inverses, of which a side that is too wide has the diagonal."""
+    rows, columns = (size if size > widest else size**2 for size in layer.shape)
+    return prod(layer.stack) * 8 * ((layer.shape[0] if layer.one_hot else rows) + columns)
 
 
 def _batch(layers: Any) -> str:

@@ -240,3 +240,68 @@ def test_a_model_of_another_kind_is_sent_to_its_door():
         ng.nnx.capture(linen.Dense(3), ng.losses.squared_error)
     with pytest.raises(TypeError, match=r"expected a flax\.linen\.Module"):
         ng.linen.capture(fresh(), ng.losses.squared_error)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_mid_interval_goes_on_bit_for_bit(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    capture, layers = watched()
+    tx = ng.ekfac(0.05, layers, damping=0.3, statistics_every=2, refresh_every=4)
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        out = capture.value_and_grad(model, X, Y, key=key)
+        optimizer.update(model, out.grad, curvature=out.curvature)
+
+    def trained(model, optimizer, steps):
+        for i in steps:
+            step(model, optimizer, jax.random.key(i))
+        return nnx.state((model, optimizer))
+
+    model = fresh()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    saved = trained(model, optimizer, range(3))
+    without_keys, _ = _keys_as_numbers(saved)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", without_keys)
+    expected = trained(model, optimizer, range(3, 6))
+    model = fresh()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    start, as_keys = _keys_as_numbers(nnx.state((model, optimizer)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "step", start)
+    nnx.update((model, optimizer), as_keys(restored))
+    found = trained(model, optimizer, range(3, 6))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(_numbers(ours), _numbers(theirs))
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(leaf):
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _keys_as_numbers(state):
+    """Orbax has no random keys: the state with their data, and the way back."""
+
+    def back(numbers):
+        return jax.tree.map(lambda old, new: jax.random.wrap_key_data(new) if _is_key(old) else new, state, numbers)
+
+    return jax.tree.map(_numbers, state), back
+
+
+@pytest.mark.parametrize("to", ["nnx", "linen"])
+def test_a_bridged_model_is_watched_as_what_it_becomes(to):
+    if to == "nnx":
+        model = nnx.bridge.lazy_init(nnx.bridge.ToNNX(linen.Dense(3), rngs=nnx.Rngs(0)), jnp.ones((8, 4)))
+        capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels="true")
+    else:
+        bridged = nnx.bridge.ToLinen(nnx.Linear, args=(4, 3))
+        model = bridged.init(jax.random.key(0), jnp.ones((8, 4)))
+        capture = ng.linen.capture(bridged, ng.losses.softmax_cross_entropy, labels="true")
+    layers = capture.layers(model, jnp.ones((8, 4)))
+    assert layers.rest == () and [layer.shape for layer in layers.known] == [(5, 3)]
+    assert jnp.isfinite(capture.value_and_grad(model, jnp.ones((8, 4)), Y).value)

@@ -511,3 +511,13 @@ def test_linen_and_a_plain_function_of_the_same_are_the_same_to_the_last_bit():
     ours = linen.value_and_grad({"params": params}, x, y).curvature()
     theirs = plain.value_and_grad(params, x, y).curvature()
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_layers_tell_what_a_method_will_hold_and_print_what_it_holds_of_a_wide_side():
+    params = {"w": jnp.zeros((4, 30_000), "float32"), "v": jnp.zeros((30_000, 2), "float32")}
+    capture = ng.capture(lambda p, x: x @ p["w"] @ p["v"], ng.losses.squared_error)
+    layers = capture.layers(params, jnp.zeros((N, 4), "float32"))
+    assert "240.1 kB" in str(layers)  # a diagonal of 30,000 and a factor of 4, and their inverses
+    for tx in (ng.scale_by_kfac(layers, damping=0.1), ng.scale_by_kfac(layers, damping=0.1, max_factor_dim=2)):
+        state = tx.init(params)
+        assert layers.bytes(tx) == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) < 1e6

@@ -14,13 +14,11 @@ from natgrad_jax.algebra import averages, stacks
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.eigenbasis import Basis, damped_solve, eigenbasis, standard
 from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, mean_diagonal, sandwich, trace
-from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.base import WIDEST, Array, Evidence, Layer, Scalar
 from natgrad_jax.layers.rows import Pairing, Sharing, input_moment, output_moment, partial_traces
 
 Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
 """How a damping is split over the two sides."""
-WIDEST = 8192
-"""The largest side of which a whole factor is kept, if nothing else is said."""
 
 
 class Pair(NamedTuple):

@@ -15,12 +15,10 @@ from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.modes import contraction, partial_trace, product
 from natgrad_jax.algebra.moments import second_moment
 from natgrad_jax.algebra.stacks import Diagonal, Factor
-from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.base import WIDEST, Array, Evidence, Layer, Scalar
 from natgrad_jax.layers.rows import gradient_matrix, partial_traces, total
 
 Estimator = Literal["minibatch", "per_example"]
-WIDEST = 8192
-"""The longest mode of which a whole factor is kept, if nothing else is said."""
 
 
 def empty(layer: Layer, most: int | None) -> Average:
