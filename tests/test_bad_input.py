@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from methods_table import ALL_NAMES, NAMES, SETTINGS, direction, measured, row, task
 
 import natgrad_jax as ng
@@ -51,6 +52,16 @@ def test_an_unknown_likelihood(likelihood):
 def test_a_model_that_is_no_module():
     with says(TypeError, "`model` is", "expected a flax.linen.Module instance"):
         ng.linen.capture(nn.Dense, ng.losses.squared_error)
+
+
+def test_an_object_that_hides_a_module_and_a_model_of_nnx_are_told_what_to_pass():
+    class Pretrained:
+        module, params = nn.Dense(3), {}
+
+    with says(TypeError, "`model` is Pretrained", "pass that, its `module`"):
+        ng.linen.capture(Pretrained(), ng.losses.squared_error)
+    with says(TypeError, "`model` is Linear", "`ng.nnx.capture`"):
+        ng.linen.capture(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), ng.losses.squared_error)
 
 
 def test_unknown_labels():

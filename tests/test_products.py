@@ -521,3 +521,21 @@ def test_layers_tell_what_a_method_will_hold_and_print_what_it_holds_of_a_wide_s
     for tx in (ng.scale_by_kfac(layers, damping=0.1), ng.scale_by_kfac(layers, damping=0.1, max_factor_dim=2)):
         state = tx.init(params)
         assert layers.bytes(tx) == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) < 1e6
+
+
+@pytest.mark.verified
+def test_layers_are_found_outside_of_the_axis_that_a_model_names():
+    def apply(p, x):
+        h = x @ p["w"]
+        return (h - jax.lax.pmean(h.mean(0), "devices")) @ p["v"]
+
+    params, x = {"w": normal(4, 3), "v": normal(3, 2, seed=1)}, normal(N, 4)
+    capture = ng.capture(apply, ng.losses.squared_error, labels="true")
+    layers = capture.layers(params, x)
+    assert set(layers) == {"w", "v"} and layers["w"].positions == 1
+
+    def grad(x, y):
+        return capture.value_and_grad(params, x, y).grad
+
+    found = jax.vmap(grad, axis_name="devices")(x[None], normal(1, N, 2))
+    assert found["w"].shape == (1, 4, 3)

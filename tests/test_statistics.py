@@ -171,3 +171,13 @@ def test_a_state_without_a_method_of_ours_is_refused():
     ):
         with pytest.raises(ValueError, match="holds no natural-gradient method"):
             function(tx.init(params()))
+
+
+def test_a_direction_of_the_empirical_fisher_refuses_sampled_evidence_also_when_it_is_asked_to_refresh():
+    problem = task("mlp")
+    tx = ng.scale_by_tengrad(problem.layers, damping=0.1, target="ief", refresh_every=1)
+    params = problem.variables["params"]
+    state, sampled = tx.init(params), evaluate(problem, params, 0)
+    assert sampled.curvature.labels != "true"
+    with pytest.raises(ValueError, match=r"labels='.*'; capture with"):
+        ng.refresh(tx, state, sampled)

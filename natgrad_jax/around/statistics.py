@@ -129,7 +129,8 @@ def _ask(
     """The state after a request, with whatever form of evidence goes with it."""
     _check(state)
     curvature, gradient = getattr(evidence, "curvature", evidence), getattr(evidence, "grad", None)
-    known, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature
+    layers, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature
+    known = None if layers is None else (layers, getattr(curvature, "labels", "true"))
     if not (found is None or is_evidence(found)):
         gradient, found, known = evidence, None, None
     like = gradient if gradient is not None else {} if params is None else params
@@ -151,9 +152,9 @@ def _asked(
     request: Request,
     *,
     tx: optax.GradientTransformation,
-    known: Layers | None,
+    known: tuple[Layers, str] | None,
 ) -> Any:
-    curvature = evidence if known is None or evidence is None else Known(evidence, known)
+    curvature = evidence if known is None or evidence is None else Known(evidence, *known)
     update = optax.with_extra_args_support(tx).update
     _, new = update(updates, state, params, curvature=curvature, gradient=gradient, request=request)
     return _ours(state, new)

@@ -144,10 +144,11 @@ def _check(layer: Layer, evidence: Evidence) -> None:
 
 
 class Known(NamedTuple):
-    """Evidence and the layers that it is of, as `out.curvature` has them, for a transformation without `layers`."""
+    """Evidence with what `out.curvature` says of it: the layers that it is of, and whose cotangents it has."""
 
     evidence: Mapping[str, Evidence]
     layers: Layers
+    labels: str
 
     def __call__(self) -> Mapping[str, Evidence]:
         """The evidence."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax import linen as nn
+from flax import nnx
 
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
@@ -60,7 +61,13 @@ def capture(
         ValueError: if `labels` or `draws` is unknown.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` is {model!r}; expected a flax.linen.Module instance, such as nn.Dense(10).")
+        what = repr(model) if isinstance(model, type) else type(model).__name__
+        advice = ""
+        if isinstance(model, nnx.Module):
+            advice = " For Flax NNX use `ng.nnx.capture`."
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            advice = " It has one: pass that, its `module`, and its parameters as `{'params': ...}`."
+        raise TypeError(f"`model` is {what}; expected a flax.linen.Module instance, such as nn.Dense(10).{advice}")
     return Capture(model, asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify))
 
 

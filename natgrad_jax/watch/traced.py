@@ -6,6 +6,7 @@ layers        <- which of it are layers (`recognise`)
 run           <- the program with records and probes at the products of the layers (`program.replay`)
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ class _Traced:
             self.kept = sum(leaf is None for leaf in self._others)
             return [leaf for leaf in found if _is_number(leaf)], jax.tree.leaves(read)
 
-        found, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+        found, shapes = _traced(flat, arrays)
         self.read = shapes[1][0] if len(shapes[1]) == 1 else shapes[1]
         return found
 
@@ -111,6 +112,19 @@ class _Traced:
         """Outputs and what was written, from the outputs of the program."""
         given = iter(outputs)
         return jax.tree.unflatten(self._results, [next(given) if leaf is None else leaf for leaf in self._others])
+
+
+def _traced(flat: Callable[..., Any], arrays: Sequence[Any]) -> tuple[ClosedJaxpr, Any]:
+    """The trace of a function, also outside of the `pmap` or `shard_map` whose axes it names: of size 1 then."""
+    axes: list[tuple[str, int]] = []
+    while True:
+        try:
+            return jax.make_jaxpr(flat, axis_env=axes, return_shape=True)(*arrays)
+        except NameError as error:
+            name = re.search(r"unbound axis name: (\w+)", str(error))
+            if name is None or (name[1], 1) in axes:
+                raise
+            axes.append((name[1], 1))
 
 
 def _twin(

@@ -32,7 +32,10 @@ def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[
     arrays = jax.tree.leaves((params, given))
     if not forward.layers.known or any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
         return {}
-    found = jax.jit(lambda params, key: differences(problem, forward, params, key))(params, jax.random.key(0))
+    try:
+        found = jax.jit(lambda params, key: differences(problem, forward, params, key))(params, jax.random.key(0))
+    except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
+        return {}
     return {
         name: f"its products explain its gradient but for {float(value):.0%}"
         for name, value in found.items()
