@@ -123,6 +123,12 @@ CASES = {
         lambda p, x: x @ (p["w"] * jnp.eye(4, 3)), {"w": (4, 3)}, (N, 4), "", w="factor entry by entry"
     ),
     "cut": lambda: case(lambda p, x: x @ p["w"][:, :2], {"w": (4, 3)}, (N, 4), "", w="cut"),
+    "rounded": lambda: case(
+        lambda p, x: x @ p["w"].astype(int).astype(x.dtype), {"w": (4, 3)}, (N, 4), "", w="goes through"
+    ),
+    "held fixed at one use": lambda: case(
+        lambda p, x: jnp.tanh(x @ jax.lax.stop_gradient(p["w"])) + x @ p["w"], {"w": (4, 3)}, (N, 4), "w"
+    ),
     "a product of two": lambda: case(
         lambda p, x: x @ (p["w"] @ p["v"]), {"w": (4, 2), "v": (2, 3)}, (N, 4), "", w="another", v="another"
     ),

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from natgrad_jax.algebra.arranged import (
     Arranged,
     Arrangement,
@@ -64,7 +66,7 @@ def moved(fact: Fact, equation: Any) -> Fact | None:
     name, options = equation.primitive.name, equation.params
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if name in ("convert_element_type", "copy", "sharding_constraint", "optimization_barrier", "reduce_precision"):
-        return fact
+        return fact if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating) else None
     if isinstance(fact, Parameter) and fact.axes is not None:
         return _moved_spread(fact, name, options, before, after)
     if name == "reshape" and options["dimensions"] is not None:  # transposed before
