@@ -5,6 +5,7 @@ layer was seen wrongly: something is done with the parameter that no product sho
 parameters and for random cotangents of the outputs, so that nothing is zero by chance.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,13 @@ from natgrad_jax.algebra.rows import pulled
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.layers.rows import from_matrix, input_rows, output_rows
 from natgrad_jax.watch.common import Forward, Problem, evidence_for
+
+_QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""Options of the compiler for what runs once: on a CPU code that is slow and soon there."""
 
 
 def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[str, str]:
@@ -33,7 +41,7 @@ def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[
     if not forward.layers.known or any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
         return {}
     try:
-        found = jax.jit(lambda params, key: differences(problem, forward, params, key))(params, jax.random.key(0))
+        found = _run_once(lambda params, key: differences(problem, forward, params, key), params, jax.random.key(0))
     except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
         return {}
     return {
@@ -41,6 +49,16 @@ def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[
         for name, value in found.items()
         if value > _tolerance(forward, params)
     }
+
+
+def _run_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function, compiled as quickly as can be; a compiler that does not know the options does it as usual."""
+    if jax.default_backend() == "cpu":
+        try:
+            return jax.jit(function, compiler_options=_QUICKLY)(*arguments)
+        except jax.errors.JaxRuntimeError:
+            pass
+    return jax.jit(function)(*arguments)
 
 
 def rebuilt(layer: Layer, evidence: Evidence) -> dict[str, Array]:
