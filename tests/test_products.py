@@ -232,6 +232,15 @@ CASES = {
         (N, 4, 2),
         "cell/ir cell/iz cell/in cell/hr cell/hz cell/hn",
     ),
+    "conv lstm": lambda: model(
+        net(lambda x: nn.RNN(nn.ConvLSTMCell(3, (2,), param_dtype="float64", name="cell"))(x).sum(1)),
+        (N, 3, 4, 2),
+        "cell/ih cell/hh",
+    ),
+    "einsum": lambda: model(net(lambda x: nn.Einsum((4, 2, 3), "nd,dhk->nhk", name="e")(x)), (N, 4), "e"),
+    "prelu": lambda: model(
+        net(lambda x: nn.PReLU(name="p")(nn.Dense(3, name="d")(x))), (N, 4), "d", {"p/negative_slope": "factor"}
+    ),
     "scan of layers": lambda: model(Scanned(), (N, 3), "block"),
     "scan of layers on axis 1, rematerialised": lambda: model(Scanned(1, True), (N, 3), "block"),
     "conv transpose": lambda: model(
