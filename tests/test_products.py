@@ -554,3 +554,23 @@ def test_layers_are_found_outside_of_the_axis_that_a_model_names():
 
     found = jax.vmap(grad, axis_name="devices")(x[None], normal(1, N, 2))
     assert found["w"].shape == (1, 4, 3)
+
+
+def test_callbacks_of_a_model_run_as_often_as_in_its_plain_gradient():
+    def apply(p, x):
+        def turn(h, _):
+            jax.debug.callback(lambda value: calls.append(float(value)), h.sum())
+            return jnp.tanh(h @ p["w"]), None
+
+        return jax.lax.scan(turn, x, None, length=3)[0]
+
+    params, x, y = {"w": normal(4, 4)}, normal(N, 4), normal(N, 4, seed=1)
+    calls: list[float] = []
+    jax.grad(lambda p: 0.5 * jnp.sum((apply(p, x) - y) ** 2) / N)(params)
+    jax.effects_barrier()
+    plain = calls.copy()
+    calls.clear()
+    ng.capture(apply, ng.losses.squared_error, labels="true").value_and_grad(params, x, y)
+    jax.effects_barrier()
+    np.testing.assert_allclose(calls, plain)
+    assert len(plain) == 3
