@@ -503,3 +503,20 @@ def test_low_rank_takes_an_eigendecomposition_and_full_rank_a_cholesky(routine, 
     method = tengrad_block(5, 1, energy=0.9 if routine == "eigh" else None)
     method.prepared(layer, evidence, 0.1)
     assert called == [routine]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("variant", [{}, {"blocks": "joint"}, {"energy": 0.9}], ids=["layer", "joint", "energy"])
+def test_parameters_of_two_dtypes_have_directions_in_their_own(variant):
+    params = {"w": reference.normal(4, 3, dtype="float32"), "v": reference.normal(3, 2, seed=1)}
+    x, y = reference.normal(5, 4, dtype="float32"), reference.normal(5, 2)
+    capture = ng.capture(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], ng.losses.squared_error, labels="true")
+    wide = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
+    found = []
+    for given in (params, wide):
+        tx = ng.scale_by_tengrad(capture.layers(given, x), damping=0.1, **variant)
+        out = capture.value_and_grad(given, x, y)
+        found.append(tx.update(out.grad, tx.init(given), curvature=out.curvature)[0])
+    assert {name: leaf.dtype.name for name, leaf in found[0].items()} == {"w": "float32", "v": "float64"}
+    for name, leaf in found[0].items():
+        np.testing.assert_allclose(leaf, found[1][name], rtol=1e-4, atol=1e-5)

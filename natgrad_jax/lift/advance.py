@@ -131,7 +131,7 @@ def _refreshed(
     if known:
         refresh = method_of[known[0].name].refresh  # one method for all of them
         values |= map_layers(
-            lambda layer, statistics, operator: refresh(layer, statistics, operator, damping),
+            lambda layer, statistics, operator: refresh(layer, statistics, operator, damping.astype(layer.dtype)),
             known,
             state.statistics,
             values,

@@ -113,7 +113,8 @@ def lift(
         matrices, found = to_matrices(layers_of(blocks), updates), {}
         for layer, method in blocks:
             name = layer.name
-            found[name] = method.apply(layer, operators[name], matrices[name], special.get(name, strength))  # 4
+            own = jnp.asarray(special.get(name, strength), layer.dtype)
+            found[name] = method.apply(layer, operators[name], matrices[name], own)  # 4
         metrics = state.metrics._replace(damping=strength.astype(jnp.float32))
         return from_matrices(layers_of(blocks), found, updates), state._replace(
             count=jnp.asarray(optax.safe_increment(count)), metrics=metrics

@@ -195,7 +195,9 @@ class TENGraD(Direction):
             residual = -_over_members(layer, shown, 1) / strength[..., None]
             if operator.target is not None:
                 residual += operator.target  # 3'
-            weights = jnp.where(known[..., None], _solved(operator.factor, residual, self.energy), 0)
+            weights = jnp.where(
+                known[..., None], _solved(operator.factor, residual.astype(operator.factor.dtype), self.energy), 0
+            )
             found = (
                 part / strength[..., None, None]
                 + samples.back(jacobian, jnp.broadcast_to(weights, (*member.stack, rows)))
