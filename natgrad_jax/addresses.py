@@ -5,7 +5,8 @@ Dicts, tuples, NamedTuples and dataclasses all read alike: `{"encoder": {"kernel
 `optax.MaskedNode` (a leaf that a mask took away) counts as absent.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +62,33 @@ def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
         A tree of the same structure.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_address(path), leaf), tree)
+
+
+def parted(tree: Tree, sort: Callable[[Any], str]) -> tuple[dict[str, list[Any]], Callable[[Mapping[str, Any]], Tree]]:
+    """Leaves of a tree by their sort, and the way back.
+
+    >>> leaves, whole = parted({"a": 1, "b": "x", "c": 2}, lambda leaf: type(leaf).__name__)
+    >>> leaves["int"], whole({**leaves, "int": [3, 4]})
+    ([1, 2], {'a': 3, 'b': 'x', 'c': 4})
+
+    Args:
+        tree: any pytree.
+        sort: leaf -> its sort.
+
+    Returns:
+        {sort: leaves in the order of the tree}; a function of such leaves that gives the tree.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    sorts = [sort(leaf) for leaf in leaves]
+    parts: dict[str, list[Any]] = defaultdict(list)
+    for leaf, each in zip(leaves, sorts, strict=True):
+        parts[each].append(leaf)
+
+    def whole(parts):
+        given = {each: iter(some) for each, some in parts.items()}
+        return jax.tree.unflatten(structure, [next(given[each]) for each in sorts])
+
+    return parts, whole
 
 
 def _address(path: tuple[Any, ...]) -> str:

@@ -111,11 +111,11 @@ def reshaped(arrangement: Arrangement, sizes: Sequence[int]) -> Arrangement | No
     if isinstance(arrangement, Joined):
         return _reshaped_jointly(arrangement, tuple(sizes))
     atoms = [atom for axis in arrangement.axes for atom in axis]
-    axes = regrouped(atoms, sizes)
+    axes = _regrouped(atoms, sizes)
     return None if axes is None else Arranged(arrangement.address, axes)
 
 
-def regrouped(atoms: Sequence[Atom], sizes: Sequence[int]) -> tuple[tuple[Atom, ...], ...] | None:
+def _regrouped(atoms: Sequence[Atom], sizes: Sequence[int]) -> tuple[tuple[Atom, ...], ...] | None:
     """A row of atoms, cut into axes of these sizes; None where an axis would begin within an atom's entries."""
     if 0 in sizes:
         return None

@@ -248,7 +248,7 @@ def _pair(layer: Layer, use: Use, evidence: Evidence, place: int) -> tuple[Rows,
 
 
 def _balanced(rows: Rows, columns: Array) -> tuple[Rows, Array]:
-    """A c and g / c with the same mean square length for each copy, so that the uses of a layer can be joined."""
+    """Rows a c and g / c with the same mean square length for each copy, so that the uses of a layer can be joined."""
     mean = jnp.mean(of_rows.lengths(rows), axis=(-2, -1))
     other = jnp.mean(jnp.sum(columns**2, axis=-1), axis=(-3, -2, -1))
     scale = jnp.where((mean > 0) & (other > 0), other / jnp.where(mean > 0, mean, 1), 1) ** 0.25

@@ -373,17 +373,14 @@ def _run(forward: Forward, params: Tree) -> _Pass:
 
     def run(params, probes):
         outputs, aux = forward.run(params, probes)
-        leaves, static["tree"] = jax.tree.flatten(outputs)
-        kinds = static["kinds"] = [_sort(leaf) for leaf in leaves]
-        static["plain"] = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "plain"]
-        floats = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "float"]
-        return floats, ([leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == "other"], aux)
+        parts, static["whole"] = addresses.parted(outputs, _sort)
+        static["plain"] = parts["plain"]
+        return parts["float"], (parts["other"], aux)
 
     floats, pullback, (others, (inputs, updated)) = jax.vjp(run, params, forward.probes, has_aux=True)
 
     def whole(floats):
-        given = {"float": iter(floats), "other": iter(others), "plain": iter(static["plain"])}
-        return jax.tree.unflatten(static["tree"], [next(given[kind]) for kind in static["kinds"]])
+        return static["whole"]({"float": floats, "other": others, "plain": static["plain"]})
 
     return _Pass(whole(floats), floats, whole, pullback, inputs, updated)
 

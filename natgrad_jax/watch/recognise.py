@@ -123,11 +123,7 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         if (seen.kernel, seen.stack) == (first.kernel, first.stack) and (seen.kind == "conv") == (first.kind == "conv"):
             continue
         turned = arranged.transposed(seen.kernel, (*range(len(seen.stack)), len(seen.stack) + 1, len(seen.stack)))
-        if (
-            "conv" in (seen.kind, first.kind)
-            or seen.kind != "dense"
-            or (turned, seen.stack) != (first.kernel, first.stack)
-        ):
+        if seen.kind != "dense" or first.kind == "conv" or (turned, seen.stack) != (first.kernel, first.stack):
             return "its products see it as different matrices"
         use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1))
         found[place] = seen._replace(use=use)

@@ -78,9 +78,8 @@ class _Traced:
 
     def __init__(self, function: Function, readout: Callable[[Any], Any], arguments: Any):
         self._function, self._readout = function, readout
-        leaves, self._structure = jax.tree.flatten(arguments)
-        self._static = {place: leaf for place, leaf in enumerate(leaves) if not _is_array(leaf)}
-        self.arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        self._given, self._arguments = addresses.parted(arguments, lambda leaf: "array" if _is_array(leaf) else "plain")
+        self.arrays = self._given["array"]
         self.read: Any = None
         self.kept = 0
 
@@ -88,16 +87,11 @@ class _Traced:
         """Its trace on arrays, or on shapes. The last outputs are what the likelihood reads."""
 
         def flat(*arrays):
-            given = iter(arrays)
-            places = range(self._structure.num_leaves)
-            leaves = [self._static[place] if place in self._static else next(given) for place in places]
-            result = self._function(*jax.tree.unflatten(self._structure, leaves))
-            found, self._results = jax.tree.flatten(result)
-            self._others = [None if _is_number(leaf) else leaf for leaf in found]
-            _check_results(self._others)
-            read = self._readout(result[0])
-            self.kept = sum(leaf is None for leaf in self._others)
-            return [leaf for leaf in found if _is_number(leaf)], jax.tree.leaves(read)
+            result = self._function(*self._arguments({**self._given, "array": arrays}))
+            found, self._results = addresses.parted(result, lambda leaf: "number" if _is_number(leaf) else "plain")
+            self._plain, self.kept = found["plain"], len(found["number"])
+            _check_results(self._plain)
+            return found["number"], jax.tree.leaves(self._readout(result[0]))
 
         found, shapes = _traced(flat, arrays)
         self.read = shapes[1][0] if len(shapes[1]) == 1 else shapes[1]
@@ -110,8 +104,7 @@ class _Traced:
 
     def rebuilt(self, outputs: Sequence[Array]) -> tuple[Any, Mapping[str, Any]]:
         """Outputs and what was written, from the outputs of the program."""
-        given = iter(outputs)
-        return jax.tree.unflatten(self._results, [next(given) if leaf is None else leaf for leaf in self._others])
+        return self._results({"number": outputs, "plain": self._plain})
 
 
 def _traced(flat: Callable[..., Any], arrays: Sequence[Any]) -> tuple[ClosedJaxpr, Any]:
@@ -167,7 +160,7 @@ def _is_number(leaf: Any) -> bool:
 def _check_results(others: Sequence[Any]) -> None:
     """Refuse what may hold arrays that JAX does not see."""
     for leaf in others:
-        if leaf is not None and not isinstance(leaf, (str, bytes)):
+        if not isinstance(leaf, (str, bytes)):
             raise TypeError(
                 f"The model returns a {type(leaf).__name__}, which is no array and no tree of arrays that JAX knows. "
                 "Register it (`jax.tree_util.register_dataclass`), or give `method=` a function that returns arrays."
