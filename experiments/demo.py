@@ -313,7 +313,8 @@ def train(problem: Problem, method: str, setting: Setting, config: Config, repor
     warmup = round(config.warmup * setting.steps)
     rate = optax.warmup_cosine_decay_schedule(0.0, setting.learning_rate or 0.0, warmup, setting.steps)
     make = METHODS[method].make
-    tx = optax.with_extra_args_support(make(rate, layers, **setting.options))
+    unclipped = {} if method in ("Adam", "adaptive") else {"kl_clip": None}  # steps as long as the rate says
+    tx = optax.with_extra_args_support(make(rate, layers, **unclipped, **setting.options))
 
     @partial(jax.jit, donate_argnums=0)
     def step(training, inputs, targets):

@@ -61,7 +61,9 @@ DIRECTIONS = {
     "TKFAC": Direction(square(ng.scale_by_tkfac)),
     "TNT": Direction(square(ng.scale_by_tnt), "sampled"),
     "MBF": Direction(square(ng.scale_by_mbf, statistics="curvature"), "sampled"),
-    "K-BFGS": Direction(lambda layers, damping: ng.kbfgs(0.3, layers, damping=damping, **KBFGS), "batches", None, -0.3),
+    "K-BFGS": Direction(
+        lambda layers, damping: ng.kbfgs(0.3, layers, damping=damping, kl_clip=None, **KBFGS), "batches", None, -0.3
+    ),
     "SOAP": Direction(square(ng.scale_by_soap, decay=0.99, **OFTEN), "batches", ROOTS, None),
     "Shampoo": Direction(square(ng.scale_by_shampoo, decay=0.99, **OFTEN), "batches", ROOTS, None),
     "Adam": Direction(lambda _, eps: optax.scale_by_adam(b1=0.0, b2=0.99, eps=eps), "batches", ROOTS, None),

@@ -103,7 +103,8 @@ def behind_momentum(direction: Callable[..., Any], **options: Any) -> Make:
 
 
 def whole(method: Callable[..., Any], **options: Any) -> Make:
-    """A complete optimizer of the package."""
+    """A complete optimizer of the package, as long as its learning rate says unless a clip is among the options."""
+    options = {"kl_clip": None} | options
     return lambda setting, layers: method(setting.rate, layers, damping=setting.damping, **options)
 
 
@@ -115,7 +116,7 @@ def alike(
     Args:
         method: of the package.
         *statistics: its keywords for periods of what it averages.
-        clips: whether it has the keyword `kl_clip`.
+        clips: whether the shared `kl_clip` is for it.
         refreshes: whether it has the keyword `refresh_every`.
         **options: of its own.
 

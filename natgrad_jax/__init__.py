@@ -2,6 +2,7 @@
 
 from natgrad_jax import losses
 from natgrad_jax.around.adaptive import adaptive_damping
+from natgrad_jax.around.automatic import automatic
 from natgrad_jax.around.clip import clip_by_kl
 from natgrad_jax.around.control import controlled
 from natgrad_jax.around.graft import graft
@@ -33,6 +34,7 @@ __all__ = [
     "NaturalGradientState",
     "Schedule",
     "adaptive_damping",
+    "automatic",
     "capture",
     "clip_by_kl",
     "controlled",

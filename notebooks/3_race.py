@@ -111,6 +111,7 @@ def falling(start, end):
 
 OFTEN = {"statistics_every": 5, "refresh_every": 20}
 BASES = {"statistics_every": 5, "rescale_every": 5, "refresh_every": 50, "decay": 0.98}
+LONG: dict = {"kl_clip": None}  # steps as long as the rate says, which is tuned
 YOUNG = {"statistics_every": 5, "refresh_every": 5, "decay": 0.5}
 
 
@@ -122,18 +123,18 @@ def controlled(layers):
 
 METHODS = {
     "Adam": lambda layers: optax.adam(rate(0.01), b2=0.95),
-    "K-FAC": lambda layers: ng.kfac(rate(0.1), layers, damping=falling(3, 0.003), **OFTEN),
-    "TKFAC": lambda layers: ng.tkfac(rate(0.1), layers, damping=falling(3, 0.003), **OFTEN),
-    "EKFAC": lambda layers: ng.ekfac(rate(0.07), layers, damping=falling(3, 0.02), **BASES),
-    "TEKFAC": lambda layers: ng.tekfac(rate(0.07), layers, damping=falling(3, 0.02), **BASES),
-    "TENGraD": lambda layers: ng.tengrad(rate(0.1), layers, damping=falling(3, 0.3), refresh_every=5),
-    "TNT": lambda layers: ng.tnt(rate(0.1), layers, damping=falling(3, 0.03), **OFTEN),
-    "MBF": lambda layers: ng.mbf(rate(0.003), layers, damping=0.1, **OFTEN),
+    "K-FAC": lambda layers: ng.kfac(rate(0.1), layers, **LONG, damping=falling(3, 0.003), **OFTEN),
+    "TKFAC": lambda layers: ng.tkfac(rate(0.1), layers, **LONG, damping=falling(3, 0.003), **OFTEN),
+    "EKFAC": lambda layers: ng.ekfac(rate(0.07), layers, **LONG, damping=falling(3, 0.02), **BASES),
+    "TEKFAC": lambda layers: ng.tekfac(rate(0.07), layers, **LONG, damping=falling(3, 0.02), **BASES),
+    "TENGraD": lambda layers: ng.tengrad(rate(0.1), layers, **LONG, damping=falling(3, 0.3), refresh_every=5),
+    "TNT": lambda layers: ng.tnt(rate(0.1), layers, **LONG, damping=falling(3, 0.03), **OFTEN),
+    "MBF": lambda layers: ng.mbf(rate(0.003), layers, **LONG, damping=0.1, **OFTEN),
     "Shampoo": lambda layers: ng.shampoo(
-        rate(0.003), layers, damping=1e-8, graft_to="adam", decay=0.95, graft_decay=0.99, **OFTEN
+        rate(0.003), layers, **LONG, damping=1e-8, graft_to="adam", decay=0.95, graft_decay=0.99, **OFTEN
     ),
-    "SOAP": lambda layers: ng.soap(rate(0.02), layers),
-    "K-BFGS": lambda layers: ng.kbfgs(rate(2.0), layers, damping=0.1),
+    "SOAP": lambda layers: ng.soap(rate(0.02), layers, **LONG),
+    "K-BFGS": lambda layers: ng.kbfgs(rate(2.0), layers, **LONG, damping=0.1),
     "K-FAC, adaptive": lambda layers: ng.kfac(
         "quadratic", layers, momentum="quadratic", damping=ng.adaptive_damping(), **YOUNG
     ),

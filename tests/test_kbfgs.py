@@ -20,7 +20,7 @@ VARIANTS = {
     "K-BFGS(L)": {"memory": 2},
     "KF-QN": {"hessian_action": "batch", "second_damping": "levenberg"},
 }
-NUMBERS = {"learning_rate": 0.3, "damping": 0.3, "decay": 0.9, "momentum": 0.9, "weight_decay": 0.01}
+NUMBERS = {"kl_clip": None, "learning_rate": 0.3, "damping": 0.3, "decay": 0.9, "momentum": 0.9, "weight_decay": 0.01}
 
 
 # The algorithm in numpy -----------------------------------------------------------------------------------------------

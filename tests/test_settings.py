@@ -66,15 +66,16 @@ def test_what_methods_share_means_and_defaults_the_same_but_where_a_class_says_s
     for name in NAMES:
         for keyword, parameter in keywords(name).items():
             defaults.setdefault(keyword, set()).add(str(parameter.default))
-    for shared in ("weight_decay", "weight_decay_mask", "max_factor_dim", "kl_clip", "block_size", "merge"):
+    for shared in ("weight_decay", "weight_decay_mask", "max_factor_dim", "block_size", "merge"):
         assert defaults[shared] == {"None"}
+    assert defaults["kl_clip"] == {"0.001", "0.01"}
     assert defaults["momentum"] == {"0.9", "0.95"} and defaults["refresh_every"] == {"100", "10"}
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "learning_rate": (-0.1, float("nan"), "fast", None),
+    "learning_rate": (-0.1, float("nan"), "fast"),
     "momentum": (1.0, 1.5, -1.0, float("nan"), "heavy", True),
     "weight_decay": (-1.0, float("nan"), "some"),
     "weight_decay_mask": (True, jnp.ones(())),

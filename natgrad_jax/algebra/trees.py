@@ -37,3 +37,8 @@ def add(tree: Any, other: Any, weight: Scalar) -> Any:
 def select(condition: Array, tree: Any, other: Any) -> Any:
     """One tree or the other."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
+
+
+def within(square: Array, bound: Scalar) -> Array:
+    """The factor in (0, 1] that brings a squared length down to a bound; 1 where the square is not positive."""
+    return jnp.where(square > bound, jnp.sqrt(bound / jnp.where(square > 0, square, 1)), 1)

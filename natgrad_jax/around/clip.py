@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import checks
-from natgrad_jax.algebra.trees import dot
+from natgrad_jax.algebra.trees import dot, within
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift.requests import answered
 from natgrad_jax.lift.state import at_step
@@ -65,7 +65,7 @@ def clip_by_kl(
             return answered(direction, updates, state, params, extra)
         found, inner = direction.update(updates, state.direction, params, **extra)  # 1
         product = at_step(learning_rate, state.count) ** 2 * dot(updates, found)
-        scale = jnp.where(product > bound, jnp.sqrt(bound / jnp.where(product > 0, product, 1)), 1)  # 2
+        scale = within(product, bound)  # 2
         count = jnp.asarray(optax.safe_increment(state.count))
         shortened = jax.tree.map(lambda u: (scale * u).astype(u.dtype), found)  # 3
         return shortened, ClipState(count, scale.astype(jnp.float32), inner)

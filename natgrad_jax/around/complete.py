@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.automatic import automatic
 from natgrad_jax.around.clip import clip_by_kl
 from natgrad_jax.around.control import Quadratic, controlled
 from natgrad_jax.base import Scalar, ScalarOrSchedule
@@ -14,7 +15,7 @@ from natgrad_jax.lift.requests import chained
 
 def complete(
     direction: optax.GradientTransformationExtraArgs,
-    learning_rate: ScalarOrSchedule | Quadratic,
+    learning_rate: ScalarOrSchedule | Quadratic | None,
     damping: Damping,
     kl_clip: Scalar | None,
     momentum: Scalar | Quadratic | None,
@@ -24,12 +25,12 @@ def complete(
 ) -> optax.GradientTransformationExtraArgs:
     """A direction, shortened or not, then weight decay, then heavy-ball momentum, then the learning rate.
 
-    If learning rate or momentum are "quadratic" or the damping adapts itself, `control.controlled` takes their place,
-    and the weight decay is an l2 penalty of the objective, which that models.
+    Without a learning rate `automatic` takes the place of all that. If learning rate or momentum are "quadratic" or the
+    damping adapts itself, `control.controlled` does. The weight decay is then an l2 penalty of the objective.
 
     Args:
         direction: a `scale_by_*` transformation.
-        learning_rate: step size, its schedule, or "quadratic".
+        learning_rate: step size, its schedule, or "quadratic"; None to find it while training.
         damping: of the direction.
         kl_clip: bound of `clip_by_kl`; None for none.
         momentum: weight of the old direction in the buffer, or "quadratic"; None for no buffer.
@@ -44,6 +45,9 @@ def complete(
     Raises:
         ValueError: if a controlled step is to be clipped as well.
     """
+    if learning_rate is None:
+        fixed = None if isinstance(damping, AdaptiveDamping) else damping
+        return automatic(direction, damping=fixed, l2=weight_decay, l2_mask=weight_decay_mask)
     words = isinstance(learning_rate, str) or isinstance(momentum, str)
     if words or isinstance(damping, AdaptiveDamping):
         if kl_clip is not None:

@@ -25,6 +25,7 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.model import Model, check, minimiser, model_of, penalty, ratio_of
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift.requests import answered
 from natgrad_jax.lift.state import at_step
@@ -55,14 +56,6 @@ class ControlState(NamedTuple):
     rejected: Array
     last: Any
     direction: Any
-
-
-class Model(NamedTuple):
-    """The quadratic model over V = [u, v]: slope b [2], curvature B [2, 2] without damping, and V^T V [2, 2]."""
-
-    slope: Array
-    curvature: Array
-    lengths: Array
 
 
 def controlled(
@@ -98,7 +91,7 @@ def controlled(
     checks.number("damping", constant, least=0, schedule=True)
     free = (isinstance(learning_rate, str), isinstance(momentum, str))
     given = [0.0 if isinstance(value, str) or value is None else value for value in (learning_rate, momentum)]
-    penalty_of = None if l2 is None else _penalty(l2_mask)
+    penalty_of = None if l2 is None else penalty(l2_mask)
 
     def init(params):
         numbers = {"damping": rule.initial if rule else 0, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
@@ -113,7 +106,7 @@ def controlled(
     def update(updates, state, params=None, *, curvature: Any = None, **extra):
         if extra.get("request") is not None:
             return answered(direction, updates, state, params, extra | {"curvature": curvature})
-        _check(curvature, params)
+        check(curvature, params)
         count, last = state.count, state.last
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
         strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
@@ -127,11 +120,11 @@ def controlled(
             updates, state.direction, params, **extra | {"curvature": curvature, "damping": strength + l2_now}
         )
         u = jax.tree.map(jnp.negative, found)  # 2
-        model = partial(_model, curvature, (u,) if last is None else (u, last), updates, penalised)  # 3
+        model = partial(model_of, curvature, (u,) if last is None else (u, last), updates, penalised)  # 3
         weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
         if any(free):
             quadratic = model()
-            weights, model = _minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
+            weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
         step = jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u)  # 5
         step = step if last is None else trees.add(step, last, weights[1])
         ratio, taken = state.ratio, jnp.array(True)
@@ -158,18 +151,6 @@ def controlled(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _penalty(mask: Any) -> Callable[..., Any]:
-    """A function of a tree and a strength: the leaves that l2 holds for times the strength, zeros elsewhere."""
-    decays = optax.add_decayed_weights(1.0, mask)
-
-    def penalised(tree: Any, strength: Array) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, tree)
-        chosen = decays.update(zeros, decays.init(tree), tree)[0]
-        return jax.tree.map(lambda leaf: (strength * leaf).astype(leaf.dtype), chosen)
-
-    return penalised
-
-
 def _tested(
     curvature: Any, params: Any, weights: Array, penalised: Callable[[Any], Any] | None, model: Model, step: Any
 ) -> tuple[Array, Array]:
@@ -178,50 +159,4 @@ def _tested(
     change = curvature.value(trees.add(params, step, 1.0)) - curvature.value()
     if penalised is not None:
         change += trees.dot(penalised(trees.add(params, step, 0.5)), step)
-    return _ratio(change, foretold), change <= 0
-
-
-def _model(curvature: Any, pair: tuple[Any, ...], gradient: Any, penalised: Callable[[Any], Any] | None) -> Model:
-    """The quadratic model over one or two vectors; `penalised` multiplies by the Hessian of the l2 penalty."""
-    bent = trees.gram([curvature.along(one) for one in pair])
-    if penalised is not None:
-        bent = bent + trees.gram(pair, [penalised(one) for one in pair])
-    return Model(*map(_padded, (trees.dots(pair, gradient), bent, trees.gram(pair))))
-
-
-def _minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bool]) -> Array:
-    """The weights [2] that minimise the damped model, those not free held fixed; zeros where that is not finite."""
-    bent = model.curvature + damping * model.lengths
-    slope = model.slope + bent @ jnp.where(jnp.array(free), 0, weights)
-    size = jnp.sqrt(jnp.where(jnp.diagonal(bent) > 0, jnp.diagonal(bent), jnp.inf))  # inf: a zero vector gets no weight
-    slope, cosine = slope / size, bent[0, 1] / (size[0] * size[1])
-    found = -slope
-    if all(free):
-        other = 1 - cosine**2
-        both = -(slope - cosine * slope[::-1]) / other
-        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0]))  # nearly parallel: u alone
-    weights = jnp.where(jnp.array(free), found / size, weights)
-    return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
-
-
-def _ratio(change: Array, foretold: Array) -> Array:
-    """Change over the change foretold; where a rise was foretold, infinite if the loss fell, minus that if it rose."""
-    surprise = jnp.where(change < 0, jnp.inf, -jnp.inf)
-    ratio = jnp.where(foretold < 0, change / foretold, surprise)
-    return jnp.where(jnp.isfinite(change) & jnp.isfinite(foretold), ratio, jnp.nan).astype(jnp.float32)
-
-
-def _padded(array: Array) -> Array:
-    """With zeros up to two entries along each axis."""
-    return jnp.pad(array, [(0, 2 - size) for size in array.shape])
-
-
-def _check(curvature: Any, params: Any) -> None:
-    """Refuse what the model of the loss cannot be taken from."""
-    if params is None:
-        raise ValueError("`params` is None; a controlled step needs them: `tx.update(grads, state, params, ...)`.")
-    if not (hasattr(curvature, "along") and hasattr(curvature, "value")):
-        raise TypeError(
-            f"`curvature` is of type {type(curvature).__name__}; a controlled step takes products and losses from "
-            "`out.curvature` itself, where `out` is what `capture.value_and_grad` returned."
-        )
+    return ratio_of(change, foretold), change <= 0

@@ -1,7 +1,7 @@
 """Lift a method that learns from its own step to a complete optimizer.
 
     1  statistics <- observe(statistics, curvature()),  operator <- start(operator)            on a statistics step
-    2  step <- -learning_rate apply(operator, what comes in)                                    on every step
+    2  step <- -learning_rate apply(operator, what comes in), shortened to the bound            on every step
     3  both <- learn(both, the batch here, the batch at params + step)                          on a statistics step
 
 The learning rate has to be inside, since line 3 measures the batch once more where the step leads. A layer whose
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import checks
-from natgrad_jax.algebra import averages
+from natgrad_jax.algebra import averages, trees
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Operator, Scalar, ScalarOrSchedule, Statistics
 from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.layers.parameter import widest
@@ -98,6 +98,7 @@ def lift_stepping(
     decay: ScalarOrSchedule,
     statistics_every: int | Array = 1,
     others: Others = "diagonal",
+    kl_clip: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lift a method that learns from its own step.
 
@@ -109,6 +110,7 @@ def lift_stepping(
         decay: weight of the old value in the averages, or its schedule.
         statistics_every: steps between statistics.
         others: what is done with parameters of no known layer.
+        kl_clip: the largest product of a step with what comes in, times the learning rate; None for none.
 
     Returns:
         A transformation from momentum to the step; its `update` needs `params` and, as `curvature`, the `out.curvature`
@@ -153,7 +155,11 @@ def lift_stepping(
             for layer in blocks:
                 direction = method_of(layer).apply(layer, operators[layer.name].value, matrices[layer.name], strengths)
                 found[layer.name] = -rate * direction
-            return from_matrices(blocks, found, updates)
+            step = from_matrices(blocks, found, updates)
+            if kl_clip is None:
+                return step
+            factor = trees.within(-rate * trees.dot(updates, step), kl_clip)
+            return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
 
         def measured(state):
             evidence, old = evidence_of(), _paired(blocks, state)

@@ -31,7 +31,7 @@ from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Method, Scalar
 from natgrad_jax.blocks import kronecker, rotated
 from natgrad_jax.layers.rows import Sharing
-from natgrad_jax.settings import Clipped, Rescaled, direction, optimizer
+from natgrad_jax.settings import Completed, Rescaled, direction, optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class EKFAC(Rescaled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EKFACOptimizer(Clipped, EKFAC):
+class EKFACOptimizer(Completed, EKFAC):
     """EKFAC with heavy-ball momentum and decoupled weight decay.
 
     The paper's tables of settings are not public; the defaults are those of `kfac`, so that the two can be compared.

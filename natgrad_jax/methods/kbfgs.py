@@ -91,7 +91,7 @@ class KBFGSOptimizer(Settings):
     parameters, and nothing else. With `"sampled"` labels both evaluations have those drawn at the old parameters, and
     the pair is of the loss with these. The pair never has the penalty in it. What stands behind this
     transformation and changes its step (clipping, say) does no harm to the pair, which is then of a step that was not
-    taken; there is no such option inside, for no bound on the step belongs to the method. `update` needs `params`, and
+    taken; `kl_clip` shortens the step inside, and the pair is of that. `update` needs `params`, and
     `out.curvature` itself: a mapping of evidence cannot be measured again.
 
     Damping 0.3 beside a learning rate of 0.3, `decay` and momentum 0.9, `weight_decay=1e-5` and, if any, `memory=100`
@@ -145,6 +145,13 @@ class KBFGSOptimizer(Settings):
         Any, "which parameters it holds for, as `optax.add_decayed_weights` takes it; None for all.", Mask()
     ] = None
 
+    kl_clip: Annotated[
+        Scalar | None,
+        "bound on a step s of gradient g, momentum in front: the largest product -learning_rate <g, s>, as that of "
+        "`clip_by_kl`; None for none.",
+        Number(),
+    ] = 1e-3
+
     def completed(self, learning_rate: ScalarOrSchedule, layers: Layers) -> Transformation:
         """The complete optimizer for the layers of a model."""
         step = lift_stepping(
@@ -155,6 +162,7 @@ class KBFGSOptimizer(Settings):
             decay=self.decay,
             statistics_every=self.statistics_every,
             others=self.others,
+            kl_clip=self.kl_clip,
         )
         parts: list[optax.GradientTransformation] = []
         if self.weight_decay is not None:

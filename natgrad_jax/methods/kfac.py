@@ -26,7 +26,7 @@ from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Method, Scalar
 from natgrad_jax.blocks import kronecker
 from natgrad_jax.layers.rows import Sharing
-from natgrad_jax.settings import Averaged, Clipped, direction, optimizer
+from natgrad_jax.settings import Averaged, Completed, direction, optimizer
 
 Split = Literal["pi", "even", "exact"]
 
@@ -69,7 +69,7 @@ class KFAC(Averaged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KFACOptimizer(Clipped, KFAC):
+class KFACOptimizer(Completed, KFAC):
     """K-FAC with heavy-ball momentum and decoupled weight decay.
 
     Damping 0.03, decay 0.95, momentum 0.9, inverses every 100 steps and weight decay added to the preconditioned

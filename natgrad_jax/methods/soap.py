@@ -153,6 +153,7 @@ class SOAPOptimizer(Completed, SOAP):
     """
 
     momentum: Scalar | Quadratic | None = 0.95
+    kl_clip: Scalar | None = 1e-2  # its directions are divided by a root: no divergence, and longer
     smoothing = staticmethod(optax.ema)
 
 

@@ -32,7 +32,7 @@ from natgrad_jax.blocks import kronecker, rotated
 from natgrad_jax.blocks.rotated import Rotated
 from natgrad_jax.layers.rows import Pairing
 from natgrad_jax.lift.lift import Strengths
-from natgrad_jax.settings import Clipped, Rescaled, direction, optimizer
+from natgrad_jax.settings import Completed, Rescaled, direction, optimizer
 
 DampingRule = Literal["mean_eigenvalue", "scalar"]
 
@@ -115,7 +115,7 @@ def mean_eigenvalues(layers: Mapping[str, Layer], operators: Mapping[str, Rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class TEKFACOptimizer(Clipped, TEKFAC):
+class TEKFACOptimizer(Completed, TEKFAC):
     """TEKFAC with heavy-ball momentum and decoupled weight decay.
 
     The paper's table of settings is not public: the defaults are those of `ekfac`, so that the two can be compared.

@@ -44,7 +44,7 @@ from natgrad_jax.layers.joint import by_member, from_members, is_joint, joint, j
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
-from natgrad_jax.settings import Clipped, Direction, Fixed, Number, Size, Steps, Transformation, direction, optimizer
+from natgrad_jax.settings import Completed, Direction, Fixed, Number, Size, Steps, Transformation, direction, optimizer
 
 Blocks = Literal["layer", "joint"]
 Sharing = Literal["example", "reduce"]
@@ -278,7 +278,7 @@ def _of_what_is_added(layers: Layers, direction: Transformation) -> Transformati
 
 
 @dataclass(frozen=True, kw_only=True)
-class TENGraDOptimizer(Clipped, TENGraD):
+class TENGraDOptimizer(Completed, TENGraD):
     """TENGraD with heavy-ball momentum and decoupled weight decay.
 
     The defaults are those of the authors' scripts (Fashion-MNIST: learning rate 0.003, batches of 128), which also have

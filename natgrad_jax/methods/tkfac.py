@@ -27,7 +27,7 @@ from natgrad_jax.base import Layer, Method, Scalar
 from natgrad_jax.blocks import kronecker
 from natgrad_jax.blocks.kronecker import Split
 from natgrad_jax.layers.rows import Pairing
-from natgrad_jax.settings import Averaged, Clipped, direction, optimizer
+from natgrad_jax.settings import Averaged, Completed, direction, optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class TKFAC(Averaged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TKFACOptimizer(Clipped, TKFAC):
+class TKFACOptimizer(Completed, TKFAC):
     """TKFAC with heavy-ball momentum and decoupled weight decay.
 
     The paper's momentum is the same heavy ball behind the preconditioner. Its table of settings is not public: the

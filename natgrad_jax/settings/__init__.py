@@ -4,7 +4,6 @@ from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, S
 from natgrad_jax.settings.public import direction, direction_of_tensors, optimizer, optimizer_of_tensors
 from natgrad_jax.settings.shared import (
     Averaged,
-    Clipped,
     Completed,
     Direction,
     OfCutTensors,
@@ -15,7 +14,6 @@ from natgrad_jax.settings.shared import (
 
 __all__ = [
     "Averaged",
-    "Clipped",
     "Completed",
     "Direction",
     "Fixed",

@@ -16,7 +16,7 @@ from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Layers, Scalar, ScalarOrSchedule
 from natgrad_jax.lift.state import Period
 from natgrad_jax.settings.keywords import hints_of, parts_of
-from natgrad_jax.settings.shared import Clipped, Completed, Direction, OfTensors, Rate, Transformation
+from natgrad_jax.settings.shared import Completed, Direction, OfTensors, Rate, Transformation
 
 P = ParamSpec("P")
 
@@ -48,8 +48,10 @@ class DirectionOfTensors(Protocol[P]):
 class OptimizerOfLayers(Protocol[P]):
     """A complete optimizer for the layers of a model."""
 
-    def __call__(self, learning_rate: Rate, layers: Layers, *args: P.args, **kwargs: P.kwargs) -> Transformation:
-        """The optimizer."""
+    def __call__(
+        self, learning_rate: Rate = None, layers: Layers | None = None, *args: P.args, **kwargs: P.kwargs
+    ) -> Transformation:
+        """The optimizer; the layers are needed."""
         ...
 
 
@@ -57,7 +59,7 @@ class OptimizerOfTensors(Protocol[P]):
     """A complete optimizer that can do without layers."""
 
     def __call__(
-        self, learning_rate: Rate, layers: Layers | None = None, *args: P.args, **kwargs: P.kwargs
+        self, learning_rate: Rate = None, layers: Layers | None = None, *args: P.args, **kwargs: P.kwargs
     ) -> Transformation:
         """The optimizer."""
         ...
@@ -84,8 +86,8 @@ def optimizer(settings: Callable[P, Complete]) -> OptimizerOfLayers[P]:
     Returns:
         The function, with the name, signature and documentation of the settings.
     """
-    rate = _RATE if issubclass(cast(type, settings), Completed) else _PLAIN_RATE
-    return _public(settings, _name(settings), rate | _LAYERS)
+    completes = issubclass(cast(type, settings), Completed)
+    return _public(settings, _name(settings), _RATE | _BEHIND if completes else _PLAIN_RATE | _LAYERS)
 
 
 def direction_of_tensors(settings: Callable[P, OfTensors]) -> DirectionOfTensors[P]:
@@ -103,13 +105,15 @@ def optimizer_of_tensors(
 _RATE = {
     "learning_rate": (
         Rate,
-        inspect.Parameter.empty,
-        'step size, its schedule, or "quadratic": what minimises the quadratic model of the loss (`controlled`); let '
-        '`momentum` then be "quadratic", too, or None.',
+        None,
+        "step size, or its schedule. None: length, averaging and damping of the steps are found while training "
+        '(`automatic`). "quadratic": what minimises the quadratic model of the batch (`controlled`), with momentum '
+        '"quadratic" and `adaptive_damping()` where nothing else is said.',
     )
 }
 _PLAIN_RATE = {"learning_rate": (ScalarOrSchedule, inspect.Parameter.empty, "step size, or its schedule.")}
 _LAYERS = {"layers": (Layers, inspect.Parameter.empty, "from `capture.layers`.")}
+_BEHIND = {"layers": (Layers, None, "from `capture.layers`; they are needed.")}
 _ARRAYS = {
     "layers": (
         Layers | None,
@@ -138,18 +142,17 @@ def _public(settings: Any, name: str, first: Told) -> Any:
     completes = "learning_rate" in first
 
     def made(*args: Any, **kwargs: Any) -> Transformation:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = dict(bound.arguments)
-        layers = given.pop("layers")
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        layers = given.pop("layers", None)
         rate = given.pop("learning_rate", None)
         if not completes:
             return settings(**given).lifted(layers)
         if isinstance(rate, str):
             checks.choice("learning_rate", rate, ("quadratic",))
-        else:
+        elif rate is not None:
             checks.number("learning_rate", rate, least=0, schedule=True)
-        return settings(**given).completed(rate, layers)
+        made = settings(**given)
+        return (made.beside(rate, given) if isinstance(made, Completed) else made).completed(rate, layers)
 
     made.__name__ = made.__qualname__ = name
     made.__module__ = settings.__module__
@@ -212,7 +215,7 @@ def _shown(hint: Any) -> str:
 def _keywords(settings: Any) -> list[inspect.Parameter]:
     """The parameters of a public function, what is special about the method before what all have."""
     hints, own = hints_of(settings), inspect.signature(settings).parameters
-    shared = [each.name for base in (OfTensors, Clipped) for each in fields(base)]
+    shared = [each.name for base in (OfTensors, Completed) for each in fields(base)]
     special = [name for name in own if name not in shared]
     order = ["damping", *special, *(name for name in own if name != "damping" and name not in special)]
     keyword = inspect.Parameter.KEYWORD_ONLY

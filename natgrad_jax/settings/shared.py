@@ -1,12 +1,12 @@
 """The settings that methods share: every keyword is written, typed, explained and checked in the class that owns it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, cast
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import optax
 
-from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, adaptive_damping
 from natgrad_jax.around.complete import complete
 from natgrad_jax.around.control import Quadratic
 from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
@@ -19,7 +19,7 @@ from natgrad_jax.lift.tensors import Statistics, lift_tensors
 from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps
 
 Transformation = optax.GradientTransformationExtraArgs
-Rate = ScalarOrSchedule | Quadratic
+Rate = ScalarOrSchedule | Quadratic | None
 Smoothing = Callable[[Scalar], optax.GradientTransformation]
 
 
@@ -253,13 +253,16 @@ class Completed(Settings):
         Any, "which parameters decay, as `optax.add_decayed_weights` takes it; None for all.", Mask()
     ] = None
 
+    kl_clip: Annotated[
+        Scalar | None,
+        "bound of `clip_by_kl` on how far a step may move the model: the largest product of gradient and direction "
+        "times the squared learning rate. With the default no learning rate from 1e-3 to 1 diverged in our trials; the "
+        "scripts of the TENGraD authors have 1e-2. A loss that sums many outputs wants more. None for none.",
+        Number(),
+    ] = 1e-3
+
     smoothing: ClassVar[Smoothing | None] = None
     """The momentum in front of the direction, if it does not stand behind it."""
-
-    @property
-    def clip(self) -> Scalar | None:
-        """The bound of the KL clip."""
-        return None
 
     @property
     def heavy_ball(self) -> Scalar | Quadratic | None:
@@ -270,24 +273,31 @@ class Completed(Settings):
         """The direction that is completed."""
         return cast(Direction, self).lifted(layers)
 
+    def beside(self, learning_rate: Rate, chosen: Collection[str]) -> Self:
+        """These settings with defaults that go with a learning rate; `chosen` names those that are no defaults.
+
+        Raises:
+            ValueError: if a setting that was chosen says what is found without a learning rate.
+        """
+        free: dict[str, Any] = {"kl_clip": None, "momentum": None, "damping": adaptive_damping()}
+        if learning_rate is None:
+            adapts = isinstance(cast(Direction, self).damping, AdaptiveDamping)
+            wrong = [name for name in ("damping",) * adapts + ("kl_clip", "momentum") if name in chosen]
+            if wrong:
+                raise ValueError(
+                    f"`{wrong[0]}` is {getattr(self, wrong[0])!r}, but `learning_rate` is None: length, averaging and "
+                    "damping of the steps are then found while training (`ng.automatic`). Drop it, or give "
+                    '`learning_rate` a number, or "quadratic".'
+                )
+        elif isinstance(learning_rate, str):
+            free["momentum"] = "quadratic"
+        else:
+            words = isinstance(cast(Direction, self).damping, AdaptiveDamping) or self.momentum == "quadratic"
+            free = {"kl_clip": None} if words else {}
+        return replace(self, **{name: value for name, value in free.items() if name not in chosen})
+
     def completed(self, learning_rate: Rate, layers: Any) -> Transformation:
         """The complete optimizer for the layers of a model."""
         decay = (self.weight_decay, self.weight_decay_mask)
-        around = (self.clip, self.heavy_ball, *decay, self.smoothing)
+        around = (self.kl_clip, self.heavy_ball, *decay, self.smoothing)
         return complete(self.direction(layers), learning_rate, cast(Direction, self).damping, *around)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clipped(Completed):
-    """What a complete optimizer of curvature adds."""
-
-    kl_clip: Annotated[
-        Scalar | None,
-        "bound of `clip_by_kl` on how far a step may move the model, 1e-3 to 1e-2 in most uses; None for none.",
-        Number(),
-    ] = None
-
-    @property
-    def clip(self) -> Scalar | None:
-        """The bound of the KL clip."""
-        return self.kl_clip

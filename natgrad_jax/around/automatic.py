@@ -1,0 +1,243 @@
+"""A complete optimizer without a learning rate: length, averaging and damping from what the next batch says.
+
+A step that is the best for a batch fits that batch, so its own batch always approves of it. The next batch does not
+know it, and the slope there along the last step costs nothing: its gradient g is at the end of that step.
+
+    1  s <- EMA(s_t d^T F d - g^T d) / EMA(d^T F d)          the share of the last steps d that was right, in [0.01, 1]
+    2  damping <- 0.95 damping if s > 0.5,  damping / 0.95 if s < 0.1
+    3  gain <- gain / 0.9 if s > 0.9,  0.9 gain if s < 0.7                                      in [0.05, 1]
+    4  m <- (1 - gain) m + gain g
+    5  u <- -direction of m at the damping
+    6  d <- -(g^T u) / (u^T (F + damping I) u) u             the minimiser along u of the model of this batch
+    7  step <- s d
+    8  if the loss is not finite or four times the last, and this batch says that the last step raised it by more than
+       ten times what was foretold: step <- -(the last step), damping <- 2 damping
+
+Line 1 is exact for a quadratic loss with the matrix F: its gradient along d is g^T d = s_t d^T F d + (slope before the
+step), and the share that minimises along d is -(slope before the step) / d^T F d. With all the data in a batch s stays
+near 1, the gain goes to 1 and the damping to 0: Newton's steps. With few data the averaging lengthens until the
+directions hold beyond their batch. The averages of line 1 forget by 0.9 per step. Numbers by measurement, on the digits
+at batches of 32 to 1797; see `experiments/defaults.py`.
+
+Not here: the test of a step on its own batch; see `control`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import checks
+from natgrad_jax.algebra import trees
+from natgrad_jax.around.model import check, minimiser, model_of, penalty, ratio_of
+from natgrad_jax.base import Array, ScalarOrSchedule
+from natgrad_jax.lift.requests import answered
+from natgrad_jax.lift.state import at_step
+
+FIRST_DAMPING = 0.1
+_FORGET, _LEAST_SHARE, _LEAST_GAIN = 0.9, 0.01, 0.05
+_DAMPINGS = (1e-8, 1e8)
+
+
+class Step(NamedTuple):
+    """The last step.
+
+    Attributes:
+        tree: the step, a tree like the parameters.
+        share: s of it.
+        bent: d^T F d.
+        foretold: the change of the loss that the model of its batch foretold; 0 if no step was made.
+        value: the loss of its batch, at its start.
+    """
+
+    tree: Any
+    share: Array
+    bent: Array
+    foretold: Array
+    value: Array
+
+
+class AutomaticState(NamedTuple):
+    """State of `automatic`.
+
+    Attributes:
+        count: steps done, int32.
+        damping: of the last step.
+        learning_rate: of the last step, its length over that of the direction.
+        momentum: of the last step, 1 - gain: the weight of the old average of the gradient.
+        ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
+        rejected: steps that were taken back, int32.
+        share: s of the last step.
+        sums: of line 1, its numerator and its denominator.
+        average: m, a tree like the parameters.
+        last: the last step.
+        first: the size of the first loss, in whose rounding a rise says nothing.
+        direction: state of the direction.
+    """
+
+    count: Array
+    damping: Array
+    learning_rate: Array
+    momentum: Array
+    ratio: Array
+    rejected: Array
+    share: Array
+    sums: tuple[Array, Array]
+    average: Any
+    last: Step
+    first: Array
+    direction: Any
+
+
+def automatic(
+    direction: optax.GradientTransformationExtraArgs,
+    *,
+    damping: ScalarOrSchedule | None = None,
+    l2: ScalarOrSchedule | None = None,
+    l2_mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A complete optimizer that chooses length, averaging and damping of its steps by itself.
+
+    Args:
+        direction: a `scale_by_*` transformation; its own damping is ignored.
+        damping: strength in the units of F, or its schedule; None to start at 0.1 and adapt.
+        l2: strength of l2 / 2 |theta|^2 in the objective; None for none.
+        l2_mask: which parameters it holds for, as `optax.add_decayed_weights` takes it.
+
+    Returns:
+        A transformation; `update` needs `params` and, as `curvature`, the `out.curvature` of `value_and_grad` itself.
+        What changes the gradient in front of it (clipping, say) changes the direction alone, if `update` is given the
+        gradient as its extra argument `gradient`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    if damping is not None:
+        checks.number("damping", damping, least=0, schedule=True)
+    penalty_of = None if l2 is None else penalty(l2_mask)
+
+    def init(params):
+        zero, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+        return AutomaticState(
+            count=jnp.zeros((), jnp.int32),
+            damping=zero + FIRST_DAMPING,
+            learning_rate=zero,
+            momentum=zero,
+            ratio=zero + jnp.nan,
+            rejected=jnp.zeros((), jnp.int32),
+            share=zero + 1,
+            sums=(zero, zero),
+            average=zeros,
+            last=Step(zeros, zero + 1, zero, zero, zero),
+            first=zero,
+            direction=direction.init(params),
+        )
+
+    def update(updates, state, params=None, *, curvature: Any = None, gradient: Any = None, **extra):
+        seen = updates if gradient is None else gradient
+        if extra.get("request") is not None:
+            return answered(direction, updates, state, params, extra | {"curvature": curvature, "gradient": seen})
+        check(curvature, params)
+        penalised, l2_now = None, 0.0
+        if penalty_of is not None and l2 is not None:
+            l2_now = at_step(l2, state.count)
+            penalised = partial(penalty_of, strength=l2_now)
+        slope = seen if penalised is None else trees.add(seen, penalised(params), 1.0)
+        incoming = updates if penalised is None else trees.add(updates, penalised(params), 1.0)
+        value = jnp.asarray(curvature.value(), jnp.float32)
+        state = _judged(state, slope, value)  # 1
+        state = _adapted(state, damping)  # 2, 3
+        ratio, bad = _tested(state, curvature, params, value, penalised)
+        state = state._replace(average=_averaged(state, incoming))  # 4
+
+        def forward():
+            strength = state.damping + l2_now
+            given = extra | {"curvature": curvature, "damping": strength, "gradient": seen}
+            found, inner = direction.update(state.average, state.direction, params, **given)
+            u = jax.tree.map(jnp.negative, found)  # 5
+            model = model_of(curvature, (u,), slope, penalised)
+            weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
+            rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
+            foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
+            known = jnp.isfinite(foretold) & jnp.isfinite(bent)  # of a batch of NaN nothing is
+            rate, bent, foretold = (jnp.where(known, number, 0) for number in (rate, bent, foretold))
+            step = jax.tree.map(lambda leaf: jnp.where(known, rate * leaf, 0).astype(leaf.dtype), u)  # 7
+            made = Step(step, *_narrow(state.share, bent, foretold, value))
+            return step, state._replace(learning_rate=rate.astype(jnp.float32), last=made, direction=inner)
+
+        def back():
+            zeros = jax.tree.map(jnp.zeros_like, state.last.tree)
+            made = Step(zeros, state.share, *_narrow(0.0, 0.0, state.last.value))
+            step = jax.tree.map(jnp.negative, state.last.tree)
+            damping = jnp.clip(2 * state.damping, *_DAMPINGS)
+            return step, state._replace(
+                damping=damping, learning_rate=jnp.zeros((), jnp.float32), last=made, rejected=state.rejected + 1
+            )
+
+        step, state = jax.lax.cond(bad, back, forward)  # 8
+        return step, state._replace(count=jnp.asarray(optax.safe_increment(state.count)), ratio=ratio)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _judged(state: AutomaticState, slope: Any, value: Array) -> AutomaticState:
+    """Line 1; a step of which nothing finite is known counts for nothing."""
+    last = state.last
+    end = trees.dot(slope, last.tree) / last.share
+    known = (last.foretold != 0) & jnp.isfinite(end) & jnp.isfinite(value)
+    new = jnp.where(known, last.share * last.bent - end, 0), jnp.where(known, last.bent, 0)
+    over, under = (jnp.where(known, _FORGET, 1) * old + one for old, one in zip(state.sums, new, strict=True))
+    share = jnp.where(under > 0, jnp.clip(over / jnp.where(under > 0, under, 1), _LEAST_SHARE, 1), 1)
+    first = jnp.where(state.count > 0, state.first, jnp.where(jnp.isfinite(value), jnp.abs(value), 0))
+    share, over, under = _narrow(share, over, under)
+    return state._replace(share=share, sums=(over, under), first=first)
+
+
+def _adapted(state: AutomaticState, damping: ScalarOrSchedule | None) -> AutomaticState:
+    """Lines 2 and 3, from the fourth step on."""
+    s = jnp.where(state.count < 3, 0.5, state.share)  # nothing moves
+    lower = jnp.where(s > 0.5, 0.95, jnp.where(s < 0.1, 1 / 0.95, 1))
+    adapted = jnp.clip(state.damping * lower, *_DAMPINGS)
+    strength = adapted if damping is None else at_step(damping, state.count)
+    s = jnp.where(state.count < 3, 0.8, state.share)
+    gain = (1 - state.momentum) * jnp.where(s > 0.9, 1 / 0.9, jnp.where(s < 0.7, 0.9, 1))
+    strength, momentum = _narrow(strength, 1 - jnp.clip(gain, _LEAST_GAIN, 1))
+    return state._replace(damping=strength, momentum=momentum)
+
+
+def _averaged(state: AutomaticState, gradient: Any) -> Any:
+    """Line 4, also of a step that is taken back, whose gradient points back; not of one that is not finite."""
+    gain = jnp.where(jnp.isfinite(trees.dot(gradient, gradient)), 1 - state.momentum, 0)
+    moved = jax.tree.map(lambda m, g: (m + gain * (g - m)).astype(m.dtype), state.average, gradient)
+    return trees.select(gain > 0, moved, state.average)
+
+
+def _tested(
+    state: AutomaticState, curvature: Any, params: Any, value: Array, penalised: Callable[[Any], Any] | None
+) -> tuple[Array, Array]:
+    """Line 8: the ratio of the last test, and whether the last step is to be taken back.
+
+    A batch whose loss was not finite before the step, either, says nothing of the step.
+    """
+    last = state.last
+    rise = 3 * jnp.abs(last.value) + 10 * jnp.finfo(jnp.float32).eps * state.first
+    is_due = (last.foretold != 0) & ~(value - last.value <= rise)
+
+    def test():
+        start = trees.add(params, last.tree, -1.0)
+        before = curvature.value(start)
+        change = value - before
+        if penalised is not None:
+            change += trees.dot(penalised(trees.add(params, last.tree, -0.5)), last.tree)
+        bad = jnp.isfinite(before) & ~(change <= 10 * jnp.abs(last.foretold))
+        return ratio_of(change, last.foretold), bad
+
+    return jax.lax.cond(is_due, test, lambda: (state.ratio, jnp.array(False)))
+
+
+def _narrow(*numbers: Any) -> Iterator[Array]:
+    """Numbers in float32."""
+    return (jnp.asarray(number, jnp.float32) for number in numbers)
