@@ -31,7 +31,9 @@ import pytest
 
 
 gc.freeze()
-gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live: looking through them all was a tenth of the time
+gc.set_threshold(
+    50_000, 20, 50
+)  # tracing makes many objects that live: looking through them all was a tenth of the time
 
 
 @pytest.fixture(scope="module", autouse=True)
