@@ -12,9 +12,6 @@ import gc
 import os
 import pathlib
 
-MAPS = 4_000
-"""With more memory maps than this, which stand for some 2 GB, a process forgets what it compiled; a file adds about 1,000."""
-
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when the library loads, hence before jax
 os.environ.setdefault(
     "XLA_FLAGS",  # together a third of the time
@@ -29,11 +26,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+MAPS = 4_000
+"""With more memory maps, which stand for some 2 GB, a process forgets what it compiled; a file adds about 1,000."""
 
 gc.freeze()
-gc.set_threshold(
-    50_000, 20, 50
-)  # tracing makes many objects that live: looking through them all was a tenth of the time
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that stay: to look through them was a tenth of the time
 
 
 @pytest.fixture(scope="module", autouse=True)
