@@ -26,6 +26,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+from natgrad_jax.watch.verify import UNKNOWN
+
 MAPS = 4_000
 """With more memory maps, which stand for some 2 GB, a process forgets what it compiled; a file adds about 1,000."""
 
@@ -47,7 +49,7 @@ def forget():
 def unverified(request, monkeypatch):
     """`layers` does not compare what it finds with autodiff: a compilation for each call. Tests of that ask for it."""
     if "verified" not in request.keywords:
-        monkeypatch.setattr("natgrad_jax.watch.doors.wrong", lambda *_: {})
+        monkeypatch.setattr("natgrad_jax.watch.doors.verdict", lambda *_: UNKNOWN)
 
 
 @pytest.fixture
