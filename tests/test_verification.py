@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from reference import normal
 from test_products import CASES, N
 
@@ -98,3 +99,20 @@ def test_layers_behind_which_examples_are_mixed_are_told_and_have_no_gradient_of
         found = np.einsum("nti,knto->nio", np.asarray(rows), np.asarray(columns))
         assert np.allclose(found, expected, rtol=1e-9, atol=1e-12) == (address not in mixed)
         np.testing.assert_allclose(found.sum(0), expected.sum(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "mixed"), [(nn.BatchNorm, ["c", "d"]), (nn.LayerNorm, [])])
+def test_a_layer_in_front_of_batch_normalisation_is_told_also_in_half_precision_and_among_many(norm, mixed):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+            x = nn.Conv(4, (2,), feature_group_count=2, name="c", **half)(nn.Embed(3, 2, name="e", **half)(x))
+            x = nn.Dense(3, name="d", **half)(nn.tanh(x).reshape(len(x), -1))
+            x = norm(**({"use_running_average": False} if norm is nn.BatchNorm else {}), **half)(x)
+            return nn.Dense(2, name="last", **half)(x)
+
+    x = jnp.arange(3 * 600).reshape(600, 3) % 7 % 3
+    variables = Net().init(jax.random.key(0), x)
+    layers = ng.linen.capture(Net(), ng.losses.softmax_cross_entropy).layers(variables, x)
+    assert set(layers) == {"c", "d", "e", "last"} and sorted(layers.mixed) == sorted(mixed + ["e"] * bool(mixed))

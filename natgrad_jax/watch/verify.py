@@ -27,6 +27,9 @@ _QUICKLY = {
 }
 """Options of the compiler for what runs once: on a CPU code that is slow and soon there."""
 
+_LEAK = 1e-6
+"""Of cotangents that should be zero: zeros are passed on without rounding, in whatever dtype."""
+
 
 class Verdict(NamedTuple):
     """What verification found.
@@ -75,13 +78,13 @@ def verdict(problem: Problem, forward: Forward, params: Tree, given: Any) -> Ver
         found = _run_once(lambda params, key: differences(problem, forward, params, key), params, jax.random.key(0))
     except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
         return UNKNOWN
-    unit = _coarsest(forward, params)
+    tolerance = _tolerance(forward, params)
     wrong = {
         name: f"its products explain its gradient but for {float(each.apart):.0%}"
         for name, each in found.items()
-        if each.apart > 4 * unit**0.5
+        if each.apart > tolerance
     }
-    return Verdict(wrong, tuple(name for name, each in found.items() if name not in wrong and each.leaked > 8 * unit))
+    return Verdict(wrong, tuple(name for name, each in found.items() if name not in wrong and each.leaked > _LEAK))
 
 
 def _run_once(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -143,8 +146,8 @@ def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     return Measured(jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)), leaked)
 
 
-def _coarsest(forward: Forward, params: Tree) -> float:
-    """The coarsest unit of rounding of the dtypes in products."""
+def _tolerance(forward: Forward, params: Tree) -> float:
+    """What rounding may make of a difference: four times the root of the coarsest unit of the dtypes in products."""
     dtypes = {probe.dtype for probes in forward.probes.values() for probe in probes}
     dtypes |= {leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    return 4 * max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5
