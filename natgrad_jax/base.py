@@ -232,12 +232,14 @@ class Layers(Mapping[str, Layer]):
         rest: the parameters that belong to no known layer, each with the reason in its `note`.
         examples: N of the inputs that the layers were found with; 0 if that is not known.
         draws: K that the evidence will have; 0 if it will have no cotangents.
+        mixed: names of the layers behind which the outputs of one example depend on the rows of others.
     """
 
     known: tuple[Layer, ...]
     rest: tuple[Layer, ...] = ()
     examples: int = 0
     draws: int = 1
+    mixed: tuple[str, ...] = field(default=(), compare=False)
     _index: dict[str, Layer] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self):
@@ -262,6 +264,9 @@ class Layers(Mapping[str, Layer]):
 
     def bytes(self, tx: optax.GradientTransformation) -> int:
         """How much memory the state of a transformation takes for these layers; nothing is computed.
+
+        What `print(layers)` says of a layer is a pair of whole factors. Here the settings count: of a side that is
+        wider than `max_factor_dim` a method holds the diagonal, and one that keeps rows or roots holds those.
 
         Args:
             tx: a direction or a complete optimizer, made of these layers.

@@ -39,6 +39,13 @@ def coverage(layers: Any, widest: int) -> str:
         lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
     elif layers.known:
         lines.append("Every parameter is covered.")
+    if layers.mixed:
+        behind = "every layer" if len(layers.mixed) == len(layers.known) else ", ".join(layers.mixed)
+        lines.append(
+            f"Behind {behind}, examples are mixed (batch normalisation, attention over a batch): the gradient of an "
+            "example is not that of its rows there. What TENGraD and the scale of EKFAC say of single examples "
+            "is then an approximation."
+        )
     return "\n".join(lines)
 
 

@@ -104,7 +104,7 @@ def seen(case: str) -> Seen:
         jacobian, p = jnp.concatenate(jacobian, axis=-1), jax.nn.softmax(outputs(leaves, x))
         return jnp.einsum("asp,ab,bsq->spq", jacobian, jnp.diag(p) - jnp.outer(p, p), jacobian)
 
-    return Seen(layer, evidence["layer"], params, jnp.mean(jax.vmap(of_example)(x), axis=0))
+    return Seen(layer, evidence["layer"], params, jax.jit(lambda x: jnp.mean(jax.vmap(of_example)(x), axis=0))(x))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -92,10 +92,11 @@ def test_the_complete_optimizer_is_direction_decay_momentum_and_learning_rate(me
     parts.insert(2 if smoothing is None else 0, (smoothing or optax.trace)(0.8))
 
     def twice(tx):
-        state = tx.init(params_of())
-        for _ in range(2):
+        def step(state, _):
             updates, state = tx.update(gradient, state, params_of(), curvature=evidence, gradient=gradient)
-        return updates
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(params_of()), length=2)[1]
 
     one, other = jax.jit(lambda: (twice(whole), twice(optax.chain(*parts))))()
     close(one, other)

@@ -412,47 +412,6 @@ def test_a_tied_table_has_the_gradient_of_every_draw(labels, draws):
     assert_differs(found[::-1], evidence.gradient["embedding"])
 
 
-# Verification ---
-
-
-def losing(monkeypatch, path):
-    """The engine overlooks a use."""
-    from natgrad_jax.watch import traced
-
-    def blind(*args):
-        found = follow(*args)
-        return found._replace(products=tuple(product for product in found.products if product.path != path))
-
-    follow = traced.follow
-    monkeypatch.setattr(traced, "follow", blind)
-
-
-@pytest.mark.verified
-@pytest.mark.parametrize("name", ["tied", "scan over time", "in and out of a scan", "optimized lstm", "conv transpose"])
-def test_layers_are_verified(name, recwarn):
-    one = CASES[name]()
-    capture = ng.capture(one.apply, ng.losses.squared_error)
-    assert set(capture.layers(one.params, one.x)) == set(one.layers)
-    assert not capture.watch.unexplained and not [w for w in recwarn if "explain" in str(w.message)]
-
-
-@pytest.mark.verified
-def test_a_use_that_was_overlooked_is_found_by_verification_and_costs_the_layer(monkeypatch):
-    def apply(p, x):
-        return jnp.tanh(x @ p["w"]) @ p["w"] @ p["v"]
-
-    params, x, y = {"w": normal(4, 4), "v": normal(4, 2, seed=1)}, normal(N, 4), normal(N, 2)
-    losing(monkeypatch, (2,))
-    capture = ng.capture(apply, ng.losses.squared_error, labels="true")
-    with pytest.warns(UserWarning, match="do not explain"):
-        layers = capture.layers(params, x)
-    assert list(layers) == ["v"] and "explain its gradient" in layers.rest[0].note
-    out = capture.value_and_grad(params, x, y)
-    assert set(out.curvature()) == {"v", "w"}
-    careless = ng.capture(apply, ng.losses.squared_error, verify=False)
-    assert set(careless.layers(params, x)) == {"w", "v"}
-
-
 # How models are called ---
 
 
@@ -536,6 +495,8 @@ def test_layers_tell_what_a_method_will_hold_and_print_what_it_holds_of_a_wide_s
     for tx in (ng.scale_by_kfac(layers, damping=0.1), ng.scale_by_kfac(layers, damping=0.1, max_factor_dim=2)):
         state = tx.init(params)
         assert layers.bytes(tx) == sum(leaf.nbytes for leaf in jax.tree.leaves(state)) < 1e6
+    whole, cut = (ng.scale_by_kfac(layers, damping=0.1, max_factor_dim=width) for width in (4, 2))
+    assert layers.bytes(whole) - layers.bytes(cut) == 4 * (2 * 4**2 - 2 * 4)  # of the one side of 4: A and its inverse
 
 
 @pytest.mark.verified

@@ -2,10 +2,12 @@
 
 import doctest
 import inspect
+import sys
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+import methods_table
 import numpy as np
 import optax
 import pytest
@@ -19,6 +21,12 @@ DIRECTIONS = tuple(f"scale_by_{name}" for name in NAMES if name != "kbfgs")
 MAKERS = NAMES + DIRECTIONS
 every_maker = pytest.mark.parametrize("name", MAKERS)
 every_optimizer = pytest.mark.parametrize("name", NAMES)
+LIFTED = {row.split()[0] for row in methods_table.LIFTED}
+
+
+def of_the_keywords(names):
+    """The methods that stand for all ways of lifting; all with `-m full`."""
+    return [name if name in LIFTED else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 def keywords(name):
@@ -50,15 +58,11 @@ def test_help_explains_every_keyword_and_starts_with_the_signature(name):
     assert shown.count("\n") == len(keywords(name)) + 2 and "typing" not in shown and "ArrayLike" not in shown
 
 
-@pytest.mark.slow
 @every_maker
-def test_the_example_of_the_documentation_runs(name):
-    function = getattr(ng, name)
-    test = doctest.DocTestParser().get_doctest(function.__doc__, {}, name, None, None)
-    assert len(test.examples) == 10
-    runner = doctest.DocTestRunner(verbose=False)
-    runner.run(test)
-    assert runner.failures == 0
+def test_the_documentation_has_an_example_that_is_collected_and_run_as_a_doctest_of_its_module(name):
+    module = sys.modules[getattr(ng, name).__module__]
+    (found,) = (test for test in doctest.DocTestFinder().find(module) if test.name == f"{module.__name__}.{name}")
+    assert len(found.examples) == 10
 
 
 def test_what_methods_share_means_and_defaults_the_same_but_where_a_class_says_so():
@@ -188,17 +192,27 @@ def stepped(tx, dtype="float32"):
     return step(state)
 
 
-@pytest.mark.slow
+def injected_and_plain(name):
+    """The same optimizer with its numbers as arrays in its state, and as they are."""
+    layers, make = task("mlp true labels").layers, getattr(ng, name)
+    return optax.inject_hyperparams(make)(0.1, layers, damping=0.1), make(0.1, layers, damping=0.1)
+
+
 @every_optimizer
 def test_every_method_is_injected_without_static_arguments(name):
-    layers = task("mlp true labels").layers
-    injected = optax.inject_hyperparams(getattr(ng, name))(0.1, layers, damping=0.1)
-    plain = getattr(ng, name)(0.1, layers, damping=0.1)
-    updates, state = stepped(injected)
-    expected, _ = stepped(plain)
+    (updates, state), (expected, _) = (jax.eval_shape(lambda tx=tx: stepped(tx)) for tx in injected_and_plain(name))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), updates) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+    assert "damping" in state.hyperparams and "max_factor_dim" not in state.hyperparams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", of_the_keywords(NAMES))
+def test_a_step_with_injected_numbers_is_that_with_the_numbers(name):
+    (updates, _), (expected, _) = map(stepped, injected_and_plain(name))
     for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-6)
-    assert "damping" in state.hyperparams and "max_factor_dim" not in state.hyperparams
 
 
 @pytest.mark.slow
@@ -268,12 +282,15 @@ def test_the_scale_alone_is_averaged_with_its_own_weight(name):
     same = getattr(ng, name)(problem.layers, **settings)
     state, other = tx.init(problem.variables["params"]), same.init(problem.variables["params"])
     weights = []
-    for t in range(3):
-        key = jax.random.key(t)
-        out = problem.capture.value_and_grad(problem.variables, problem.x[t], problem.y[t], key=key)
+
+    @jax.jit
+    def step(state, other, x, y, key):
+        out = problem.capture.value_and_grad(problem.variables, x, y, key=key)
         evidence = out.curvature()
-        _, state = tx.update(out.grad, state, curvature=evidence)
-        _, other = same.update(out.grad, other, curvature=evidence)
+        return tuple(each.update(out.grad, old, curvature=evidence)[1] for each, old in ((tx, state), (same, other)))
+
+    for t in range(3):
+        state, other = step(state, other, problem.x[t], problem.y[t], jax.random.key(t))
         weights.append(float(state.operators["Dense_0"].value.scale.weight))
     np.testing.assert_allclose(weights, [0.25, 0.4375, 0.578125], rtol=1e-6)
     assert float(other.operators["Dense_0"].value.scale.weight) == 1.0

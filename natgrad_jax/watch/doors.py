@@ -6,7 +6,7 @@ for each batch loss, gradient and curvature.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from natgrad_jax.watch.common import Evaluation, Forward, Problem
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.recognise import Exceptions
 from natgrad_jax.watch.traced import Function, watch
-from natgrad_jax.watch.verify import wrong
+from natgrad_jax.watch.verify import UNKNOWN, verdict
 
 Labels = Literal["sampled", "exact", "true", "forward"]
 
@@ -83,11 +83,12 @@ class Watch:
         """
         forward = self._forward(model, inputs.args, inputs.kwargs)
         given = (model.state, inputs.args, inputs.kwargs)
-        if self.verify and (found := wrong(self.problem, forward, model.params, given)):
-            self.unexplained.update(found)
+        found = verdict(self.problem, forward, model.params, given) if self.verify else UNKNOWN
+        if found.wrong:
+            self.unexplained.update(found.wrong)
             warnings.warn(
-                f"Not preconditioned as layers, since their products do not explain their gradients: {found}. Each "
-                "parameter of them gets a diagonal Fisher block. Please report the model.",
+                f"Not preconditioned as layers, since their products do not explain their gradients: {found.wrong}. "
+                "Each parameter of them gets a diagonal Fisher block. Please report the model.",
                 stacklevel=3,
             )
             forward = self._forward(model, inputs.args, inputs.kwargs)
@@ -97,7 +98,7 @@ class Watch:
                 f"{', '.join(layer.name for layer in forward.layers.rest)}.",
                 stacklevel=3,
             )
-        return forward.layers
+        return replace(forward.layers, mixed=found.mixed)
 
     def evaluate(
         self, model: Model, inputs: Inputs, targets: Any, key: Array | None, weights: Array | None

@@ -3,10 +3,13 @@
 The rows of all uses of a layer give its gradient, the sum over rows of a g^T. Where autodiff says something else, the
 layer was seen wrongly: something is done with the parameter that no product shows. Compared are both, at perturbed
 parameters and for random cotangents of the outputs, so that nothing is zero by chance.
+
+The outputs of one example have a cotangent of zero. Where a layer still has cotangents in the rows of that example, the
+outputs of others depend on them: behind the layer examples are mixed.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,40 @@ _QUICKLY = {
 }
 """Options of the compiler for what runs once: on a CPU code that is slow and soon there."""
 
+_LEAK = 1e-6
+"""Of cotangents that should be zero: zeros are passed on without rounding, in whatever dtype."""
 
-def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[str, str]:
-    """The layers whose products do not explain their gradients; none where there are no numbers to compare.
+
+class Verdict(NamedTuple):
+    """What verification found.
+
+    Attributes:
+        wrong: {layer: by how much its products do not explain its gradient}.
+        mixed: the layers behind which examples are mixed.
+    """
+
+    wrong: dict[str, str]
+    mixed: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """Numbers of one layer.
+
+    Attributes:
+        apart: how far the rebuilt gradient is from that of autodiff, relative to its length; about the rounding of its
+            dtype where all is seen, NaN where the gradient is no number.
+        leaked: length of the cotangents in the rows of the example that has none, over the mean one of the others.
+    """
+
+    apart: Array
+    leaked: Array
+
+
+UNKNOWN = Verdict({}, ())
+
+
+def verdict(problem: Problem, forward: Forward, params: Tree, given: Any) -> Verdict:
+    """Whether the products of each layer explain its gradient, and its rows their examples.
 
     Args:
         problem: what is asked; only its readout is used.
@@ -35,20 +69,22 @@ def wrong(problem: Problem, forward: Forward, params: Tree, given: Any) -> dict[
         given: what else the function reads.
 
     Returns:
-        {layer: by how much}.
+        What was found; nothing where there are no numbers to compare.
     """
     arrays = jax.tree.leaves((params, given))
     if not forward.layers.known or any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
-        return {}
+        return UNKNOWN
     try:
         found = _run_once(lambda params, key: differences(problem, forward, params, key), params, jax.random.key(0))
     except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
-        return {}
-    return {
-        name: f"its products explain its gradient but for {float(value):.0%}"
-        for name, value in found.items()
-        if value > _tolerance(forward, params)
+        return UNKNOWN
+    tolerance = _tolerance(forward, params)
+    wrong = {
+        name: f"its products explain its gradient but for {float(each.apart):.0%}"
+        for name, each in found.items()
+        if each.apart > tolerance
     }
+    return Verdict(wrong, tuple(name for name, each in found.items() if name not in wrong and each.leaked > _LEAK))
 
 
 def _run_once(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -67,8 +103,8 @@ def rebuilt(layer: Layer, evidence: Evidence) -> dict[str, Array]:
     return from_matrix(layer, pulled(input_rows(layer, evidence), columns))
 
 
-def differences(problem: Problem, forward: Forward, params: Tree, key: Array) -> dict[str, Array]:
-    """How far the rebuilt gradient of each layer is from that of autodiff, relative to its length.
+def differences(problem: Problem, forward: Forward, params: Tree, key: Array) -> dict[str, Measured]:
+    """What one pullback says of each layer.
 
     Args:
         problem: what is asked; only its readout is used.
@@ -77,8 +113,9 @@ def differences(problem: Problem, forward: Forward, params: Tree, key: Array) ->
         key: for the cotangents and the perturbation.
 
     Returns:
-        {layer: a number, about the rounding of its dtype where all is seen}; NaN where the gradient is no number.
+        {layer: its numbers}.
     """
+    silent = forward.examples // 3  # neither the first nor the last, nor the one in the middle
     keys = iter(jax.random.split(key, len(jax.tree.leaves(params)) + 1))
 
     def moved(leaf):
@@ -88,19 +125,25 @@ def differences(problem: Problem, forward: Forward, params: Tree, key: Array) ->
         return leaf + (0.3 * size * jax.random.normal(next(keys), leaf.shape, jnp.float32)).astype(leaf.dtype)
 
     def seed_of(read):
-        return jax.random.normal(next(keys), read.shape, jnp.float32).astype(read.dtype)
+        seed = jax.random.normal(next(keys), read.shape, jnp.float32).astype(read.dtype)
+        return seed if forward.examples == 1 else seed.at[silent].set(0)
 
     found = evidence_for(problem, forward, jax.tree.map(moved, params), seed_of)
-    return {layer.name: _difference(layer, found[layer.name]) for layer in forward.layers.known}
+    return {layer.name: _measured(layer, found[layer.name], silent) for layer in forward.layers.known}
 
 
-def _difference(layer: Layer, evidence: Evidence) -> Array:
+def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     assert evidence.gradient is not None, "evidence of a pullback"
     there = rebuilt(layer, evidence)
     pairs = [(there[role], leaf[0].astype(there[role].dtype)) for role, leaf in evidence.gradient.items()]
     apart = sum(jnp.sum(jnp.square(mine - theirs)) for mine, theirs in pairs)
     length = jnp.sum(jnp.stack([jnp.sum(jnp.square(theirs)) for _, theirs in pairs]))
-    return jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny))
+    columns = jnp.square(output_rows(layer, evidence))
+    examples = columns.shape[-3]
+    whole, own = jnp.sum(columns), jnp.sum(columns[..., silent, :, :])
+    others = (whole - own) / max(examples - 1, 1)
+    leaked = jnp.sqrt(own / jnp.maximum(others, jnp.finfo(others.dtype).tiny)) if examples > 1 else jnp.zeros(())
+    return Measured(jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)), leaked)
 
 
 def _tolerance(forward: Forward, params: Tree) -> float:
