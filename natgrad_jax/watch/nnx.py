@@ -7,9 +7,11 @@ the user's model once, as its own call would have it; nothing else of the model 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
@@ -18,7 +20,7 @@ from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
 
 
 def capture(
-    model: nnx.Module | type[nnx.Module],
+    model: Any,
     likelihood: Likelihood,
     *,
     call: Callable[..., Any] | None = None,
@@ -47,7 +49,8 @@ def capture(
     Every parameter is covered.
 
     Args:
-        model: the model, or its class; it is given again at each call, since an NNX model changes.
+        model: the model, or its class, or a tuple of it and what else `call` needs, such as its nnx.Rngs; it is given
+            again at each call, since an NNX model changes.
         likelihood: one of `losses`.
         call: what is called with the model and the inputs instead of the model itself, such as a method of it.
         wrt: which of its Variables are parameters, an NNX filter; give the same to `nnx.Optimizer`.
@@ -63,15 +66,17 @@ def capture(
         A `Capture`, with `layers` and `value_and_grad`.
 
     Raises:
-        TypeError: if `model` is no NNX model, or `likelihood` of another type.
+        TypeError: if `model` is no NNX model or has Variables that NNX does not differentiate (hijax), or `likelihood`
+            is of another type.
         ValueError: if `labels` or `draws` is unknown.
     """
-    kind = model if isinstance(model, type) else type(model)
-    if not issubclass(kind, nnx.Module):
-        raise TypeError(
-            f"`model` is of class {kind.__name__}; expected a flax.nnx.Module, such as nnx.Linear(4, 3, rngs=...). "
-            "For linen use `ng.linen.capture`, for a function `ng.capture`."
-        )
+    if not (isinstance(model, type) and issubclass(model, nnx.Module)):
+        _check(model)
+        if call is None and not callable(model):
+            raise TypeError(
+                f"`model` is a {type(model).__name__}, which cannot be called; expected `call=`, a function of it and "
+                "the inputs, such as `call=lambda both, x: both[0](x, both[1])`."
+            )
     watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify)
     return Capture(call or _call, wrt, watch)
 
@@ -84,7 +89,7 @@ class Capture:
     wrt: Any
     watch: Watch
 
-    def layers(self, model: nnx.Module, *args: Any, **kwargs: Any) -> Layers:
+    def layers(self, model: Any, *args: Any, **kwargs: Any) -> Layers:
         """The layers that the model has on such inputs; the model is left as it is.
 
         Args:
@@ -95,11 +100,12 @@ class Capture:
         Returns:
             The layers and the remaining parameters; `print` it.
         """
-        return self.watch.layers(self._model(model), Inputs(*args, **kwargs))
+        bound = self._bound(model, Inputs(*args, **kwargs))
+        return self.watch.layers(bound.model, bound.inputs)
 
     def value_and_grad(
         self,
-        model: nnx.Module,
+        model: Any,
         inputs: Any,
         targets: Any,
         *,
@@ -124,25 +130,100 @@ class Capture:
             TypeError: if the model does not return what the likelihood can read.
             ValueError: if targets, weights or key do not fit.
         """
-        out = self.watch.evaluate(self._model(model), called(inputs, kwargs), targets, key, weights)
-        nnx.update(model, out.updated["state"])
+        bound = self._bound(model, called(inputs, kwargs))
+        out = self.watch.evaluate(bound.model, bound.inputs, targets, key, weights)
+        nnx.update(bound.objects, out.updated["state"])
         return out
 
-    def _model(self, model: nnx.Module) -> Model:
-        """The model as a function of its parameters and its other state."""
-        if not isinstance(model, nnx.Module):
-            raise TypeError(f"`model` is a {type(model).__name__}; expected the flax.nnx.Module that is trained.")
-        graph, params, rest = nnx.split(model, self.wrt, ...)
+    def _bound(self, model: Any, given: Inputs) -> "_Bound":
+        """The model, and the objects of NNX among its inputs, as a function of parameters and other state."""
+        _check(model)
+        name = type(model).__name__
+        objects: list[Any] = []
+        inputs = Inputs()
+        inputs.args, inputs.kwargs = jax.tree.map(
+            lambda leaf: _Place.of(leaf, objects), (given.args, given.kwargs), is_leaf=_is_object
+        )
+        graph, params, rest = nnx.split((model, objects), self._is_parameter, ...)
 
         def function(params, state, given):
-            args, kwargs = given
-            copy = nnx.merge(graph, params, state["state"], copy=True)
-            outputs = self.call(copy, *args, **kwargs)
-            _, _, rest = nnx.split(copy, self.wrt, ...)
+            copy, others = nnx.merge(graph, nnx.State({_MODEL: params}), state["state"], copy=True)
+            args, kwargs = jax.tree.map(lambda leaf: _Place.filled(leaf, others), given, is_leaf=_Place.stands)
+            try:
+                outputs = self.call(copy, *args, **kwargs)
+            except TraceContextError as error:
+                raise ValueError(
+                    f"Calling {name} changes an object of NNX that it was not called with: {error}. Expected that "
+                    "`call` uses the model it is given, not one from outside; pass others, such as nnx.Rngs, as inputs."
+                ) from error
+            _, _, rest = nnx.split((copy, others), self._is_parameter, ...)
             return outputs, {"state": rest}
 
-        name = type(model).__name__
-        return Model(function, params, {"state": rest}, name, root=name)
+        own = params.get(_MODEL, nnx.State({}))
+        return _Bound(Model(function, own, {"state": rest}, name, root=name), inputs, (model, objects))
+
+    def _is_parameter(self, path: tuple[Any, ...], value: Any) -> bool:
+        """Whether a Variable of the model and the objects beside it is a parameter of the model."""
+        return path[0] == _MODEL and nnx.filterlib.to_predicate(self.wrt)(path[1:], value)
+
+
+_MODEL = 0
+"""The place of the model in front of the objects that are passed beside it."""
+
+
+class _Bound(NamedTuple):
+    """A model as a function, what it is called with, and the objects whose state moves."""
+
+    model: Model
+    inputs: Inputs
+    objects: Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Place:
+    """Where an object of NNX stood among the inputs: its arrays are state, not inputs."""
+
+    number: int
+
+    @staticmethod
+    def of(leaf: Any, objects: list[Any]) -> Any:
+        """The place of an object, which goes to the others; anything else as it is."""
+        if not _is_object(leaf):
+            return leaf
+        objects.append(leaf)
+        return _Place(len(objects) - 1)
+
+    @staticmethod
+    def stands(leaf: Any) -> bool:
+        """Whether it is a place."""
+        return isinstance(leaf, _Place)
+
+    @staticmethod
+    def filled(leaf: Any, objects: list[Any]) -> Any:
+        """The object of a place; anything else as it is."""
+        return objects[leaf.number] if isinstance(leaf, _Place) else leaf
+
+
+def _is_object(leaf: Any) -> bool:
+    return isinstance(leaf, (nnx.Pytree, nnx.Variable))
+
+
+def _check(model: Any) -> None:
+    """Refuse what is no model, and Variables that cannot be differentiated."""
+    name, objects = type(model).__name__, jax.tree.leaves(model, is_leaf=_is_object)
+    if not any(map(_is_object, objects)):
+        raise TypeError(
+            f"`model` is of class {name}; expected a flax.nnx.Module, such as nnx.Linear(4, 3, rngs=...). "
+            "For linen use `ng.linen.capture`, for a function `ng.capture`."
+        )
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        for setting in ("hijax", "ref"):
+            if variable.get_metadata().get(setting):
+                raise TypeError(
+                    f"The Variable '{'/'.join(map(str, path))}' of {name} was made with `{setting}=True`; NNX does not "
+                    "differentiate such Variables yet. Expected ordinary ones: make the model without that setting."
+                )
 
 
 def _call(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array
 from natgrad_jax.program.follow import follow
+from natgrad_jax.program.products import Found
 from natgrad_jax.program.replay import replay
 from natgrad_jax.watch.common import Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions, recognise
@@ -51,7 +52,7 @@ def watch(
     twin = _twin(function, problem.readout, (params, state, inputs), examples, fixed)
     names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
-    found = follow(program, twin, names, wanted, examples)
+    found = _checked(follow(program, twin, names, wanted, examples), leaves, program)
     layers, calls = recognise(leaves, found, examples, problem.rows_of(traced.read), exceptions, root)
     products = [call.product for layer in layers.known for call in calls[layer.name]]
     probes = {
@@ -71,6 +72,19 @@ def watch(
         return outputs, (seen, updated)
 
     return Forward(run, probes, layers, examples, calls)
+
+
+def _checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
+    """Refuse a function of no parameter, and name the parameters that it reads from outside of what it is given."""
+    if leaves and not found.used:
+        raise ValueError(
+            "What the likelihood reads depends on no parameter, so that the gradient is zero. Expected a function that "
+            "uses the parameters it is given (of NNX: `call` uses the model it is given), not some that it closes over."
+        )
+    around = {id(constant) for constant in program.consts}
+    why = "the function reads it from outside, not from what it is given"
+    closed = {address: why for address in leaves.keys() - found.used if id(leaves[address]) in around}
+    return found._replace(otherwise={**found.otherwise, **closed})
 
 
 class _Traced:

@@ -1,0 +1,110 @@
+"""Every way of choosing a step trains an NNX model as it trains its linen twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import natgrad_jax as ng
+
+X, Y = jax.random.normal(jax.random.key(0), (8, 4)), jnp.arange(8) % 3
+STEPS = 3
+
+
+class Net(nnx.Module):
+    """Two dense layers."""
+
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(nnx.tanh(self.a(x)))
+
+
+class Twin(linen.Module):
+    """The same in linen."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(3, name="b")(linen.tanh(linen.Dense(5, name="a")(x)))
+
+
+def quadratic(layers):
+    return ng.kfac("quadratic", layers, momentum="quadratic", damping=ng.adaptive_damping(0.1, every=2))
+
+
+def grafted(layers):
+    return optax.chain(ng.graft(ng.scale_by_kfac(layers, damping=0.1), optax.scale_by_adam()), optax.scale(-0.1))
+
+
+def clipped(layers):
+    return ng.kfac(0.5, layers, damping=0.1, kl_clip=1e-2)
+
+
+def plain(layers):
+    return ng.ekfac(0.1, layers, damping=0.1)
+
+
+# {what: (optimizer, how it is kept, arguments that are donated, pieces of a batch, whether it starts warm)}
+OPTIONS = {
+    "quadratic rate and momentum, adaptive damping": (quadratic, nnx.Optimizer, (), 1, False),
+    "clipped by KL": (clipped, nnx.Optimizer, (), 1, False),
+    "grafted": (grafted, nnx.Optimizer, (), 1, False),
+    "accumulated": (plain, nnx.Optimizer, (), 2, False),
+    "donated": (plain, nnx.Optimizer, (0, 1), 1, False),
+    "donated, quadratic": (quadratic, nnx.Optimizer, (0, 1), 1, False),
+    "started warm": (plain, nnx.Optimizer, (), 1, True),
+    "model and optimizer in one": (plain, nnx.ModelAndOptimizer, (), 1, False),
+}
+
+
+def of_linen(params, make, pieces, warm):
+    """The parameters of the linen twin after some steps."""
+    capture = ng.linen.capture(Twin(), ng.losses.softmax_cross_entropy, microbatches=pieces)
+    tx = make(capture.layers({"params": params}, X))
+    state = tx.init(params)
+    if warm:
+        out = capture.value_and_grad({"params": params}, X, Y, key=jax.random.key(9))
+        state = ng.warm_start(tx, state, [out.curvature], params)
+
+    @jax.jit
+    def step(params, state, key):
+        out = capture.value_and_grad({"params": params}, X, Y, key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(STEPS):
+        params, state = step(params, state, jax.random.key(i))
+    return params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", OPTIONS)
+def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
+    make, kept, donated, pieces, warm = OPTIONS[what]
+    model, traces = Net(nnx.Rngs(0)), []
+    first = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    expected = of_linen(first, make, pieces, warm)
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, microbatches=pieces)
+    tx = make(capture.layers(model, X))
+    optimizer = kept(model, tx, wrt=nnx.Param)
+    if warm:
+        out = capture.value_and_grad(model, X, Y, key=jax.random.key(9))
+        params = nnx.pure(nnx.state(model, nnx.Param))
+        nnx.update(optimizer.opt_state, nnx.state(ng.warm_start(tx, tx.init(params), [out.curvature], params)))
+
+    def step(model, optimizer, key):
+        traces.append(1)
+        out = capture.value_and_grad(model, X, Y, key=key)
+        given = (out.grad,) if kept is nnx.ModelAndOptimizer else (model, out.grad)
+        optimizer.update(*given, curvature=out.curvature)
+
+    step = nnx.jit(step, donate_argnums=donated)
+    for i in range(STEPS):
+        step(model, optimizer, jax.random.key(i))
+    found = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), found, expected)
+    assert len(traces) == 1
+    assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, first)), strict=True))
