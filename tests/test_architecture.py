@@ -47,6 +47,7 @@ ROOMS = (
     "watch/reading",
     "watch/recognise",
     "watch/common",
+    "watch/masks",
     "watch/microbatches",
     "watch/traced",
     "watch/verify",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Evidence, Layer, Layers
+from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.joint import is_joint
 from natgrad_jax.layers.rows import input_rows, output_rows
@@ -244,6 +244,12 @@ def _same(blocks: tuple[Layer, ...], shapes: Mapping[str, tuple[int, ...]], name
             if shapes.get(leaf.address) != leaf.shape:
                 there = shapes.get(leaf.address, "none of that name")
                 raise ValueError(f"Parameter {leaf.address!r} has shape {leaf.shape}; {name} has {there}. {advice}")
+
+
+def is_empty(evidence: Mapping[str, Evidence]) -> Array | bool:
+    """Whether a batch has weight zero, all of it masked: it says nothing, and is no value of an average."""
+    counts = [found.count for found in evidence.values() if found.count is not None]
+    return jnp.asarray(counts[0]) <= 0 if counts else False
 
 
 def is_evidence(item: Any) -> bool:

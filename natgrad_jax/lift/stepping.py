@@ -160,12 +160,13 @@ def lift_stepping(
             seen = {
                 layer.name: _seen(method_of(layer), layer, evidence[layer.name], strengths, state) for layer in blocks
             }  # 1
-            good, _ = kept_finite(blocks, seen, old, by_diagonal=False)
+            held = evidences.is_empty(evidence)
+            good, _ = kept_finite(blocks, seen, old, by_diagonal=False, held=held)
             found = stepped({name: operator for name, (_, operator) in good.items()})
             there = optax.apply_updates(params, found)
             again = evidences.lazy(partial(curvature, there), blocks)()
             ends = _ends(blocks, params, evidence), _ends(blocks, there, again)
-            return found, _learned(method_of, blocks, seen, ends, strengths, state)  # 3
+            return found, _learned(method_of, blocks, seen, ends, strengths, state, held)  # 3
 
         is_due = due(count, statistics_every)
         if is_due is True:
@@ -221,16 +222,19 @@ def _learned(
     ends: tuple[Mapping[str, End], Mapping[str, End]],
     strengths: Strengths,
     state: NaturalGradientState,
+    held: Array | bool,
 ) -> NaturalGradientState:
-    """Line 3; a block that is not finite goes back to before line 1."""
+    """Line 3; a block that is not finite goes back to before line 1, and all if they are held."""
     new, skips = {}, Skips(*jnp.zeros(2, jnp.int32))
     for layer in blocks:
         (statistics, operator), (here, there) = seen[layer.name], (end[layer.name] for end in ends)
         statistics, value, more = method_of(layer).learn(layer, statistics, operator.value, here, there, strengths)
         new[layer.name] = statistics, operator._replace(value=value)
         skips = jax.tree.map(jnp.add, skips, more)
-    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), by_diagonal=False)
-    state = counted(state, {name: statistics for name, (statistics, _) in kept.items()}, rejected)
+    if held is not False:
+        skips = jax.tree.map(lambda number: jnp.where(held, 0, number), skips)
+    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), by_diagonal=False, held=held)
+    state = counted(state, {name: statistics for name, (statistics, _) in kept.items()}, rejected, held=held)
     metrics = state.metrics
     return state._replace(
         operators={name: operator for name, (_, operator) in kept.items()},
