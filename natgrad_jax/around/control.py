@@ -150,7 +150,7 @@ def controlled(
             learning_rate=weights[0].astype(jnp.float32),
             momentum=weights[1].astype(jnp.float32),
             ratio=ratio,
-            rejected=state.rejected + ~taken,
+            rejected=state.rejected + (~taken).astype(jnp.int32),
             last=last,
             direction=inner,
         )
@@ -199,7 +199,7 @@ def _minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, b
     if all(free):
         other = 1 - cosine**2
         both = -(slope - cosine * slope[::-1]) / other
-        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0]))  # nearly parallel: u alone
+        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0], found.dtype))  # nearly parallel: u alone
     weights = jnp.where(jnp.array(free), found / size, weights)
     return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
 

@@ -239,8 +239,9 @@ class Curvature:
         else:
             likelihood = self._problem.likelihood
             seeds = jax.vmap(lambda targets: _score(likelihood, read, present(targets, weights)))(self._targets())
-        slopes = jnp.sum((scale * seeds) ** 2, axis=range(2, seeds.ndim))
-        return jax.vmap(lambda seed: back((scale * seed).astype(outputs.dtype))[0])(seeds), slopes
+        seeds = jax.vmap(lambda seed: scale * seed)(seeds)
+        slopes = jnp.sum(seeds**2, axis=range(2, seeds.ndim))
+        return jax.vmap(lambda seed: back(seed.astype(outputs.dtype))[0])(seeds), slopes
 
     def _targets(self) -> Array:
         """The targets of each draw [K, ...]: the true ones, or labels drawn at the parameters of this step."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.stacks import HIGHEST
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
@@ -123,7 +124,7 @@ def in_pieces(
     updated, (values, grads, totals, outputs, written) = jax.lax.scan(step, dict(others), pieces)
     shares = totals / jnp.maximum(jnp.sum(totals), 1e-30)
     value = jnp.sum(values * shares)
-    grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1), grads)
+    grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1, precision=HIGHEST), grads)
     layers = replace(seen[-1], examples=examples)
     curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
