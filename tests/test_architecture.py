@@ -49,6 +49,7 @@ ROOMS = (
     "watch/common",
     "watch/masks",
     "watch/microbatches",
+    "watch/replicas",
     "watch/traced",
     "watch/verify",
     "watch/doors",

@@ -37,3 +37,13 @@ def add(tree: Any, other: Any, weight: Scalar) -> Any:
 def select(condition: Array, tree: Any, other: Any) -> Any:
     """One tree or the other."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
+
+
+def differs(tree: Any) -> set[str]:
+    """The axes of a `jax.shard_map` along which a tree differs, as far as JAX keeps count of it."""
+    found: set[str] = set()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf)
+        kind = getattr(kind, "manual_axis_type", kind)
+        found |= set(getattr(kind, "varying", getattr(kind, "vma", ())))
+    return found

@@ -106,7 +106,8 @@ def lift(
             )
         blocks = blocks_of(updates, decays_now)
         strength = _strength(damping, blocks, count)
-        state = advance(blocks, schedule, strength, evidences.lazy(curvature, layers_of(blocks)), state)
+        evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates)
+        state = advance(blocks, schedule, strength, evidence_of, state)
         operators = {name: operator.value for name, operator in state.operators.items()}
         known = {layer.name: layer for layer, _ in blocks if layer.is_known}
         special = strengths(known, operators, strength) if strengths else {}

@@ -142,7 +142,7 @@ def lift_stepping(
         blocks = evidences.present(layers, updates)
         if request is not None:
             return updates, _answer(request, method_of, blocks, state, curvature, at_step(decay, state.count))
-        evidence_of = evidences.lazy(curvature, blocks)
+        evidence_of = evidences.lazy(curvature, blocks, gradient=updates)
         _check(curvature, params)
         count = state.count
         strengths = Strengths(at_step(decay, count), jnp.asarray(at_step(damping, count), widest(blocks)))

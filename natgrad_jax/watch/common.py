@@ -60,6 +60,11 @@ class LazyCurvature(Protocol):
         """Whose cotangents the evidence has."""
         ...
 
+    @property
+    def count(self) -> Array:
+        """W, the total weight of the examples."""
+        ...
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch, at the parameters of this step or at others."""
         ...
@@ -82,7 +87,7 @@ class Forward(NamedTuple):
         layers: the layers that it reports.
         examples: N.
         calls: {layer: how each of its uses is read}.
-        masked: weights -> the same on a batch whose examples of weight zero are harmless; None if it reads no inputs.
+        masked: weights -> `run` on the batch, its examples of weight zero made harmless; None if it reads no inputs.
     """
 
     run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
@@ -90,7 +95,7 @@ class Forward(NamedTuple):
     layers: Layers
     examples: int
     calls: Mapping[str, tuple[Call, ...]]
-    masked: Callable[[Array], "Forward"] | None = None
+    masked: Callable[[Array], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -328,7 +333,13 @@ class _Batch(NamedTuple):
 
 
 def evaluate(
-    problem: Problem, forward: Forward, params: Tree, targets: Any, weights: Array | None, key: Array | None
+    problem: Problem,
+    forward: Forward,
+    params: Tree,
+    targets: Any,
+    weights: Array | None,
+    key: Array | None,
+    share: Callable[[Array], Array] | None = None,
 ) -> Evaluation:
     """Loss, gradient and lazy curvature of one batch, from one forward pass.
 
@@ -339,6 +350,7 @@ def evaluate(
         targets: the labels of the batch.
         weights: of examples or positions, or None.
         key: for drawing labels.
+        share: W -> by what the gradient is multiplied, where the batch is a part of one; None for nothing.
 
     Returns:
         The evaluation.
@@ -348,15 +360,18 @@ def evaluate(
     """
     weights = None if weights is None else wide(jnp.asarray(weights))
     if weights is not None and forward.masked is not None and weights.shape[:1] == (forward.examples,):
-        forward = forward.masked(weights)
+        forward = forward._replace(run=forward.masked(weights))
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
         passed.floats
     )
+    if share is not None:  # before the pullback, which may lead to the other parts
+        of_batch = share(total_weight(weights, forward.examples))
+        seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
     ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
-    reusable = problem.labels == "true" and problem.objective is None and weights is None
+    reusable = problem.labels == "true" and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)

@@ -35,6 +35,7 @@ class Pieces:
     _pieces: Any
     _params: Tree
     _value: Array
+    count: Array
     layers: Layers
 
     @property
@@ -126,7 +127,7 @@ def in_pieces(
     value = jnp.sum(values * shares)
     grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1, precision=HIGHEST), grads)
     layers = replace(seen[-1], examples=examples)
-    curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, layers)
+    curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, jnp.sum(totals), layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
     return Evaluation(value, grad, curvature, jax.tree.map(_flat, outputs), updated | last)
 
@@ -139,7 +140,7 @@ def _joined(evidence: Evidence, axes: int) -> Evidence:
     """The evidence of the pieces, along a leading axis, as that of all their examples; a layer has `axes` axes of S."""
 
     def along(values, axis):
-        return jax.tree.map(lambda leaf: _merged(leaf, axis), values)
+        return jax.tree.map(lambda leaf: merged(leaf, axis), values)
 
     total = None if evidence.count is None else jnp.sum(evidence.count)
     gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), evidence.gradient)
@@ -153,7 +154,7 @@ def _joined(evidence: Evidence, axes: int) -> Evidence:
     )
 
 
-def _merged(leaf: Array, axis: int) -> Array:
+def merged(leaf: Array, axis: int) -> Array:
     """[pieces, ..., N at `axis`, ...] -> [..., pieces N, ...]."""
     moved = jnp.moveaxis(leaf, 0, axis)
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])

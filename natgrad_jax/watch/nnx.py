@@ -30,6 +30,7 @@ def capture(
     exclude: Iterable[str] = (),
     microbatches: int = 1,
     verify: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> "Capture":
     """Watch an NNX model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -58,6 +59,7 @@ def capture(
         exclude: layers (by name or the name of a parent) to treat as unknown.
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
+        axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -72,7 +74,7 @@ def capture(
             f"`model` is of class {kind.__name__}; expected a flax.nnx.Module, such as nnx.Linear(4, 3, rngs=...). "
             "For linen use `ng.linen.capture`, for a function `ng.capture`."
         )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
     return Capture(call or _call, wrt, watch)
 
 

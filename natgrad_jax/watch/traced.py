@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr
 
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.trees import differs
 from natgrad_jax.base import Array
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.replay import replay
@@ -75,10 +76,9 @@ def watch(
 
     def masked(weights):
         positions = 1 < weights.ndim < len(getattr(traced.read, "shape", ()))
-        return forward._replace(run=on(harmless(traced.arrays, places, weights, positions)[len(leaves) :]))
+        return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :])
 
-    forward = Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked)
-    return forward
+    return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked)
 
 
 class _Traced:
@@ -153,8 +153,11 @@ def _twin(
     return None, leading
 
 
-def _doubled(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+def _doubled(leaf: Any, axis: int) -> Any:
+    """An array of twice as many examples: its shape; where JAX keeps count of replicas, one that nothing computes."""
     shape = tuple(leaf.shape)
+    if isinstance(leaf, jax.core.Tracer) and differs(leaf):
+        return jnp.concatenate([leaf, leaf], axis=axis)
     return jax.ShapeDtypeStruct((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), leaf.dtype)
 
 
