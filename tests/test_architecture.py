@@ -43,6 +43,7 @@ ROOMS = (
     "program/scenes",
     "program/follow",
     "program/replay",
+    "program/derivative",
     "watch",
     "watch/reading",
     "watch/recognise",

@@ -115,6 +115,12 @@ def controlled(
             return answered(direction, updates, state, params, extra | {"curvature": curvature})
         _check(curvature, params)
         count, last = state.count, state.last
+        if (last is None) != (momentum is None):
+            raise ValueError(
+                f"`momentum` is {momentum!r}, but the state {'has no' if last is None else 'has a'} last step: it was "
+                "made with another `momentum`. Build the optimizer as the one that the checkpoint is of, or begin with "
+                "`tx.init(params)`."
+            )
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
         strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
         extra = {"gradient": updates} | extra  # without the penalty, for statistics of the gradient itself

@@ -24,6 +24,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import LIKELIHOODS, Likelihood, example_weights, present, spread, total_weight, wide
+from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.reading import Call
 
 LABELS = ("sampled", "exact", "true", "forward")
@@ -204,7 +205,7 @@ class Curvature:
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
 
-        outputs, tangent = jax.jvp(outputs_at, (self._params,), (direction,))
+        outputs, tangent = along(outputs_at, self._params, direction)
         outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
         count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
         scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))
