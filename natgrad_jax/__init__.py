@@ -8,6 +8,7 @@ from natgrad_jax.around.graft import graft
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
+from natgrad_jax.diagnosis import diagnose
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import NaturalGradientState, Schedule
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
@@ -36,6 +37,7 @@ __all__ = [
     "capture",
     "clip_by_kl",
     "controlled",
+    "diagnose",
     "ekfac",
     "graft",
     "kbfgs",

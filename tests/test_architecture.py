@@ -81,6 +81,7 @@ ROOMS = (
     "around/control",
     "around/complete",
     "around/statistics",
+    "diagnosis",
     "settings/keywords",
     "settings/shared",
     "settings/public",
