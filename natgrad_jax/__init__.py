@@ -24,6 +24,7 @@ from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.watch import linen, nnx
 from natgrad_jax.watch.doors import Inputs
 from natgrad_jax.watch.function import capture
+from natgrad_jax.wrapping import wrapped
 
 __all__ = [
     "Evidence",
@@ -67,6 +68,7 @@ __all__ = [
     "tnt",
     "warm_start",
     "without_operators",
+    "wrapped",
 ]
 
 __version__ = "0.1.0"

@@ -82,6 +82,7 @@ ROOMS = (
     "around/complete",
     "around/statistics",
     "diagnosis",
+    "wrapping",
     "settings/keywords",
     "settings/shared",
     "settings/public",
