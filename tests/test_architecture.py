@@ -68,6 +68,7 @@ ROOMS = (
     "lift/guards",
     "lift/evidence",
     "lift/grouping",
+    "lift/restored",
     "lift/state",
     "lift/advance",
     "lift/lift",

@@ -202,3 +202,31 @@ def test_overflow_in_half_precision_costs_the_step():
     for _ in range(5):
         params, state, loss = step(params, state, jnp.float32(1 / 8))
     assert all_finite(params) and loss < first
+
+
+def test_steps_that_choose_themselves_take_none_of_a_batch_that_is_not_finite_or_has_no_weight():
+    rule = ng.adaptive_damping(calibration=2)  # so that later steps are tested in their turn only
+    tx = ng.kfac("quadratic", PROBLEM.layers, momentum="quadratic", damping=rule)
+
+    @jax.jit
+    def step(carry, t, inputs, weights):
+        params, state = carry
+        x, y, key = batch_of(PROBLEM, t)
+        out = PROBLEM.capture.value_and_grad({"params": params}, x * inputs, y, key=key, weights=weights)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return (optax.apply_updates(params, updates), state), out.value
+
+    carry, losses, ones = (START, tx.init(START)), [], jnp.ones(8)
+    faults = {7: (jnp.nan, ones), 10: (jnp.nan, ones), 12: (1.0, 0 * ones), 15: (1.0, 0 * ones)}
+    for t in range(24):
+        before = carry
+        carry, loss = step(carry, t, *faults.get(t, (1.0, ones)))
+        losses.append(float(loss))
+        if t in faults:
+            jax.tree.map(np.testing.assert_array_equal, carry[0], before[0])
+            jax.tree.map(np.testing.assert_array_equal, carry[1].last, before[1].last)
+        if t in (12, 15):
+            assert carry[1].damping == before[1].damping and carry[1].rejected == before[1].rejected
+        if t in (7, 10):
+            assert carry[1].rejected == before[1].rejected + 1
+    assert all_finite(carry[0]) and np.mean(losses[-4:]) < np.mean(losses[:4])

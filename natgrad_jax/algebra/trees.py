@@ -34,6 +34,11 @@ def add(tree: Any, other: Any, weight: Scalar) -> Any:
     return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
 
 
+def finite(tree: Any) -> Array:
+    """Whether all of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]))
+
+
 def select(condition: Array, tree: Any, other: Any) -> Any:
     """One tree or the other."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)

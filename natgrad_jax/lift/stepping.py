@@ -22,7 +22,7 @@ from natgrad_jax.base import Array, Evidence, Layer, Layers, Operator, Scalar, S
 from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.lift import evidence as evidences
-from natgrad_jax.lift import guards
+from natgrad_jax.lift import guards, restored
 from natgrad_jax.lift.lift import from_matrices, to_matrices
 from natgrad_jax.lift.requests import Observe
 from natgrad_jax.lift.state import Dated, NaturalGradientState, at_step, counted, due, is_warm, kept_finite
@@ -139,6 +139,7 @@ def lift_stepping(
 
     def update(updates, state, params: Any = None, *, curvature: Any = None, request=None, **extra):
         del extra
+        restored.check(state, jax.eval_shape(init, updates))
         blocks = evidences.present(layers, updates)
         if request is not None:
             return updates, _answer(request, method_of, blocks, state, curvature, at_step(decay, state.count))
