@@ -40,8 +40,8 @@ class Faulty:
 
 def optimizer(method):
     if method == ADAPTIVE:
-        rule = ng.adaptive_damping()
-        return ng.kfac("quadratic", PROBLEM.layers, momentum="quadratic", damping=rule, statistics_every=1)
+        rule = ng.adaptive_damping(initial=2.0, least=2.0)  # eight examples foretell little of the next ones
+        return ng.kfac("quadratic", PROBLEM.layers, damping=rule, statistics_every=1)
     every = {k: v for k, v in {"statistics_every": 1, "refresh_every": 1}.items() if k in settings_of(method)}
     settings = {"damping": 0.1, **row(method).learning, **every}
     return row(method).optimizer(settings.pop("learning_rate"), PROBLEM.layers, **settings)
