@@ -9,6 +9,7 @@ from natgrad_jax.around.graft import graft
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
+from natgrad_jax.diagnosis import diagnose
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import NaturalGradientState, Schedule
 from natgrad_jax.methods.ekfac import ekfac, scale_by_ekfac
@@ -24,6 +25,7 @@ from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.watch import linen, nnx
 from natgrad_jax.watch.doors import Inputs
 from natgrad_jax.watch.function import capture
+from natgrad_jax.wrapping import wrapped
 
 __all__ = [
     "Evidence",
@@ -38,6 +40,7 @@ __all__ = [
     "capture",
     "clip_by_kl",
     "controlled",
+    "diagnose",
     "ekfac",
     "graft",
     "kbfgs",
@@ -67,6 +70,7 @@ __all__ = [
     "tnt",
     "warm_start",
     "without_operators",
+    "wrapped",
 ]
 
 __version__ = "0.1.0"

@@ -5,6 +5,14 @@ gives the value, labels drawn from the model, and a square root R of the Hessian
 also the Fisher information of the outputs. The value of an example is the SUM over its outputs and positions; the loss
 is the MEAN over examples, weighted if weights are given.
 
+Weights are of examples, of their positions, or of the outputs of each. What has weight zero counts for nothing,
+whatever stands there: outputs and targets are replaced before anything is computed of them, so that a label of -100 or
+a target that is no number says nothing. A negative weight enters the loss with its sign, and the curvature and the
+total weight W with its size: with w of either sign, loss = sum w l / sum |w|, and F is that of examples which count
+|w| times.
+
+Loss, labels and roots are computed in float32 at least, whatever the outputs are in.
+
 Not here: losses that are no negative log-likelihood; give such a one to `capture` as `objective`.
 """
 
@@ -45,26 +53,60 @@ class Likelihood:
         Args:
             outputs: [N, ..., C].
             targets: as the likelihood wants them.
-            weights: of the examples [N], or of their positions, any leading axes of the outputs. An example counts as
-                much as its heaviest position.
+            weights: of the examples [N], of their positions or of their outputs: any leading axes of the outputs,
+                without C where that holds the classes of one label. An example counts as much as its heaviest entry.
 
         Returns:
-            A scalar.
+            A scalar, in float32 at least; 0 where nothing has a weight.
+
+        Raises:
+            ValueError: if the weights have more axes than the terms of the loss.
         """
-        terms = self.terms(outputs, targets)
-        return jnp.sum(terms * spread(weights, terms.ndim)) / jnp.maximum(total_weight(weights, len(outputs)), 1e-30)
+        outputs, targets = wide(outputs), jnp.asarray(targets)
+        weights = None if weights is None else wide(jnp.asarray(weights))
+        terms = self.terms(present(outputs, weights), present(targets, weights))
+        total = total_weight(weights, len(outputs)).astype(terms.dtype)
+        if weights is not None:
+            terms = terms * spread(weights, terms.ndim).astype(terms.dtype)
+        return jnp.sum(terms) / jnp.where(total > 0, total, 1)
 
 
-def spread(weights: Array | None, axes: int) -> Array | float:
-    """Weights with trailing axes of length one, up to `axes` axes; 1.0 if there are none."""
-    if weights is None:
-        return 1.0
+def wide(values: Array) -> Array:
+    """Values in float32 at least; masks become numbers."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def spread(weights: Array, axes: int) -> Array:
+    """Weights with trailing axes of length one, up to `axes` axes.
+
+    Args:
+        weights: [N, ...].
+        axes: of what they weigh.
+
+    Returns:
+        [N, ..., 1, ...].
+
+    Raises:
+        ValueError: if they have more axes than that.
+    """
+    if weights.ndim > axes:
+        raise ValueError(
+            f"`weights` have shape {weights.shape}, but what they weigh has {axes} axes: one term of the loss for each "
+            "label. Expected weights of examples [N], or of their positions."
+        )
     return jnp.reshape(weights, weights.shape + (1,) * (axes - weights.ndim))
 
 
+def present(values: Array, weights: Array | None) -> Array:
+    """Values [N, ...] with zeros where the weight is zero: selected, since what is not finite stays so in a product."""
+    if weights is None:
+        return values
+    return jnp.where(spread(weights, values.ndim) != 0, values, jnp.zeros((), values.dtype))
+
+
 def example_weights(weights: Array) -> Array:
-    """Weights of the examples [N]: an example counts as much as its heaviest position."""
-    return jnp.max(weights, axis=tuple(range(1, weights.ndim)))
+    """Weights of the examples [N], without signs: an example counts as much as its heaviest entry."""
+    return jnp.max(jnp.abs(weights), axis=tuple(range(1, weights.ndim)))
 
 
 def total_weight(weights: Array | None, examples: int) -> Array:
@@ -99,7 +141,18 @@ def _labels_or_distributions(outputs: Array, targets: Array) -> str | None:
 def _cross_entropy(outputs: Array, targets: Array) -> Array:
     if jnp.issubdtype(targets.dtype, jnp.integer):
         return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    return optax.softmax_cross_entropy(outputs, targets)
+    return -jnp.sum(_zero_times(targets.astype(outputs.dtype), jax.nn.log_softmax(outputs)), axis=-1)
+
+
+def _zero_times(factor: Array, values: Array) -> Array:
+    """Their product, where zero times infinity is zero: what has no probability says nothing where none is asked."""
+    return jnp.where(factor == 0, 0, factor * jnp.where(factor == 0, 0, values))
+
+
+def _binary_cross_entropy(outputs: Array, targets: Array) -> Array:
+    targets = targets.astype(outputs.dtype)
+    on, off = jax.nn.log_sigmoid(outputs), jax.nn.log_sigmoid(-outputs)
+    return -_zero_times(targets, on) - _zero_times(1 - targets, off)
 
 
 def _softmax_root(outputs: Array, vector: Array) -> Array:
@@ -138,7 +191,7 @@ def _deviation(outputs: Array) -> Array:
 
 sigmoid_binary_cross_entropy = Likelihood(
     name="sigmoid_binary_cross_entropy",
-    terms=lambda outputs, targets: optax.sigmoid_binary_cross_entropy(outputs, targets.astype(outputs.dtype)),
+    terms=_binary_cross_entropy,
     sample=lambda key, outputs: jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype),
     root=_scaled_root(_deviation),
     root_transpose=_scaled_root(_deviation),
@@ -193,17 +246,32 @@ def _rate_root(outputs: Array) -> Array:
     return jnp.exp(0.5 * outputs)
 
 
+_MANY = 1e6  # from this rate on a Poisson variable is a Gaussian one to a skewness of 0.001
+
+
+def _counts(key: Array, outputs: Array) -> Array:
+    """Counts of the rates exp(z); of large rates Gaussian ones, since those of `jax.random.poisson` end at 2^31 - 1."""
+    rate = jnp.exp(outputs)
+    if "threefry2x32" not in str(jax.random.key_impl(key)):  # the only keys that `jax.random.poisson` takes
+        key = jax.random.key(jax.random.bits(key, (), jnp.uint32), impl="threefry2x32")
+    few = jax.random.poisson(key, jnp.minimum(rate, _MANY)).astype(outputs.dtype)
+    many = jnp.round(rate + jnp.sqrt(rate) * jax.random.normal(key, outputs.shape, outputs.dtype))
+    return jnp.where(rate < _MANY, few, many)
+
+
 poisson = Likelihood(
     name="poisson",
-    terms=lambda outputs, targets: jnp.exp(outputs) - targets.astype(outputs.dtype) * outputs,
-    sample=lambda key, outputs: jax.random.poisson(key, jnp.exp(outputs)).astype(outputs.dtype),
+    terms=lambda outputs, targets: jnp.exp(outputs) - _zero_times(targets.astype(outputs.dtype), outputs),
+    sample=_counts,
     root=_scaled_root(_rate_root),
     root_transpose=_scaled_root(_rate_root),
     check=_same_shape,
 )
 """Counts: outputs are logarithms of the rate, targets counts of the same shape: exp(z) - y z, without the term log y!.
 
-H = diag(exp z).
+H = diag(exp z). Labels are drawn as they are up to a rate of 10^6, and beyond as rounded Gaussians of the same mean
+and variance. Where the rate itself is infinite (z above 88 in float32) the label is no number; the statistics of that
+batch are then dropped, and counted.
 """
 
 LIKELIHOODS = (softmax_cross_entropy, sigmoid_binary_cross_entropy, squared_error, poisson)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import diagonal, einsum, matmul, transpose, triangular_inverse
+from natgrad_jax.algebra.stacks import diagonal, einsum, matmul, plus_identity, transpose, triangular_inverse
 from natgrad_jax.base import Array, Scalar
 
 
@@ -70,10 +70,10 @@ def times(rows: Array, inverse: Inverse) -> Array:
     if not isinstance(inverse, Pairs):
         return matmul(rows, inverse)
     s, y = inverse
-    size = s.shape[-2]
-    upper = jnp.triu(matmul(s, transpose(y)), 1) + jnp.eye(size, dtype=s.dtype)
+    one = jnp.ones((), s.dtype)
+    upper = plus_identity(jnp.triu(matmul(s, transpose(y)), 1), one)
     q = matmul(transpose(triangular_inverse(transpose(upper))), s)
-    middle = jnp.eye(size, dtype=s.dtype) + matmul(y, transpose(y))
+    middle = plus_identity(matmul(y, transpose(y)), one)
     in_q, in_y = matmul(rows, transpose(q)), matmul(rows, transpose(y))
     return rows + matmul(matmul(in_q, middle) - in_y, q) - matmul(in_q, y)  # 5
 

@@ -219,4 +219,7 @@ def _stack_first(rows: OneHot) -> OneHot:
 
 def _diagonal(entries: Array, full: bool) -> Factor:
     """A diagonal matrix, written out or not."""
-    return entries[..., None] * jnp.eye(entries.shape[-1], dtype=entries.dtype) if full else Diagonal(entries)
+    if not full:
+        return Diagonal(entries)
+    there = jnp.broadcast_to(jnp.eye(entries.shape[-1], dtype=bool), (*entries.shape, entries.shape[-1]))
+    return jnp.where(there, entries[..., None], 0)

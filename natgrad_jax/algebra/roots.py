@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from natgrad_jax.algebra.stacks import Diagonal, Factor, eigh, floored, matmul, transpose
+from natgrad_jax.algebra.stacks import Diagonal, Factor, eigh, floored, frobenius, matmul, plus_identity, transpose
 from natgrad_jax.base import Array, Scalar
 
 Root = Literal["eigh", "newton"]
@@ -40,9 +40,8 @@ def inverse_root(factor: Factor, damping: Scalar, exponent: float, root: Root = 
         strength = floored(damping, jnp.max(factor.entries, axis=-1, initial=0))
         return Diagonal((factor.entries + strength[..., None]) ** -exponent)
     if root == "newton":
-        strength = floored(damping, jnp.linalg.norm(factor, axis=(-2, -1)))
-        damped = factor + strength[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-        return _newton(damped, whole(exponent))
+        strength = floored(damping, frobenius(factor))
+        return _newton(plus_identity(factor, strength), whole(exponent))
     values, vectors = eigh(factor)
     strength = floored(damping, jnp.max(values, axis=-1))
     assert vectors is not None, "of a matrix"
@@ -102,12 +101,14 @@ def _newton_one(matrix: Array, power: int) -> Array:
         m = matmul(_power(t, power), m)
         return count + 1, matmul(x, t), m, x, error(m), now
 
-    z = (1 + power) / (2 * jnp.linalg.norm(matrix))  # 1
-    x, m = z ** (1 / power) * identity, z * matrix
+    scale = frobenius(matrix)
+    z = (1 + power) / 2  # 1, of the matrix over its norm
+    x, m = z ** (1 / power) * identity, z * (matrix / scale)
     carry = (0, x, m, x, error(m), jnp.asarray(jnp.inf, matrix.dtype))
     _, x, _, x_before, now, before = lax.while_loop(goes_on, step, carry)
     fallen = now < before
-    return jnp.where(jnp.where(fallen, now, before) < _FAR, jnp.where(fallen, x, x_before), jnp.nan)
+    found = jnp.where(jnp.where(fallen, now, before) < _FAR, jnp.where(fallen, x, x_before), jnp.nan)
+    return found * scale ** (-1 / power)
 
 
 def _power(matrix: Array, power: int) -> Array:

@@ -203,6 +203,20 @@ def floored(damping: Scalar, size: Array) -> Array:
     return jnp.maximum(damping, 8 * jnp.finfo(size.dtype).eps * size)
 
 
+def frobenius(matrix: Array) -> Array:
+    """The Frobenius norm of a stack [..., n, n] -> [...], also of entries whose squares overflow or vanish."""
+    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), initial=0)
+    usable = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return usable * jnp.linalg.norm(matrix / usable[..., None, None], axis=(-2, -1))
+
+
+def plus_identity(matrix: Array, strength: Array) -> Array:
+    """M + x I of a stack [..., n, n], x [...] or one for all []."""
+    size = matrix.shape[-1]
+    strength = jnp.broadcast_to(strength, matrix.shape[:-2])[..., None, None]
+    return matrix + strength * jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
+
+
 def damped_inverse(factor: Factor, damping: Array) -> Factor:
     """(factor + damping I)^-1.
 
@@ -216,9 +230,7 @@ def damped_inverse(factor: Factor, damping: Array) -> Factor:
     if isinstance(factor, Diagonal):
         strength = floored(damping, jnp.max(factor.entries, axis=-1))
         return Diagonal(1 / (factor.entries + strength[..., None]))
-    strength = floored(damping, jnp.linalg.norm(factor, axis=(-2, -1)))
-    identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    return inverse(factor + strength[..., None, None] * identity)
+    return inverse(plus_identity(factor, floored(damping, frobenius(factor))))
 
 
 def sandwich(left: Factor, matrix: Array, right: Factor) -> Array:
@@ -256,7 +268,7 @@ def identity(stack: tuple[int, ...], size: int, dtype: str, full: bool = True) -
     """
     if not full:
         return Diagonal(jnp.ones((*stack, size), dtype))
-    return jnp.zeros((*stack, size, size), dtype) + jnp.eye(size, dtype=dtype)
+    return plus_identity(jnp.zeros((*stack, size, size), dtype), jnp.ones((), dtype))
 
 
 def per_stack(values: Array, leaf: Array) -> Array:

@@ -34,6 +34,11 @@ def add(tree: Any, other: Any, weight: Scalar) -> Any:
     return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
 
 
+def finite(tree: Any) -> Array:
+    """Whether all of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]))
+
+
 def select(condition: Array, tree: Any, other: Any) -> Any:
     """One tree or the other."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
@@ -42,3 +47,13 @@ def select(condition: Array, tree: Any, other: Any) -> Any:
 def within(square: Array, bound: Scalar) -> Array:
     """The factor in (0, 1] that brings a squared length down to a bound; 1 where the square is not positive."""
     return jnp.where(square > bound, jnp.sqrt(bound / jnp.where(square > 0, square, 1)), 1)
+
+
+def differs(tree: Any) -> set[str]:
+    """The axes of a `jax.shard_map` along which a tree differs, as far as JAX keeps count of it."""
+    found: set[str] = set()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf)
+        kind = getattr(kind, "manual_axis_type", kind)
+        found |= set(getattr(kind, "varying", getattr(kind, "vma", ())))
+    return found

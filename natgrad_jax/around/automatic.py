@@ -148,10 +148,11 @@ def automatic(
         slope = seen if penalised is None else trees.add(seen, penalised(params), 1.0)
         incoming = updates if penalised is None else trees.add(updates, penalised(params), 1.0)
         value = jnp.asarray(curvature.value(), jnp.float32)
-        state = _judged(state, slope, value)  # 1
+        says = getattr(curvature, "count", jnp.ones(())) > 0  # a batch of weight zero says nothing
+        state = _judged(state, slope, value, says)  # 1
         state = _adapted(state, damping)  # 2, 3
-        ratio, bad = _tested(state, curvature, params, value, penalised)
-        state = state._replace(average=_averaged(state, incoming))  # 4
+        ratio, bad = _tested(state, curvature, params, value, penalised, says)
+        state = state._replace(average=_averaged(state, incoming, says))  # 4
 
         def forward():
             strength = state.damping + l2_now
@@ -162,7 +163,7 @@ def automatic(
             weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
             rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
             foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
-            known = jnp.isfinite(foretold) & jnp.isfinite(bent)  # of a batch of NaN nothing is
+            known = says & jnp.isfinite(foretold) & jnp.isfinite(bent) & trees.finite(u)
             rate, bent, foretold = (jnp.where(known, number, 0) for number in (rate, bent, foretold))
             step = jax.tree.map(lambda leaf: jnp.where(known, rate * leaf, 0).astype(leaf.dtype), u)  # 7
             made = Step(step, *_narrow(state.share, bent, foretold, value))
@@ -183,11 +184,11 @@ def automatic(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _judged(state: AutomaticState, slope: Any, value: Array) -> AutomaticState:
+def _judged(state: AutomaticState, slope: Any, value: Array, says: Array) -> AutomaticState:
     """Line 1; a step of which nothing finite is known counts for nothing."""
     last = state.last
     end = trees.dot(slope, last.tree) / last.share
-    known = (last.foretold != 0) & jnp.isfinite(end) & jnp.isfinite(value)
+    known = says & (last.foretold != 0) & jnp.isfinite(end) & jnp.isfinite(value)
     new = jnp.where(known, last.share * last.bent - end, 0), jnp.where(known, last.bent, 0)
     over, under = (jnp.where(known, _FORGET, 1) * old + one for old, one in zip(state.sums, new, strict=True))
     share = jnp.where(under > 0, jnp.clip(over / jnp.where(under > 0, under, 1), _LEAST_SHARE, 1), 1)
@@ -208,15 +209,20 @@ def _adapted(state: AutomaticState, damping: ScalarOrSchedule | None) -> Automat
     return state._replace(damping=strength, momentum=momentum)
 
 
-def _averaged(state: AutomaticState, gradient: Any) -> Any:
+def _averaged(state: AutomaticState, gradient: Any, says: Array) -> Any:
     """Line 4, also of a step that is taken back, whose gradient points back; not of one that is not finite."""
-    gain = jnp.where(jnp.isfinite(trees.dot(gradient, gradient)), 1 - state.momentum, 0)
+    gain = jnp.where(says & jnp.isfinite(trees.dot(gradient, gradient)), 1 - state.momentum, 0)
     moved = jax.tree.map(lambda m, g: (m + gain * (g - m)).astype(m.dtype), state.average, gradient)
     return trees.select(gain > 0, moved, state.average)
 
 
 def _tested(
-    state: AutomaticState, curvature: Any, params: Any, value: Array, penalised: Callable[[Any], Any] | None
+    state: AutomaticState,
+    curvature: Any,
+    params: Any,
+    value: Array,
+    penalised: Callable[[Any], Any] | None,
+    says: Array,
 ) -> tuple[Array, Array]:
     """Line 8: the ratio of the last test, and whether the last step is to be taken back.
 
@@ -224,7 +230,7 @@ def _tested(
     """
     last = state.last
     rise = 3 * jnp.abs(last.value) + 10 * jnp.finfo(jnp.float32).eps * state.first
-    is_due = (last.foretold != 0) & ~(value - last.value <= rise)
+    is_due = says & (last.foretold != 0) & ~(value - last.value <= rise)
 
     def test():
         start = trees.add(params, last.tree, -1.0)

@@ -43,7 +43,7 @@ class ControlState(NamedTuple):
         learning_rate: of the last step.
         momentum: of the last step, the weight of the step before it.
         ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
-        rejected: tested steps that were not taken, int32.
+        rejected: steps that were not taken, since a test found the loss risen or they were not finite, int32.
         last: the last step that was taken, a tree like the parameters; None without momentum.
         direction: state of the direction.
     """
@@ -108,6 +108,12 @@ def controlled(
             return answered(direction, updates, state, params, extra | {"curvature": curvature})
         check(curvature, params)
         count, last = state.count, state.last
+        if (last is None) != (momentum is None):
+            raise ValueError(
+                f"`momentum` is {momentum!r}, but the state {'has no' if last is None else 'has a'} last step: it was "
+                "made with another `momentum`. Build the optimizer as the one that the checkpoint is of, or begin with "
+                "`tx.init(params)`."
+            )
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
         strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
         extra = {"gradient": updates} | extra  # without the penalty, for statistics of the gradient itself
@@ -127,23 +133,22 @@ def controlled(
             weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
         step = jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u)  # 5
         step = step if last is None else trees.add(step, last, weights[1])
-        ratio, taken = state.ratio, jnp.array(True)
+        ratio, taken, says = state.ratio, jnp.array(True), getattr(curvature, "count", jnp.ones(())) > 0
+        sound = trees.finite(step)
         if rule:
-            is_due = rule.is_due(count, state.ratio)
+            is_due = rule.is_due(count, state.ratio) & says  # a batch of weight zero tests nothing
             test = partial(_tested, curvature, params, weights, penalised)
             ratio, taken = jax.lax.cond(is_due, lambda: test(model(), step), lambda: (ratio, taken))  # 6
             strength = jnp.where(is_due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
-            last = None if last is None else trees.select(taken, step, last)
-            step = trees.select(taken, step, jax.tree.map(jnp.zeros_like, step))
-        elif last is not None:
-            last = step
+        last = None if last is None else trees.select(taken & sound & says, step, last)
+        step = trees.select(taken & sound & says, step, jax.tree.map(jnp.zeros_like, step))
         return step, ControlState(
             count=jnp.asarray(optax.safe_increment(count)),
             damping=strength.astype(jnp.float32),
             learning_rate=weights[0].astype(jnp.float32),
             momentum=weights[1].astype(jnp.float32),
             ratio=ratio,
-            rejected=state.rejected + ~taken,
+            rejected=state.rejected + (~(taken & sound)).astype(jnp.int32),
             last=last,
             direction=inner,
         )

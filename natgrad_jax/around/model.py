@@ -54,7 +54,7 @@ def minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bo
     if all(free):
         other = 1 - cosine**2
         both = -(slope - cosine * slope[::-1]) / other
-        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0]))  # nearly parallel: u alone
+        found = jnp.where(other > 1e-5, both, found * jnp.array([1, 0], found.dtype))  # nearly parallel: u alone
     weights = jnp.where(jnp.array(free), found / size, weights)
     return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
 

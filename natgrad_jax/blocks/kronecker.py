@@ -174,8 +174,8 @@ def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) 
     if split == "mean_eigenvalue":
         return jnp.maximum(mean_inputs, root), jnp.maximum(mean_outputs, root)
     both = (mean_inputs > 0) & (mean_outputs > 0)
-    ratio = jnp.where(both, mean_inputs, 1) / jnp.where(both, mean_outputs, 1)
-    pi = jnp.sqrt(ratio) if split == "pi" else jnp.ones_like(ratio)
+    roots = [jnp.sqrt(jnp.where(both, mean, 1)) for mean in (mean_inputs, mean_outputs)]  # their ratio may overflow
+    pi = roots[0] / roots[1] if split == "pi" else jnp.ones_like(mean_inputs)
     return root * pi, root / pi
 
 

@@ -6,7 +6,7 @@
     3  on a rescaling step:    operator <- rescale(operator, curvature())            inside a cond; methods that have it
 
 The curvature is called inside the branch, once for all lines. What comes out not finite is dropped layer by layer,
-and counted.
+and counted. A batch of weight zero changes neither statistics nor what is measured of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Evidence, Layer
+from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
 from natgrad_jax.lift.requests import Observe, Request
 from natgrad_jax.lift.state import (
@@ -54,12 +55,15 @@ def advance(
         refresh_due = _either(refresh_due, _both(count < schedule.refresh_every, statistics_due))
 
     def observe(state, evidence):
-        held = any(block.method.holds for block in blocks) and is_warm(state)
+        held = is_empty(evidence)
+        if any(block.method.holds for block in blocks):
+            held = is_warm(state) | held
         return _followed(blocks, _observed(blocks, evidence, state, held=held))  # 1
 
     def refresh(state, evidence=None):
         measured = state if evidence is None else _measured(blocks, evidence, state)
-        return _refreshed(blocks, damping, measured, count, state.operators)  # 2
+        held = evidence is not None and is_empty(evidence)
+        return _refreshed(blocks, damping, measured, count, state.operators, held)  # 2
 
     if not any(block.method.rescale or block.method.measure for block in blocks):
         state = when(statistics_due, lambda state: observe(state, evidence_of()), state)
@@ -123,8 +127,9 @@ def _refreshed(
     state: NaturalGradientState,
     date: Array,
     former: Mapping[str, Dated],
+    held: Array | bool = False,
 ) -> NaturalGradientState:
-    """Line 2; a layer whose refresh is not finite goes back to its former operator."""
+    """Line 2; a layer whose refresh is not finite goes back to its former operator, and all where they are held."""
     method_of = {layer.name: method for layer, method in blocks}
     known = [layer for layer, _ in blocks if layer.is_known]
     values = {name: operator.value for name, operator in state.operators.items()}
@@ -138,8 +143,9 @@ def _refreshed(
         )
     fresh = {layer.name: Dated(values[layer.name], _dated(layer, date)) for layer, _ in blocks}
     fresh = _followed(blocks, state._replace(operators=fresh)).operators
-    state = _kept_operators(blocks, fresh, former, state)
-    return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + 1))
+    state = _kept_operators(blocks, fresh, former, state, held)
+    done = 1 if held is False else jnp.where(held, 0, 1)
+    return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + done))
 
 
 def _rescaled(
@@ -155,13 +161,18 @@ def _rescaled(
             old = state.operators[layer.name]
             fresh[layer.name] = old._replace(value=method.rescale(layer, old.value, evidence[layer.name]))
             rescaled.append(Block(layer, method))
-    return _kept_operators(rescaled, fresh, former, state)
+    return _kept_operators(rescaled, fresh, former, state, is_empty(evidence))
 
 
 def _kept_operators(
-    blocks: Sequence[Block], fresh: Mapping[str, Dated], former: Mapping[str, Dated], state: NaturalGradientState
+    blocks: Sequence[Block],
+    fresh: Mapping[str, Dated],
+    former: Mapping[str, Dated],
+    state: NaturalGradientState,
+    held: Array | bool = False,
 ) -> NaturalGradientState:
-    operators, rejected = kept_finite(layers_of(blocks), fresh, former)
+    operators, rejected = kept_finite(layers_of(blocks), fresh, former, held=held)
+    rejected = rejected if held is False else jnp.where(held, 0, rejected)
     rejected += state.metrics.rejected_refreshes
     metrics = state.metrics._replace(rejected_refreshes=rejected)
     return state._replace(operators={**state.operators, **operators}, metrics=metrics)
@@ -191,7 +202,8 @@ def answer(
     """
     if isinstance(request, Observe):
         assert evidence_of is not None, "asked for by `lift`"
-        return _observed(blocks, evidence_of(), state)
+        evidence = evidence_of()
+        return _observed(blocks, evidence, state, held=is_empty(evidence))
     missing = sorted(set(state.operators) - {block.layer.name for block in blocks})
     if missing:
         raise ValueError(f"The layers of {missing} are not known without the parameters: pass `params`.")

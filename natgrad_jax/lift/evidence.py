@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Evidence, Layer, Layers
+from natgrad_jax.algebra import trees
+from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.joint import is_joint
 from natgrad_jax.layers.rows import input_rows, output_rows
@@ -76,13 +77,16 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
     return blocks
 
 
-def lazy(curvature: Any, layers: tuple[Layer, ...], *, optional: bool = False) -> Callable[[], Mapping[str, Evidence]]:
+def lazy(
+    curvature: Any, layers: tuple[Layer, ...], *, optional: bool = False, gradient: Any = None
+) -> Callable[[], Mapping[str, Evidence]]:
     """A function that gives the evidence of every block, its names and shapes compared to the layers.
 
     Args:
         curvature: a callable, or {name: Evidence}.
         layers: those that need evidence.
         optional: whether there may be none, if the function is not called.
+        gradient: of which the axes of `shard_map` that it differs along are compared; None for no comparison.
 
     Returns:
         The function; it raises ValueError if the evidence is of other layers or shapes.
@@ -110,6 +114,12 @@ def lazy(curvature: Any, layers: tuple[Layer, ...], *, optional: bool = False) -
             raise ValueError(f"`curvature` has no evidence for {missing}; it has {sorted(evidence)}. {_ADVICE}")
         for layer in layers:
             _check(layer, evidence[layer.name])
+        if gradient is not None and (axes := trees.differs(evidence) - trees.differs(gradient)):
+            raise ValueError(
+                f"The gradient is the same on all replicas of {sorted(axes)}, but `curvature` is that of the examples "
+                "of each, with which they would drift apart. Let the capture join both: "
+                f"`capture(..., axis_name={min(axes)!r})`."
+            )
         return {layer.name: evidence[layer.name] for layer in layers}
 
     return evidence_of
@@ -244,6 +254,14 @@ def _same(blocks: tuple[Layer, ...], shapes: Mapping[str, tuple[int, ...]], name
             if shapes.get(leaf.address) != leaf.shape:
                 there = shapes.get(leaf.address, "none of that name")
                 raise ValueError(f"Parameter {leaf.address!r} has shape {leaf.shape}; {name} has {there}. {advice}")
+
+
+def is_empty(evidence: Mapping[str, Evidence]) -> Array | bool:
+    """Whether a batch has weight zero, all of it masked: it says nothing, and is no value of an average."""
+    evidence = dict(evidence)  # of a joint block itself a mapping
+    found = jax.tree.leaves(evidence, is_leaf=lambda item: isinstance(item, Evidence))
+    counts = [each.count for each in found if each.count is not None]
+    return jnp.asarray(counts[0]) <= 0 if counts else False
 
 
 def is_evidence(item: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -19,6 +20,7 @@ from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.layers.rows import from_matrix, to_matrix
 from natgrad_jax.lift import evidence as evidences
+from natgrad_jax.lift import restored
 from natgrad_jax.lift.advance import advance, answer
 from natgrad_jax.lift.requests import Observe, Request
 from natgrad_jax.lift.state import (
@@ -91,6 +93,7 @@ def lift(
 
     def update(updates, state, params=None, *, curvature=None, request=None, damping: Any = damping, **extra):
         del params, extra
+        restored.check(state, jax.eval_shape(init, updates))
         count = state.count
         decays_now = tuple(at_step(each, count) for each in decays)
         if request is not None:
@@ -106,7 +109,8 @@ def lift(
             )
         blocks = blocks_of(updates, decays_now)
         strength = _strength(damping, blocks, count)
-        state = advance(blocks, schedule, strength, evidences.lazy(curvature, layers_of(blocks)), state)
+        evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates)
+        state = advance(blocks, schedule, strength, evidence_of, state)
         operators = {name: operator.value for name, operator in state.operators.items()}
         known = {layer.name: layer for layer, _ in blocks if layer.is_known}
         special = strengths(known, operators, strength) if strengths else {}

@@ -22,7 +22,7 @@ from natgrad_jax.base import Array, Evidence, Layer, Layers, Operator, Scalar, S
 from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.lift import evidence as evidences
-from natgrad_jax.lift import guards
+from natgrad_jax.lift import guards, restored
 from natgrad_jax.lift.lift import from_matrices, to_matrices
 from natgrad_jax.lift.requests import Observe
 from natgrad_jax.lift.state import Dated, NaturalGradientState, at_step, counted, due, is_warm, kept_finite
@@ -141,10 +141,11 @@ def lift_stepping(
 
     def update(updates, state, params: Any = None, *, curvature: Any = None, request=None, **extra):
         del extra
+        restored.check(state, jax.eval_shape(init, updates))
         blocks = evidences.present(layers, updates)
         if request is not None:
             return updates, _answer(request, method_of, blocks, state, curvature, at_step(decay, state.count))
-        evidence_of = evidences.lazy(curvature, blocks)
+        evidence_of = evidences.lazy(curvature, blocks, gradient=updates)
         _check(curvature, params)
         count = state.count
         strengths = Strengths(at_step(decay, count), jnp.asarray(at_step(damping, count), widest(blocks)))
@@ -166,12 +167,13 @@ def lift_stepping(
             seen = {
                 layer.name: _seen(method_of(layer), layer, evidence[layer.name], strengths, state) for layer in blocks
             }  # 1
-            good, _ = kept_finite(blocks, seen, old, by_diagonal=False)
+            held = evidences.is_empty(evidence)
+            good, _ = kept_finite(blocks, seen, old, by_diagonal=False, held=held)
             found = stepped({name: operator for name, (_, operator) in good.items()})
             there = optax.apply_updates(params, found)
             again = evidences.lazy(partial(curvature, there), blocks)()
             ends = _ends(blocks, params, evidence), _ends(blocks, there, again)
-            return found, _learned(method_of, blocks, seen, ends, strengths, state)  # 3
+            return found, _learned(method_of, blocks, seen, ends, strengths, state, held)  # 3
 
         is_due = due(count, statistics_every)
         if is_due is True:
@@ -227,16 +229,19 @@ def _learned(
     ends: tuple[Mapping[str, End], Mapping[str, End]],
     strengths: Strengths,
     state: NaturalGradientState,
+    held: Array | bool,
 ) -> NaturalGradientState:
-    """Line 3; a block that is not finite goes back to before line 1."""
+    """Line 3; a block that is not finite goes back to before line 1, and all if they are held."""
     new, skips = {}, Skips(*jnp.zeros(2, jnp.int32))
     for layer in blocks:
         (statistics, operator), (here, there) = seen[layer.name], (end[layer.name] for end in ends)
         statistics, value, more = method_of(layer).learn(layer, statistics, operator.value, here, there, strengths)
         new[layer.name] = statistics, operator._replace(value=value)
         skips = jax.tree.map(jnp.add, skips, more)
-    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), by_diagonal=False)
-    state = counted(state, {name: statistics for name, (statistics, _) in kept.items()}, rejected)
+    if held is not False:
+        skips = jax.tree.map(lambda number: jnp.where(held, 0, number), skips)
+    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), by_diagonal=False, held=held)
+    state = counted(state, {name: statistics for name, (statistics, _) in kept.items()}, rejected, held=held)
     metrics = state.metrics
     return state._replace(
         operators={name: operator for name, (_, operator) in kept.items()},

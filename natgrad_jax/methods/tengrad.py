@@ -183,7 +183,7 @@ class TENGraD(Direction):
             del statistics
             parts = [samples.kernel(jacobian, workspace) for jacobian in operator.jacobians]
             kernel = _over_members(layer, parts, 2)  # 2
-            strength = stacks.floored(damping, jnp.linalg.norm(kernel, axis=(-2, -1)))
+            strength = stacks.floored(damping, stacks.frobenius(kernel))
             return operator._replace(factor=_factor(kernel, strength, self.energy), strength=strength)
 
         def apply(layer, operator, gradient, damping):
@@ -218,7 +218,7 @@ def _over_members(layer: Layer, values: list[Array], axes: int) -> Array:
 def _factor(kernel: Array, damping: Array, energy: float | None) -> Array:
     """Lines 2, 2': singular values are kept from the largest on, as long as their sum is within the energy."""
     if energy is None:
-        return stacks.cholesky(kernel + damping[..., None, None] * jnp.eye(kernel.shape[-1], dtype=kernel.dtype))
+        return stacks.cholesky(stacks.plus_identity(kernel, damping))
     values, vectors = stacks.eigh(kernel)
     assert vectors is not None, "the kernel is no diagonal"
     singular = jnp.sqrt(values)[..., ::-1]

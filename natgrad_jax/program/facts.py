@@ -61,11 +61,22 @@ def result(path: Path, sizes: Shape) -> Result:
     return Result(path, source("", sizes))
 
 
+_SAME = (
+    "convert_element_type",
+    "copy",
+    "sharding_constraint",
+    "optimization_barrier",
+    "reduce_precision",
+    "pvary",  # of a `shard_map`: the same on all replicas, from here on as each one's own
+    "pcast",
+)
+
+
 def moved(fact: Fact, equation: Any) -> Fact | None:
     """A fact after an equation that moves entries and does nothing else; None if it is no such equation."""
     name, options = equation.primitive.name, equation.params
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    if name in ("convert_element_type", "copy", "sharding_constraint", "optimization_barrier", "reduce_precision"):
+    if name in _SAME:
         return fact if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating) else None
     if isinstance(fact, Parameter) and fact.axes is not None:
         return _moved_spread(fact, name, options, before, after)

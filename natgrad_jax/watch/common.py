@@ -23,7 +23,8 @@ from natgrad_jax import addresses, checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
-from natgrad_jax.losses import LIKELIHOODS, Likelihood, spread, total_weight
+from natgrad_jax.losses import LIKELIHOODS, Likelihood, example_weights, present, spread, total_weight, wide
+from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.reading import Call
 
 LABELS = ("sampled", "exact", "true", "forward")
@@ -60,6 +61,11 @@ class LazyCurvature(Protocol):
         """Whose cotangents the evidence has."""
         ...
 
+    @property
+    def count(self) -> Array:
+        """W, the total weight of the examples."""
+        ...
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch, at the parameters of this step or at others."""
         ...
@@ -82,6 +88,7 @@ class Forward(NamedTuple):
         layers: the layers that it reports.
         examples: N.
         calls: {layer: how each of its uses is read}.
+        masked: weights -> `run` on the batch, its examples of weight zero made harmless; None if it reads no inputs.
     """
 
     run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
@@ -89,6 +96,7 @@ class Forward(NamedTuple):
     layers: Layers
     examples: int
     calls: Mapping[str, tuple[Call, ...]]
+    masked: Callable[[Array], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,11 +205,17 @@ class Curvature:
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
 
-        outputs, tangent = jax.jvp(outputs_at, (self._params,), (direction,))
-        wide = _wide(outputs)
-        count = total_weight(weights, self._forward.examples).astype(wide.dtype)
-        scale = jnp.sqrt(spread(weights, outputs.ndim) / count)
-        return scale * problem.likelihood.root_transpose(wide, tangent.astype(wide.dtype))
+        outputs, tangent = along(outputs_at, self._params, direction)
+        outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
+        count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
+        scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))
+        return scale * problem.likelihood.root_transpose(outputs, tangent)
+
+    def _root_weights(self, outputs: Array) -> Array:
+        """The roots of the weights, as they go with the outputs."""
+        if self._batch.weights is None:
+            return jnp.ones((), outputs.dtype)
+        return jnp.sqrt(jnp.abs(spread(self._batch.weights, outputs.ndim))).astype(outputs.dtype)
 
     def _at(self, params: Tree) -> Tree:
         """Other parameters, those of this step where a mask took leaves away."""
@@ -224,20 +238,22 @@ class Curvature:
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
         outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), passed.floats)
-        wide = _wide(outputs)
-        scale = jnp.sqrt(spread(self._batch.weights, outputs.ndim))
+        read, weights = present(wide(outputs), self._batch.weights), self._batch.weights
+        scale = self._root_weights(read)
         if self._problem.labels == "exact":
-            seeds = self._exact_seeds(wide)
+            seeds = self._exact_seeds(read)
         else:
-            seeds = jax.vmap(lambda targets: _score(self._problem.likelihood, wide, targets))(self._targets())
-        slopes = jnp.sum((scale * seeds) ** 2, axis=range(2, seeds.ndim))
-        return jax.vmap(lambda seed: back((scale * seed).astype(outputs.dtype))[0])(seeds), slopes
+            likelihood = self._problem.likelihood
+            seeds = jax.vmap(lambda targets: _score(likelihood, read, present(targets, weights)))(self._targets())
+        seeds = jax.vmap(lambda seed: scale * seed)(seeds)
+        slopes = jnp.sum(seeds**2, axis=range(2, seeds.ndim))
+        return jax.vmap(lambda seed: back(seed.astype(outputs.dtype))[0])(seeds), slopes
 
     def _targets(self) -> Array:
         """The targets of each draw [K, ...]: the true ones, or labels drawn at the parameters of this step."""
         if self._problem.labels == "true":
-            return self._batch.targets[None]
-        outputs = _wide(self._problem.readout(self._passed.outputs))
+            return jnp.asarray(self._batch.targets)[None]
+        outputs = present(wide(self._problem.readout(self._passed.outputs)), self._batch.weights)
         assert self._batch.key is not None, "checked in `evaluate`"
         keys = jax.random.split(self._batch.key, self._problem.draws)
         return jax.vmap(lambda key: self._problem.likelihood.sample(key, outputs))(keys)
@@ -265,9 +281,10 @@ class Curvature:
         pulled_outside: bool = False,
     ) -> dict[str, Evidence]:
         """The evidence of every block; the leaves of `gradients` lead with K."""
-        weights = self._batch.weights
+        weights = None if self._batch.weights is None else jnp.abs(self._batch.weights)
         leaves = addresses.flatten(gradients)
         count = total_weight(weights, self._forward.examples)
+        there = None if weights is None else example_weights(weights)
         evidence = {}
         for layer in self._forward.layers.blocks:
             gradient = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
@@ -276,10 +293,12 @@ class Curvature:
                 continue
             uses = self._forward.calls[layer.name]
             calls = tuple(use.inputs(x) for use, x in zip(uses, passed.inputs[layer.name], strict=True))
+            calls = _there(calls, there, layer.module_axes)
             if cotangents is None:
                 evidence[layer.name] = Evidence(calls, weights=weights, count=count)
                 continue
             seen = tuple(use.outputs(g, 1) for use, g in zip(uses, cotangents[layer.name], strict=True))
+            seen = _there(seen, there, 1 + layer.module_axes)
             found = Evidence(calls, seen, gradient, weights, count, slopes)
             evidence[layer.name] = found if pulled_outside else _from_rows(layer, found)
         return evidence
@@ -315,7 +334,13 @@ class _Batch(NamedTuple):
 
 
 def evaluate(
-    problem: Problem, forward: Forward, params: Tree, targets: Any, weights: Array | None, key: Array | None
+    problem: Problem,
+    forward: Forward,
+    params: Tree,
+    targets: Any,
+    weights: Array | None,
+    key: Array | None,
+    share: Callable[[Array], Array] | None = None,
 ) -> Evaluation:
     """Loss, gradient and lazy curvature of one batch, from one forward pass.
 
@@ -326,6 +351,7 @@ def evaluate(
         targets: the labels of the batch.
         weights: of examples or positions, or None.
         key: for drawing labels.
+        share: W -> by what the gradient is multiplied, where the batch is a part of one; None for nothing.
 
     Returns:
         The evaluation.
@@ -333,15 +359,20 @@ def evaluate(
     Raises:
         ValueError: if targets, weights or key do not fit.
     """
-    weights = None if weights is None else _wide(jnp.asarray(weights))
+    weights = None if weights is None else wide(jnp.asarray(weights))
+    if weights is not None and forward.masked is not None and weights.shape[:1] == (forward.examples,):
+        forward = forward._replace(run=forward.masked(weights))
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
         passed.floats
     )
+    if share is not None:  # before the pullback, which may lead to the other parts
+        of_batch = share(total_weight(weights, forward.examples))
+        seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
     ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
-    reusable = problem.labels == "true" and problem.objective is None and weights is None
+    reusable = problem.labels == "true" and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
@@ -403,15 +434,21 @@ def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, 
         complaint = problem.likelihood.check(read, jnp.asarray(targets))
         if complaint:
             raise ValueError(f"{problem.likelihood.name}: {complaint}.")
-    if weights is not None and weights.shape != read.shape[: weights.ndim]:
+    per_label = weights is not None and weights.ndim == read.ndim > _axes_of_terms(problem.likelihood, read)
+    if weights is not None and (per_label or weights.shape != read.shape[: weights.ndim]):
         raise ValueError(
-            f"`weights` of shape {weights.shape} do not fit outputs of shape {read.shape}; expected its leading axes, "
-            f"{read.shape[:1]} for examples or {read.shape[:2]} for positions."
+            f"`weights` of shape {weights.shape} do not fit outputs of shape {read.shape}; expected leading axes of "
+            f"these, {read.shape[:1]} for examples or more for positions, without the classes of one label."
         )
     if problem.labels == "sampled" and key is None:
         raise ValueError(
             '`key` is None, but `labels="sampled"` draws labels; pass a new `key=jax.random.key(...)` at each step.'
         )
+
+
+def _axes_of_terms(likelihood: Likelihood, read: Array) -> int:
+    """How many axes the terms of the loss have: one less than the outputs where a label has its classes in the last."""
+    return jax.eval_shape(lambda z: likelihood.terms(z, likelihood.sample(jax.random.key(0), z)), wide(read)).ndim
 
 
 def _pull_each(pullback: Callable[[Any], tuple[Tree, Tree]], seeds: Any) -> tuple[Tree, Tree]:
@@ -435,11 +472,11 @@ def _from_rows(layer: Layer, evidence: Evidence) -> Evidence:
     return evidence._replace(gradient=gradient)
 
 
+def _there(values: tuple[Array, ...], weights: Array | None, axis: int) -> tuple[Array, ...]:
+    """Arrays with zeros for the examples of weight zero [N], which stand along an axis."""
+    return tuple(jnp.moveaxis(present(jnp.moveaxis(leaf, axis, 0), weights), 0, axis) for leaf in values)
+
+
 def _score(likelihood: Likelihood, outputs: Array, targets: Array) -> Array:
     """Derivative of the summed negative log-likelihood by the outputs."""
     return jax.grad(lambda z: jnp.sum(likelihood.terms(z, targets)))(outputs)
-
-
-def _wide(values: Array) -> Array:
-    """Values in float32 at least: labels are drawn and roots taken there; masks become numbers."""
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

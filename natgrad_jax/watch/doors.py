@@ -7,6 +7,7 @@ for each batch loss, gradient and curvature.
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from natgrad_jax.watch import common
 from natgrad_jax.watch.common import Evaluation, Forward, Problem
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.recognise import Exceptions
+from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, share_of
 from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
 
@@ -62,6 +64,7 @@ class Watch:
         exclude: layers to treat as unknown.
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
+        axis_name: of the replicas that a batch is spread over by hand; None for one that is here.
         unexplained: {layer: why} of those that it found to be seen wrongly.
     """
 
@@ -69,6 +72,7 @@ class Watch:
     exclude: tuple[str, ...] = ()
     microbatches: int = 1
     verify: bool = True
+    axis_name: Axis | None = None
     unexplained: dict[str, str] = field(default_factory=dict, compare=False)
 
     def layers(self, model: Model, inputs: Inputs) -> Layers:
@@ -115,18 +119,47 @@ class Watch:
         Returns:
             The evaluation.
         """
+        if self.axis_name is None:
+            return self._evaluate(model, inputs, targets, key, weights)
+        axis, count = self.axis_name, bound(self.axis_name)
+        if key is None and self.problem.labels == "exact":
+            key = jax.random.key(0)  # of the signs, which are to be independent
+        key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
+        mine = model._replace(params=own(model.params, axis), state=own(model.state, axis))
+        found = self._evaluate(mine, inputs, targets, key, weights)
+        local = found.curvature
+        value = averaged(found.value, local.count, axis)
+        if self.microbatches == 1:  # each has its share already
+            grad = jax.tree.map(lambda leaf: jax.lax.psum(leaf, axis), found.grad)
+        else:
+            grad = averaged(found.grad, local.count, axis)
+        layers = replace(local.layers, examples=count * local.layers.examples)
+        total = jax.lax.psum(own(local.count, axis), axis)
+        return found._replace(value=value, grad=grad, curvature=Replicas(local, axis, total, value, layers))
+
+    def _evaluate(
+        self, model: Model, inputs: Inputs, targets: Any, key: Array | None, weights: Array | None
+    ) -> Evaluation:
+        """Those of the batch that is here."""
         if self.microbatches == 1:
-            forward = self._forward(model, inputs.args, inputs.kwargs)
-            return common.evaluate(self.problem, forward, model.params, targets, weights, key)
+            forward = self._replica(self._forward(model, inputs.args, inputs.kwargs))
+            share = None if self.axis_name is None else partial(share_of, axis=self.axis_name)
+            return common.evaluate(self.problem, forward, model.params, targets, weights, key, share)
 
         def forward_of(args, state, number):
             options = dict(inputs.kwargs)
             if "rngs" in options:
                 options["rngs"] = jax.tree.map(lambda rng: jax.random.fold_in(rng, number), options["rngs"])
-            return self._forward(model._replace(state=state), args, options)
+            return self._replica(self._forward(model._replace(state=state), args, options))
 
         batch = (inputs.args, targets, weights)
         return in_pieces(self.problem, forward_of, model.params, model.state, *batch, key, self.microbatches)
+
+    def _replica(self, forward: Forward) -> Forward:
+        """With probes of this replica alone, whose cotangents are then not summed over all."""
+        if self.axis_name is None:
+            return forward
+        return forward._replace(probes=own(forward.probes, self.axis_name))
 
     def _forward(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
         exceptions = Exceptions(self.exclude, self.unexplained)
@@ -143,12 +176,23 @@ def asked(
     exclude: Iterable[str],
     microbatches: int,
     verify: bool,
+    axis_name: Axis | None,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
     problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs))
     checks.size("microbatches", microbatches)
     checks.flag("verify", verify)
-    return Watch(problem, (exclude,) if isinstance(exclude, str) else tuple(exclude), microbatches, verify)
+    if not (axis_name is None or isinstance(axis_name, str) or _are_names(axis_name)):
+        raise TypeError(
+            f"`axis_name` is {axis_name!r}; expected the name that `jax.pmap(..., axis_name=...)` or the mesh of "
+            "`jax.shard_map` gives the axis of the replicas, a tuple of such names, or None."
+        )
+    excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return Watch(problem, excluded, microbatches, verify, axis_name)
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in names)
 
 
 def called(inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:

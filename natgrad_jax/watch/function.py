@@ -22,6 +22,7 @@ def capture(
     exclude: Iterable[str] = (),
     microbatches: int = 1,
     verify: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> "Capture":
     """Watch a function: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -46,6 +47,7 @@ def capture(
         exclude: addresses of parameters, or the beginnings of some, to treat as unknown.
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
+        axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -59,7 +61,8 @@ def capture(
             f"`apply` is a {type(apply).__name__}; expected a function of parameters and inputs. For a flax module use "
             "`ng.linen.capture(model, ...)` or `ng.nnx.capture(model, ...)`; of a model with an `apply`, pass that."
         )
-    return Capture(apply, asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify))
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
+    return Capture(apply, watch)
 
 
 @dataclass(frozen=True)

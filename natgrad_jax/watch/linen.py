@@ -30,6 +30,7 @@ def capture(
     exclude: Iterable[str] = (),
     microbatches: int = 1,
     verify: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> "Capture":
     """Watch a linen model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -52,6 +53,10 @@ def capture(
             moments of a piece, as in any accumulation.
         verify: whether `layers` compares what it found with autodiff, at perturbed parameters and for random cotangents
             of the outputs: one compiled pass. A layer whose products do not explain its gradient gets diagonal blocks.
+        axis_name: of the axis of `jax.pmap` or `jax.shard_map` over which a batch is spread by hand. Loss, gradient and
+            curvature are then those of the batch of all replicas, the same on each, and labels are drawn independently;
+            do not average the gradient again. `outputs` and `updated` stay those of the replica. `layers` is called
+            outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -68,7 +73,8 @@ def capture(
         elif isinstance(getattr(model, "module", None), nn.Module):
             advice = " It has one: pass that, its `module`, and its parameters as `{'params': ...}`."
         raise TypeError(f"`model` is {what}; expected a flax.linen.Module instance, such as nn.Dense(10).{advice}")
-    return Capture(model, asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify))
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
+    return Capture(model, watch)
 
 
 @dataclass(frozen=True)

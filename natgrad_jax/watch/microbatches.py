@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.stacks import HIGHEST
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
@@ -34,6 +35,7 @@ class Pieces:
     _pieces: Any
     _params: Tree
     _value: Array
+    count: Array
     layers: Layers
 
     @property
@@ -123,9 +125,9 @@ def in_pieces(
     updated, (values, grads, totals, outputs, written) = jax.lax.scan(step, dict(others), pieces)
     shares = totals / jnp.maximum(jnp.sum(totals), 1e-30)
     value = jnp.sum(values * shares)
-    grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1), grads)
+    grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1, precision=HIGHEST), grads)
     layers = replace(seen[-1], examples=examples)
-    curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, layers)
+    curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, jnp.sum(totals), layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
     return Evaluation(value, grad, curvature, jax.tree.map(_flat, outputs), updated | last)
 
@@ -138,7 +140,7 @@ def _joined(evidence: Evidence, axes: int) -> Evidence:
     """The evidence of the pieces, along a leading axis, as that of all their examples; a layer has `axes` axes of S."""
 
     def along(values, axis):
-        return jax.tree.map(lambda leaf: _merged(leaf, axis), values)
+        return jax.tree.map(lambda leaf: merged(leaf, axis), values)
 
     total = None if evidence.count is None else jnp.sum(evidence.count)
     gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), evidence.gradient)
@@ -152,7 +154,7 @@ def _joined(evidence: Evidence, axes: int) -> Evidence:
     )
 
 
-def _merged(leaf: Array, axis: int) -> Array:
+def merged(leaf: Array, axis: int) -> Array:
     """[pieces, ..., N at `axis`, ...] -> [..., pieces N, ...]."""
     moved = jnp.moveaxis(leaf, 0, axis)
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])

@@ -32,6 +32,7 @@ def capture(
     exclude: Iterable[str] = (),
     microbatches: int = 1,
     verify: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> "Capture":
     """Watch an NNX model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -61,6 +62,7 @@ def capture(
         exclude: layers (by name or the name of a parent) to treat as unknown.
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
+        axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -77,7 +79,7 @@ def capture(
                 f"`model` is a {type(model).__name__}, which cannot be called; expected `call=`, a function of it and "
                 "the inputs, such as `call=lambda both, x: both[0](x, both[1])`."
             )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
     return Capture(call or _call, wrt, watch)
 
 

@@ -16,11 +16,13 @@ from jax.extend.core import ClosedJaxpr
 
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.trees import differs
 from natgrad_jax.base import Array
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.products import Found
 from natgrad_jax.program.replay import replay
 from natgrad_jax.watch.common import Forward, Problem
+from natgrad_jax.watch.masks import harmless
 from natgrad_jax.watch.recognise import Exceptions, recognise
 
 Function = Callable[..., tuple[Any, Mapping[str, Any]]]
@@ -49,7 +51,7 @@ def watch(
     program = traced.program(traced.arrays)
     examples = traced.examples(program)
     fixed = len(leaves) + sum(_is_array(leaf) for leaf in jax.tree.leaves(state))
-    twin = _twin(function, problem.readout, (params, state, inputs), examples, fixed)
+    twin, places = _twin(function, problem.readout, (params, state, inputs), examples, fixed)
     names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
     found = _checked(follow(program, twin, names, wanted, examples), leaves, program)
@@ -59,19 +61,25 @@ def watch(
         name: tuple(jnp.zeros(call.product.output, call.product.dtype) for call in uses) for name, uses in calls.items()
     }
 
-    def run(params, probes):
-        given = {
-            call.product.path: probe
-            for name, uses in calls.items()
-            for call, probe in zip(uses, probes[name], strict=True)
-        }
-        values = [*jax.tree.leaves(params), *traced.arrays[len(leaves) :]]
-        outputs, records = replay(program, products, values, given)
-        seen = {name: tuple(records[call.product.path] for call in uses) for name, uses in calls.items()}
-        outputs, updated = traced.rebuilt(outputs)
-        return outputs, (seen, updated)
+    def on(others):
+        def run(params, probes):
+            given = {
+                call.product.path: probe
+                for name, uses in calls.items()
+                for call, probe in zip(uses, probes[name], strict=True)
+            }
+            outputs, records = replay(program, products, [*jax.tree.leaves(params), *others], given)
+            seen = {name: tuple(records[call.product.path] for call in uses) for name, uses in calls.items()}
+            outputs, updated = traced.rebuilt(outputs)
+            return outputs, (seen, updated)
 
-    return Forward(run, probes, layers, examples, calls)
+        return run
+
+    def masked(weights):
+        positions = 1 < weights.ndim < len(getattr(traced.read, "shape", ()))
+        return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :])
+
+    return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked)
 
 
 def _checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
@@ -136,11 +144,12 @@ def _traced(flat: Callable[..., Any], arrays: Sequence[Any]) -> tuple[ClosedJaxp
 
 def _twin(
     function: Function, readout: Callable[[Any], Any], arguments: Any, examples: int, fixed: int
-) -> ClosedJaxpr | None:
-    """The trace on twice as many examples; None where the function takes them in no way that was tried.
+) -> tuple[ClosedJaxpr | None, dict[int, int]]:
+    """The trace on twice as many examples, and which arrays have them along which axis.
 
-    Tried first is that every input with N entries along its first axis has the examples there, then that it is the
-    first axis of N entries wherever it stands. The first `fixed` arrays are parameters and state.
+    The trace is None where the function takes them in no way that was tried. Tried first is that every input with N
+    entries along its first axis has the examples there, then that it is the first axis of N entries wherever it stands.
+    The first `fixed` arrays are parameters and state.
     """
     traced = _Traced(function, readout, arguments)
     shapes = [tuple(leaf.shape) for leaf in traced.arrays]
@@ -154,12 +163,15 @@ def _twin(
         except Exception:  # whatever the function says of shapes that it was not made for
             continue
         if traced.examples(twin) == 2 * examples:
-            return twin
-    return None
+            return twin, grown
+    return None, leading
 
 
-def _doubled(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+def _doubled(leaf: Any, axis: int) -> Any:
+    """An array of twice as many examples: its shape; where JAX keeps count of replicas, one that nothing computes."""
     shape = tuple(leaf.shape)
+    if isinstance(leaf, jax.core.Tracer) and differs(leaf):
+        return jnp.concatenate([leaf, leaf], axis=axis)
     return jax.ShapeDtypeStruct((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), leaf.dtype)
 
 

@@ -1,0 +1,242 @@
+"""What the state of an optimizer says of each layer: as a table to read, and as numbers to log.
+
+    1  block <- eigenvalues of what is kept of the layer     A (x) G, the two traces, a scale, a diagonal; else a factor
+    2  share <- damping / (damping + mean eigenvalue)        of the same
+    3  cause <- the first rule that the numbers of the layer break, with what to change
+
+It runs on the host, outside of `jit`, and takes an eigendecomposition of every factor: now and then, not at each step.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from natgrad_jax import addresses, checks
+from natgrad_jax.algebra import averages
+from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.stacks import Diagonal
+from natgrad_jax.around.control import ControlState
+from natgrad_jax.base import Layers
+from natgrad_jax.blocks import kronecker
+from natgrad_jax.blocks.rotated import Rotated
+from natgrad_jax.lift.state import NaturalGradientState
+
+COLUMNS = ("weight", "age", "condition", "smallest", "largest", "damping_share", "rejected", "step")
+_HUGE, _NOISE, _DROWNED = 1e18, 1e-6, 0.99
+
+
+class _Spectrum(NamedTuple):
+    """Eigenvalues: the least, the greatest, their mean; whether they are those of the block, not of a factor."""
+
+    smallest: float
+    largest: float
+    mean: float
+    of_block: bool = True
+
+
+@dataclass(frozen=True)
+class Diagnosis(Mapping[str, float]):
+    """A flat mapping of numbers, "layer/column" and those of the whole; `print` it for the table.
+
+    Attributes:
+        numbers: {"encoder/Dense_0/age": 3.0, ..., "damping": 0.03}; what a method does not have is not there.
+        causes: {layer: what is probably wrong and what to change}; "" where nothing is.
+    """
+
+    numbers: dict[str, float]
+    causes: dict[str, str]
+
+    def __getitem__(self, name: str) -> float:
+        return self.numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __str__(self) -> str:
+        shown = [column for column in COLUMNS if any(f"{name}/{column}" in self.numbers for name in self.causes)]
+        rows = [("layer", *(column.replace("_", " ") for column in shown), "likely cause, and what to change")]
+        for name, cause in self.causes.items():
+            numbers = (self.numbers.get(f"{name}/{column}") for column in shown)
+            rows.append((name, *("" if number is None else f"{number:.3g}" for number in numbers), cause))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        whole = (f"{name} {number:.3g}" for name, number in self.numbers.items() if "/" not in name)
+        return "\n".join([*lines, "whole: " + ", ".join(whole)])
+
+
+def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, updates: Any = None) -> Diagnosis:
+    """What the state of an optimizer says of each layer.
+
+    weight: how full its averages are, from 0 (nothing observed) to 1; statistics have no date. age: steps since the
+    step that made its operator. smallest, largest, condition: eigenvalues of its block, without damping, and the ratio
+    of the damped ones; of the factor of the widest range for a method whose block is no product of what it keeps.
+    damping_share: damping over damping plus mean eigenvalue. rejected: 1 if its last refresh was not finite and an
+    older operator serves. step: norm of the update over that of the parameters. Of a stack the worst copy is told.
+
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> watched = ng.capture(lambda params, x: x @ params["w"], ng.losses.squared_error)
+    >>> layers = watched.layers(params, jnp.ones((8, 4)))
+    >>> found = diagnose(ng.kfac(0.1, layers).init(params), layers)
+    >>> found["w/weight"], found.causes["w"].split(":")[0]
+    (0.0, 'nothing was observed yet')
+
+    Args:
+        state: of any transformation with one of ours somewhere in it.
+        layers: of the model; None for an optimizer that was built without.
+        params: the parameters, for the column "step".
+        updates: the last updates, for the column "step".
+
+    Returns:
+        A `Diagnosis`: print it, or log `dict(...)` of it.
+
+    Raises:
+        TypeError: if `layers` is neither None nor a `Layers`.
+        ValueError: if no state of ours is in the state.
+    """
+    checks.layers(layers, optional=True)
+    kinds = (NaturalGradientState, ControlState)
+    found: list[Any] = []
+    _collect(jax.device_get(state), kinds, found)
+    ours = [each for each in found if isinstance(each, NaturalGradientState)]
+    if not ours:
+        raise ValueError(
+            f"`state` is of type {type(state).__name__} and has no state of natgrad_jax in it; expected what `tx.init` "
+            "or `tx.update` of one of its optimizers returned."
+        )
+    numbers, causes = {}, {}
+    for each in found:
+        numbers |= _of_the_whole(each)
+    for each in ours:
+        for name in each.statistics:
+            row = _of_layer(each, name, layers, numbers)
+            if params is not None and updates is not None:
+                row |= _step(name, layers, params, updates)
+            numbers |= {f"{name}/{column}": row[column] for column in COLUMNS if column in row}
+            causes[name] = _cause(row)
+    return Diagnosis(numbers, causes)
+
+
+def _collect(node: Any, kinds: tuple[type, ...], found: list[Any]) -> None:
+    """States of these kinds, the outer ones first; one may be inside another."""
+    for leaf in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, kinds)):
+        if isinstance(leaf, kinds):
+            found.append(leaf)
+            if isinstance(leaf, ControlState):
+                _collect(leaf.direction, kinds, found)
+
+
+def _of_the_whole(state: Any) -> dict[str, float]:
+    if isinstance(state, ControlState):
+        found = {name: float(getattr(state, name)) for name in ("learning_rate", "momentum", "ratio")}
+        return found | {"rejected_steps": float(state.rejected)}
+    return {"count": float(state.count)} | {name: float(value) for name, value in state.metrics._asdict().items()}
+
+
+def _of_layer(
+    state: NaturalGradientState, name: str, layers: Layers | None, whole: Mapping[str, float]
+) -> dict[str, float]:
+    """The numbers of one row."""
+    statistics, operator, row = state.statistics[name], state.operators[name], {}
+    weights = [np.min(each.weight) for each in _averages(statistics)]
+    if weights:
+        row["weight"] = float(min(weights))
+    date, newest = np.min(operator.date), max(np.max(each.date) for each in state.operators.values())
+    plain = layers is not None and name in {layer.name for layer in layers.rest}
+    if not plain and date >= 0:
+        row["age"] = float(state.count - 1 - date)
+    if not plain:
+        row["rejected"] = float(date < newest)
+    spectrum = _spectrum(statistics, operator.value, plain)  # 1
+    damping = whole.get("damping", 0.0)
+    if spectrum is not None and row.get("weight", 1) > 0:
+        row |= {"smallest": spectrum.smallest, "largest": spectrum.largest}
+        damped = damping if spectrum.of_block else 0.0
+        if spectrum.smallest + damped > 0:
+            row["condition"] = (spectrum.largest + damped) / (spectrum.smallest + damped)
+        if spectrum.of_block and damping + spectrum.mean > 0:
+            row["damping_share"] = damping / (damping + spectrum.mean)  # 2
+    return row
+
+
+def _averages(tree: Any) -> list[Average]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda item: isinstance(item, Average))
+    return [leaf for leaf in leaves if isinstance(leaf, Average)]
+
+
+def _spectrum(statistics: Any, operator: Any, plain: bool) -> _Spectrum | None:
+    """The eigenvalues of the block of a layer, or of its factor with the widest range; None if nothing is kept."""
+    if plain:
+        return _of(np.ravel(averages.mean(statistics))) if _averages(statistics) else None
+    if isinstance(operator, Rotated):
+        return _of(np.ravel(averages.mean(operator.scale)))
+    if isinstance(statistics, kronecker.Pair):
+        return _product(*kronecker.means(statistics))
+    if isinstance(statistics, Average) and isinstance(statistics.total, kronecker.Traces):
+        return _product(*kronecker.trace_restricted(statistics))
+    factors = [leaf for each in _averages(statistics) for leaf in _factors(averages.mean(each))]
+    spectra = [_of(np.ravel(_eigenvalues(factor)))._replace(of_block=False) for factor in factors]
+    return max(spectra, key=lambda each: each.largest / max(each.smallest, 1e-300), default=None)
+
+
+def _factors(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda item: isinstance(item, Diagonal))
+    return [leaf for leaf in leaves if isinstance(leaf, Diagonal) or _is_square(leaf)]
+
+
+def _is_square(leaf: Any) -> bool:
+    return leaf.ndim > 1 and leaf.shape[-1] == leaf.shape[-2]
+
+
+def _eigenvalues(factor: Any) -> np.ndarray:
+    """[..., n] in double precision, not negative."""
+    if isinstance(factor, Diagonal):
+        return np.asarray(factor.entries, np.float64)
+    return np.maximum(np.linalg.eigvalsh(np.asarray(factor, np.float64)), 0)
+
+
+def _product(inputs: Any, outputs: Any) -> _Spectrum:
+    one, other = _eigenvalues(inputs), _eigenvalues(outputs)
+    return _of(np.ravel(one[..., :, None] * other[..., None, :]))
+
+
+def _of(values: np.ndarray) -> _Spectrum:
+    values = np.asarray(values, np.float64)
+    return _Spectrum(float(values.min(initial=np.inf)), float(values.max(initial=0)), float(np.mean(values)))
+
+
+def _step(name: str, layers: Layers | None, params: Any, updates: Any) -> dict[str, float]:
+    """Norm of the update over that of the parameters, of all arrays of a layer."""
+    trees = [addresses.flatten(jax.device_get(tree)) for tree in (params, updates)]
+    blocks = {} if layers is None else {layer.name: layer for layer in layers.blocks}
+    places = [leaf.address for leaf in blocks[name].leaves] if name in blocks else [name]
+    if not all(place in tree for place in places for tree in trees):
+        return {}
+    norms = [np.sqrt(sum(np.sum(np.square(np.asarray(tree[p], np.float64))) for p in places)) for tree in trees]
+    return {"step": float(norms[1] / norms[0])} if norms[0] > 0 else {}
+
+
+def _cause(row: Mapping[str, float]) -> str:
+    """Line 3."""
+    share, condition = row.get("damping_share"), row.get("condition")
+    if row.get("weight") == 0 or ("weight" not in row and "age" not in row):
+        return "nothing was observed yet: its first statistics are ahead, or all of them were not finite"
+    if row.get("rejected"):
+        return "its last refresh was not finite, an older one serves: raise `damping`, look at the scale of its inputs"
+    if row.get("largest") == 0:
+        return "no gradient reaches it: dead units, or a head that the likelihood does not read; `exclude` it"
+    if row.get("largest", 0) > _HUGE:
+        return "its inputs or gradients are huge: normalise the inputs, or use float64"
+    if share is not None and share > _DROWNED:
+        return "the damping is larger than almost all of its curvature, steps are those of gradient descent: lower it"
+    if condition is not None and condition > 1 / _NOISE:
+        return "its small eigenvalues are below what float32 tells from zero: raise `damping`"
+    if row.get("step", 0) > 1:
+        return "its step is longer than its parameters: lower the learning rate, raise `damping`, or set `kl_clip`"
+    return ""

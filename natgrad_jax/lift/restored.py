@@ -1,0 +1,40 @@
+"""Whether a state is one that the transformation could have made: what a checkpoint of other settings is told by."""
+
+from typing import Any
+
+import jax
+
+
+def check(state: Any, expected: Any) -> None:
+    """Refuse a state of other leaves or shapes, before anything is computed of it.
+
+    Args:
+        state: as it was given; None in the place of operators that a checkpoint left out.
+        expected: shapes of the state that `init` makes.
+
+    Raises:
+        ValueError: with the name of the first leaf that does not fit.
+    """
+    found = _named(state)
+    left_out = tuple(name for name, leaf in found.items() if leaf is None)
+    for name, leaf in _named(expected).items():
+        if leaf is None or name.startswith(left_out):
+            continue
+        if name not in found:
+            raise ValueError(f"The state has no `{name}`, of shape {tuple(leaf.shape)} here; {_ADVICE}")
+        if tuple(found[name].shape) != tuple(leaf.shape):
+            shapes = tuple(found[name].shape), tuple(leaf.shape)
+            raise ValueError(f"The state has `{name}` of shape {shapes[0]}; expected {shapes[1]}: {_ADVICE}")
+    if unknown := [name for name in found if name not in _named(expected) and found[name] is not None]:
+        raise ValueError(f"The state has `{unknown[0]}`, which is not of this transformation: {_ADVICE}")
+
+
+_ADVICE = (
+    "it was made for a model of another width, by another method or with other settings. Build the transformation as "
+    "the one that the checkpoint is of, or begin with `tx.init(params)`."
+)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}

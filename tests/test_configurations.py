@@ -1,0 +1,213 @@
+"""JAX configured otherwise: strict promotion of dtypes and ranks, NaN as an error, other random keys; and precision."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods_table import ALL_NAMES, COMPLETE, batch_of, build, inner_jaxprs, of_the_lifting, row, task
+
+import natgrad_jax as ng
+
+STRICT = {
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+}
+every_flag = pytest.mark.parametrize("flag", STRICT)
+
+
+def traced(problem, tx, **settings):
+    """One step traced, which is where promotion is refused; nothing is compiled."""
+    x, y, key = batch_of(problem, 0)
+    params = problem.variables["params"]
+
+    def step(state):
+        variables = {**problem.variables, "params": params}
+        out = problem.capture.value_and_grad(variables, x, y, key=key, **settings)
+        return tx.update(out.grad, state, params, curvature=out.curvature)
+
+    return jax.eval_shape(step, jax.eval_shape(tx.init, params))
+
+
+@every_flag
+@pytest.mark.parametrize("where", ["mlp", "convnet"])
+@of_the_lifting(ALL_NAMES)
+def test_every_method_is_traced_under_strict_promotion(method, where, flag):
+    problem, tx = task(where), build(method, where)
+    with STRICT[flag]():
+        traced(problem, tx)
+
+
+@every_flag
+@pytest.mark.parametrize(
+    "name", ["adaptive", "newton", "wide", "limited", "kl_clip", "exact", "weights", "positions", "microbatches"]
+)
+def test_what_goes_with_the_methods_is_traced_under_strict_promotion(name, flag):
+    problem, settings = task("mlp"), {}
+    layers = problem.layers
+    if name == "adaptive":
+        rule = ng.adaptive_damping()
+        tx = ng.kfac("quadratic", layers, momentum="quadratic", damping=rule, weight_decay=0.1)
+    elif name == "newton":
+        tx = ng.shampoo(0.1, root="newton")
+    elif name == "wide":
+        tx = ng.kfac(0.1, layers, max_factor_dim=4)
+    elif name == "limited":
+        tx = ng.kbfgs(0.1, layers, memory=2)
+    else:
+        tx = ng.kfac(0.1, layers, kl_clip=1e-3, split="exact")
+    if name == "weights":
+        settings = {"weights": jnp.ones(8)}
+    watched = {"exact": {"labels": "exact"}, "microbatches": {"microbatches": 2}}.get(name, {})
+    if watched:
+        capture = ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, **watched)
+        problem = problem._replace(capture=capture)
+    with STRICT[flag]():
+        traced(problem, tx, **settings)
+
+
+@every_flag
+@pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "squared_error", "poisson"])
+def test_every_likelihood_is_traced_under_strict_promotion(name, flag):
+    problem = task("mlp")
+    capture = ng.linen.capture(problem.capture.model, getattr(ng.losses, name))
+    tx = ng.kfac("quadratic", problem.layers)
+    with STRICT[flag]():
+        weights = jnp.ones((8, 3))
+        traced(problem._replace(capture=capture, y=jnp.ones((4, 8, 3))), tx, weights=weights)
+
+
+def test_a_promotion_is_refused_by_these_flags():
+    with STRICT["dtype_promotion"](), pytest.raises(jax.dtypes.TypePromotionError):
+        jax.eval_shape(lambda: jnp.ones(2) * jnp.arange(2))
+    with STRICT["rank_promotion"](), pytest.raises(ValueError, match="rank"):
+        jax.eval_shape(lambda: jnp.ones((2, 2)) * jnp.ones(2))
+
+
+@of_the_lifting(ALL_NAMES)
+def test_no_method_makes_a_nan_in_its_first_steps(method):
+    problem, tx = task("mlp"), build(method)
+    params = problem.variables["params"]
+
+    @jax.jit
+    def step(state, t):
+        x, y, key = batch_of(problem, t)
+        out = problem.capture.value_and_grad({"params": params}, x, y, key=key)
+        return tx.update(out.grad, state, params, curvature=out.curvature)
+
+    with jax.debug_nans(True):
+        state = tx.init(params)
+        for t in range(3):
+            _, state = step(state, t)
+        with pytest.raises(FloatingPointError):
+            jax.jit(jnp.log)(-jnp.ones(()))
+
+
+# --- random keys of another kind: in a process of its own, since the default is settled when JAX starts ---------------
+
+RBG = """
+import jax, jax.numpy as jnp
+import methods_table as table
+import natgrad_jax as ng
+assert "rbg" in str(jax.random.key_impl(jax.random.key(0)))
+problem = table.task("mlp")
+for name in ("softmax_cross_entropy", "sigmoid_binary_cross_entropy", "squared_error", "poisson"):
+    y = problem.y[0] if name.startswith("softmax") else jnp.ones((8, 3))
+    capture = ng.linen.capture(problem.capture.model, getattr(ng.losses, name))
+    for key in (jax.random.key(1), jax.random.PRNGKey(1)):
+        evidence = capture.value_and_grad(problem.variables, problem.x[0], y, key=key).curvature()
+    print(name, bool(jnp.isfinite(next(iter(evidence.values())).cotangents[0]).all()))
+rates = jnp.full((20_000, 1), 1.0)
+counts = ng.losses.poisson.sample(jax.random.key(2), rates)
+print("mean", abs(float(counts.mean()) / float(jnp.exp(1.0)) - 1) < 0.05)
+"""
+
+
+def test_labels_are_drawn_by_keys_of_another_kind():
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here), str(here.parent)))
+    run = subprocess.run(
+        [sys.executable, "-c", RBG],
+        env={**os.environ, "JAX_DEFAULT_PRNG_IMPL": "rbg", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("True") == 5, run.stdout
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def products(jaxpr):
+    """The precision of every product of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.params["precision"]
+        for inner in inner_jaxprs(equation):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("where", ["mlp", "convnet"])
+@of_the_lifting(tuple(name for name in ALL_NAMES if name not in [each.name for each in COMPLETE]))
+def test_no_product_of_a_factor_is_rounded_by_an_accelerator(method, where):
+    problem, tx = task(where), build(method, where)
+    params = problem.variables["params"]
+    x, y, key = batch_of(problem, 0)
+    out = problem.capture.value_and_grad({**problem.variables, "params": params}, x, y, key=key)
+    evidence, state = out.curvature(), tx.init(params)
+    program = jax.make_jaxpr(lambda grad, state, e: tx.update(grad, state, curvature=e))(out.grad, state, evidence)
+    highest = jax.lax.Precision.HIGHEST
+    found = list(products(program.jaxpr))
+    assert found and all(precision in (highest, (highest, highest)) for precision in found)
+
+
+def test_a_product_at_default_precision_is_seen():
+    program = jax.make_jaxpr(jax.jit(lambda a: a @ a))(jnp.ones((2, 2)))
+    assert list(products(program.jaxpr)) == [None]
+
+
+@cache
+def _rows():
+    return jax.random.normal(jax.random.key(0), (16, 4)), jax.random.normal(jax.random.key(1), (4, 3))
+
+
+OF_SCALES = ("kfac pi", "kfac exact", "ekfac per_example", "ekfac qr pi", "tkfac", "tekfac", "mbf", "tengrad")
+
+
+@of_the_lifting(OF_SCALES)
+def test_inputs_of_any_size_have_a_step_and_those_whose_squares_overflow_are_counted(method):
+    """W x stays as it is where x is scaled by s and W by 1 / s; F is then s^2 times as large, and so is the damping."""
+    x, kernel = _rows()
+    capture = ng.capture(lambda params, x: x @ params["dense"]["kernel"], ng.losses.squared_error, labels="exact")
+    layers = capture.layers({"dense": {"kernel": kernel}}, x)
+    tx = row(method).scale_by(layers, damping=1.0, **_at_once(method))
+
+    @jax.jit
+    def step(scale):
+        params = {"dense": {"kernel": kernel / scale}}
+        out = capture.value_and_grad(params, x * scale, jnp.zeros((16, 3)), key=jax.random.key(2))
+        extra = {"curvature": out.curvature, "damping": 0.03 * scale**2}
+        updates, state = tx.update(out.grad, tx.init(params), params, **extra)
+        return updates["dense"]["kernel"] * scale, state.metrics
+
+    expected, metrics = step(jnp.float32(1))
+    assert expected.any() and metrics.rejected_statistics + metrics.rejected_refreshes == 0
+    for scale in (1e10, 1e15):
+        found, metrics = step(jnp.float32(scale))
+        assert metrics.rejected_statistics + metrics.rejected_refreshes == 0
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * float(jnp.abs(expected).max()))
+    _, metrics = step(jnp.float32(1e25))
+    assert metrics.rejected_statistics + metrics.rejected_refreshes > 0
+
+
+def _at_once(method):
+    periods = {"statistics_every": 1, "refresh_every": 1}
+    return periods if row(method).apart else {"refresh_every": 1}

@@ -1,0 +1,139 @@
+"""`diagnose` tells of each layer what a dense eigendecomposition of its block tells, and names what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from methods_table import ALL_NAMES, RATE, build, evaluate, settings_of, task
+
+import natgrad_jax as ng
+
+
+def after(tx, problem=None, steps=3, **changed):
+    """Parameters, updates and state after some steps."""
+    problem = problem or task("mlp")
+    params = changed.get("params", problem.variables["params"])
+    state, updates = tx.init(params), None
+    step = jax.jit(lambda params, state, t: _step(problem, tx, params, state, t))
+    for t in range(steps):
+        updates, state = step(params, state, t)
+    return params, updates, state
+
+
+def _step(problem, tx, params, state, t):
+    out = evaluate(problem, params, t)
+    return tx.update(out.grad, state, params, curvature=out.curvature)
+
+
+@pytest.mark.parametrize("method", ALL_NAMES)
+def test_every_state_has_a_table_and_the_same_as_numbers(method):
+    every = {k: v for k, v in {"statistics_every": 1, "refresh_every": 1}.items() if k in settings_of(method)}
+    params, updates, state = after(optax.chain(optax.identity(), build(method, **every)))
+    found = ng.diagnose(state, task("mlp").layers, params=params, updates=updates)
+    table = str(found)
+    assert all(isinstance(number, float) for number in found.values())
+    for name, cause in found.causes.items():
+        assert name in table and cause in table
+        assert found[f"{name}/age"] == 0 and found[f"{name}/rejected"] == 0
+    steps = [number for name, number in found.items() if name.endswith("/step")]
+    assert len(steps) >= 3 and min(steps) > 0  # biases that start at zero have none
+    assert found["count"] == 3 and "damping" in table
+
+
+def test_eigenvalues_are_those_of_the_kronecker_product():
+    _, _, state = after(ng.scale_by_kfac(task("mlp").layers, damping=0.03, statistics_every=1))
+    found = ng.diagnose(state, task("mlp").layers)
+    pair = state.statistics["Dense_1"]
+    a, g = (np.asarray(side.total / side.weight, np.float64) for side in pair)
+    block = np.linalg.eigvalsh(np.kron(a, g))
+    np.testing.assert_allclose(found["Dense_1/largest"], block[-1], rtol=1e-5)
+    np.testing.assert_allclose(found["Dense_1/smallest"], max(block[0], 0), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(found["Dense_1/damping_share"], 0.03 / (0.03 + block.mean()), rtol=1e-5)
+    np.testing.assert_allclose(found["Dense_1/condition"], (block[-1] + 0.03) / (max(block[0], 0) + 0.03), rtol=1e-5)
+
+
+def test_ages_and_weights_follow_the_schedule():
+    tx = ng.scale_by_kfac(task("mlp").layers, damping=0.1, decay=0.5, refresh_every=4, early_refresh=False)
+    _, _, state = after(tx, steps=3)
+    found = ng.diagnose(state, task("mlp").layers)
+    assert found["Dense_0/age"] == 2
+    every = 1 - 0.5 ** found["statistics"]
+    np.testing.assert_allclose(found["Dense_0/weight"], every)
+
+
+class Dead(nn.Module):
+    """A layer behind which every unit is off."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(4, name="dead", bias_init=nn.initializers.constant(-1e3))(x)))
+
+
+def _problem(model, x):
+    variables = model.init(jax.random.key(0), x[0])
+    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy)
+    plain = task("mlp")
+    layers = capture.layers(variables, x[0])
+    return plain._replace(capture=capture, variables=variables, layers=layers, x=x)
+
+
+def cause_of(name, tx_of, problem, **options):
+    params, updates, state = after(tx_of(problem.layers), problem)
+    return ng.diagnose(state, problem.layers, params=params, updates=updates, **options).causes[name]
+
+
+def test_what_is_wrong_is_named():
+    plain = task("mlp")
+    kfac = ng.scale_by_kfac
+
+    def at_once(layers, damping=0.1):
+        return kfac(layers, damping=damping, statistics_every=1, refresh_every=1)
+
+    def short(layers):
+        return optax.chain(at_once(layers), optax.scale(1e-2))
+
+    assert cause_of("Dense_0", short, plain) == ""
+    assert "no gradient reaches it" in cause_of("dead", at_once, _problem(Dead(), plain.x))
+    assert "damping is larger" in cause_of("Dense_0", lambda layers: at_once(layers, 1e4), plain)
+    huge, params = _problem(plain.capture.model, 1e12 * plain.x), plain.variables["params"]
+    small = {**params["Dense_0"], "kernel": params["Dense_0"]["kernel"] / 1e12}
+    huge = huge._replace(variables={"params": {**params, "Dense_0": small}})
+    assert "are huge" in cause_of("Dense_0", lambda layers: at_once(layers, 1e8), huge)
+    narrow = _problem(plain.capture.model, plain.x.at[..., 1:].multiply(1e-5))
+    assert "below what float32 tells" in cause_of("Dense_0", lambda layers: at_once(layers, 1e-12), narrow)
+
+    def long(layers):
+        return optax.chain(at_once(layers), optax.scale(1e3))
+
+    assert "longer than its parameters" in cause_of("Dense_2", long, plain)
+    state = at_once(plain.layers).init(plain.variables["params"])
+    assert "nothing was observed yet" in ng.diagnose(state, plain.layers).causes["Dense_0"]
+
+
+def test_a_layer_whose_refresh_was_not_finite_is_told():
+    plain = task("mlp")
+    tx = ng.scale_by_kfac(plain.layers, damping=0.1, statistics_every=1, refresh_every=1)
+    params, _, state = after(tx)
+    indefinite = state.statistics["Dense_0"]
+    indefinite = indefinite._replace(inputs=indefinite.inputs._replace(total=-100 * jnp.eye(6)))
+    state = state._replace(statistics={**state.statistics, "Dense_0": indefinite})
+    out = evaluate(plain, params, 0)
+    _, state = tx.update(out.grad, state, params, curvature=out.curvature)
+    found = ng.diagnose(state, plain.layers)
+    assert found["Dense_0/rejected"] == 1 and found["Dense_0/age"] == 1 and found["Dense_1/rejected"] == 0
+    assert "an older one serves" in found.causes["Dense_0"]
+    assert found["rejected_refreshes"] == 1
+
+
+def test_a_controlled_step_has_its_own_numbers():
+    tx = ng.kfac("quadratic", task("mlp").layers, momentum="quadratic", damping=ng.adaptive_damping())
+    _, _, state = after(tx)
+    found = ng.diagnose(state, task("mlp").layers)
+    assert found["learning_rate"] == state.learning_rate and found["rejected_steps"] == state.rejected
+
+
+def test_a_state_that_is_not_ours_is_refused():
+    with pytest.raises(ValueError, match="has no state of natgrad_jax in it"):
+        ng.diagnose(optax.adam(RATE).init(task("mlp").variables["params"]), task("mlp").layers)

@@ -1,0 +1,232 @@
+"""Faults on purpose: what a batch, its evidence or a factor does wrong costs a step at most, and is counted."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods_table import ALL_NAMES, batch_of, lifted, of_the_lifting, row, settings_of, task
+
+import natgrad_jax as ng
+
+PROBLEM = task("mlp")
+START = PROBLEM.variables["params"]
+ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A curvature with the cotangents of one layer times a number."""
+
+    inner: Any
+    by: Any
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, params=None):
+        evidence = dict(self.inner(params))
+        for name in ("Dense_1", "Dense_1/kernel"):
+            if name in evidence:
+                old = evidence[name]
+                cotangents, gradient = jax.tree.map(lambda leaf: leaf * self.by, (old.cotangents, old.gradient))
+                evidence[name] = old._replace(cotangents=cotangents, gradient=gradient)
+        return evidence
+
+
+def optimizer(method):
+    if method == ADAPTIVE:
+        rule = ng.adaptive_damping(initial=2.0, least=2.0)  # eight examples foretell little of the next ones
+        return ng.kfac("quadratic", PROBLEM.layers, damping=rule, statistics_every=1)
+    every = {k: v for k, v in {"statistics_every": 1, "refresh_every": 1}.items() if k in settings_of(method)}
+    settings = {"damping": 0.1, **row(method).learning, **every}
+    return row(method).optimizer(settings.pop("learning_rate"), PROBLEM.layers, **settings)
+
+
+@cache
+def trainer(method):
+    """One compiled step: carry, t, what inputs are multiplied with, whether the batch is constant, what evidence is."""
+    tx = optax.apply_if_finite(optimizer(method), max_consecutive_errors=5)
+
+    @jax.jit
+    def step(carry, t, inputs, constant, evidence):
+        params, state = carry
+        x, y, key = batch_of(PROBLEM, t)
+        x, y = jnp.where(constant, x[:1], x) * inputs, jnp.where(constant, y[:1], y)
+        out = PROBLEM.capture.value_and_grad({"params": params}, x, y, key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=Faulty(out.curvature, evidence))
+        return (optax.apply_updates(params, updates), state), out.value
+
+    return tx, step
+
+
+SOUND = {"inputs": 1.0, "constant": False, "evidence": 1.0}
+FAULTS = {
+    "NaN in a batch": {"inputs": np.nan},
+    "Inf in a batch": {"inputs": np.inf},
+    "a constant batch": {"constant": True},
+    "a batch of zeros": {"inputs": 0.0},
+    "inputs of 1e30": {"inputs": 1e30},
+    "NaN in the evidence of a layer": {"evidence": np.nan},
+    "Inf in the evidence of a layer": {"evidence": np.inf},
+    "no gradient at a layer": {"evidence": 0.0},
+    "evidence of 1e30": {"evidence": 1e30},
+}
+LOST = ("NaN in a batch", "Inf in a batch")
+COUNTED = ("NaN in the evidence of a layer", "Inf in the evidence of a layer")
+
+
+def trained(method, fault, steps=24, params=START):
+    """Loss of each step, the last carry; the fault is at the fourth and the ninth step."""
+    tx, step = trainer(method)
+    carry, losses = (params, tx.init(params)), []
+    for t in range(steps):
+        settings = {**SOUND, **(fault if t in (3, 8) else {})}
+        carry, loss = step(carry, t, *(jnp.asarray(settings[name]) for name in SOUND))
+        losses.append(float(loss))
+    return losses, carry
+
+
+def all_finite(tree):
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree) if leaf.dtype != jnp.int32)
+
+
+@of_the_lifting((*ALL_NAMES, ADAPTIVE))
+def test_training_goes_on_after_every_fault(method):
+    sound, _ = trained(method, {})
+    assert np.mean(sound[-8:]) < 0.95 * np.mean(sound[:4])
+    for name, fault in FAULTS.items():
+        losses, (params, state) = trained(method, fault)
+        assert all_finite(params), name
+        # each batch comes again every four steps
+        assert np.mean(losses[-8:]) < 0.98 * np.mean(sound[:4]), name
+        metrics = optax.tree.get(state, "metrics", filtering=lambda _, value: hasattr(value, "rejected_statistics"))
+        if name in LOST:
+            assert state.total_notfinite == 2, name
+        elif name in COUNTED:
+            assert metrics.rejected_statistics + getattr(metrics, "rejected_refreshes", 0) >= 2, name
+
+
+@of_the_lifting((*ALL_NAMES, ADAPTIVE))
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(method):
+    tx, step = trainer(method)
+    carry = START, tx.init(START)
+    for t in range(3):
+        carry, _ = step(carry, t, *(jnp.asarray(SOUND[name]) for name in SOUND))
+    after, _ = step(carry, 3, jnp.asarray(np.nan), jnp.asarray(False), jnp.asarray(1.0))
+    before, now = ((params, state.inner_state) for params, state in (carry, after))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert after[1].total_notfinite == 1
+
+
+@of_the_lifting((*ALL_NAMES, ADAPTIVE))
+def test_a_dead_layer_stays_and_the_others_learn(method):
+    dead = {**START, "Dense_1": jax.tree.map(jnp.zeros_like, START["Dense_1"])}
+    dead["Dense_2"] = {**START["Dense_2"], "kernel": jnp.zeros_like(START["Dense_2"]["kernel"])}
+    losses, (params, _) = trained(method, {}, params=dead)
+    assert all_finite(params) and np.mean(losses[-8:]) < np.mean(losses[:4])
+
+
+@of_the_lifting(ALL_NAMES)
+def test_a_batch_of_one(method):
+    tx = optimizer(method)
+    x, y, key = batch_of(PROBLEM, 0)
+
+    @jax.jit
+    def step(state, params):
+        out = PROBLEM.capture.value_and_grad({"params": params}, x[:1], y[:1], key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return optax.apply_updates(params, updates), state, out.value
+
+    params, state, first = step(tx.init(START), START)
+    for _ in range(5):
+        params, state, loss = step(state, params)
+    assert all_finite((params, state)) and loss < first
+
+
+def test_without_a_guard_a_batch_that_is_not_finite_is_lost_as_with_any_optimizer():
+    tx = optimizer("kfac pi")
+    x, y, key = batch_of(PROBLEM, 0)
+    out = PROBLEM.capture.value_and_grad({"params": START}, x * jnp.nan, y, key=key)
+    updates, state = tx.update(out.grad, tx.init(START), START, curvature=out.curvature)
+    assert not all_finite(updates)
+    assert all_finite(lifted(state).statistics)  # which are kept, and counted
+    assert lifted(state).metrics.rejected_statistics == 3
+
+
+@pytest.mark.parametrize("factor", ["singular", "indefinite", "zero", "of 1e30"])
+def test_factors_that_are_wrong_keep_the_last_inverse_or_give_a_finite_one(factor):
+    tx = ng.scale_by_kfac(PROBLEM.layers, damping=0.1, statistics_every=4, refresh_every=1)
+    x, y, key = batch_of(PROBLEM, 0)
+    out = PROBLEM.capture.value_and_grad({"params": START}, x, y, key=key)
+    update = jax.jit(lambda state, e: tx.update(out.grad, state, START, curvature=e))
+    evidence = out.curvature()
+    _, state = update(tx.init(START), evidence)
+    size = state.statistics["Dense_1"].inputs.total.shape[-1]
+    wrong = {"singular": jnp.ones((size, size)), "zero": jnp.zeros((size, size)), "of 1e30": 1e30 * jnp.eye(size)}
+    wrong["indefinite"] = jnp.diag(jnp.arange(size) - 3.0)
+    pair = state.statistics["Dense_1"]
+    pair = pair._replace(inputs=pair.inputs._replace(total=wrong[factor] * pair.inputs.weight))
+    before = state.operators["Dense_1"].value
+    updates, after = update(state._replace(statistics={**state.statistics, "Dense_1": pair}), evidence)
+    assert all_finite((updates, after.operators))
+    if factor == "indefinite":
+        assert after.metrics.rejected_refreshes == 1 and after.operators["Dense_1"].date == 0
+        np.testing.assert_array_equal(after.operators["Dense_1"].value.inputs, before.inputs)
+    else:
+        assert after.metrics.rejected_refreshes == 0 and after.operators["Dense_1"].date == 1
+        assert updates["Dense_1"]["kernel"].any()
+
+
+def test_overflow_in_half_precision_costs_the_step():
+    problem = task("mlp bfloat16")
+    tx = optax.apply_if_finite(ng.kfac(0.05, problem.layers, damping=0.1), max_consecutive_errors=5)
+    start = problem.variables["params"]
+
+    @jax.jit
+    def step(params, state, scale):
+        x, y, key = batch_of(problem, 0)
+        there = {**params, "Dense_2": jax.tree.map(lambda leaf: 8 * leaf * scale.astype(leaf.dtype), params["Dense_2"])}
+        out = problem.capture.value_and_grad({"params": there}, x, y, key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return optax.apply_updates(params, updates), state, out.value
+
+    params, state, first = step(start, tx.init(start), jnp.float32(1 / 8))
+    params, state, _ = step(params, state, jnp.float32(3e38))
+    assert state.total_notfinite == 1
+    for _ in range(5):
+        params, state, loss = step(params, state, jnp.float32(1 / 8))
+    assert all_finite(params) and loss < first
+
+
+def test_steps_that_choose_themselves_take_none_of_a_batch_that_is_not_finite_or_has_no_weight():
+    rule = ng.adaptive_damping(calibration=2)  # so that later steps are tested in their turn only
+    tx = ng.kfac("quadratic", PROBLEM.layers, momentum="quadratic", damping=rule)
+
+    @jax.jit
+    def step(carry, t, inputs, weights):
+        params, state = carry
+        x, y, key = batch_of(PROBLEM, t)
+        out = PROBLEM.capture.value_and_grad({"params": params}, x * inputs, y, key=key, weights=weights)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return (optax.apply_updates(params, updates), state), out.value
+
+    carry, losses, ones = (START, tx.init(START)), [], jnp.ones(8)
+    faults = {7: (jnp.nan, ones), 10: (jnp.nan, ones), 12: (1.0, 0 * ones), 15: (1.0, 0 * ones)}
+    for t in range(24):
+        before = carry
+        carry, loss = step(carry, t, *faults.get(t, (1.0, ones)))
+        losses.append(float(loss))
+        if t in faults:
+            jax.tree.map(np.testing.assert_array_equal, carry[0], before[0])
+            jax.tree.map(np.testing.assert_array_equal, carry[1].last, before[1].last)
+        if t in (12, 15):
+            assert carry[1].damping == before[1].damping and carry[1].rejected == before[1].rejected
+        if t in (7, 10):
+            assert carry[1].rejected == before[1].rejected + 1
+    assert all_finite(carry[0]) and np.mean(losses[-4:]) < np.mean(losses[:4])

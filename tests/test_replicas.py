@@ -1,0 +1,204 @@
+"""C13 by hand: a batch spread over the replicas of `pmap` or `shard_map` trains like the same batch on one device.
+
+In a process of its own, because the number of devices is settled when JAX starts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from methods_table import LIFTED, task
+
+import natgrad_jax as ng
+
+SCRIPT = """
+import json, sys
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec as P
+import methods_table as table
+import natgrad_jax as ng
+
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+likelihood = ng.losses.softmax_cross_entropy
+
+
+class Normed(nn.Module):
+    axis: str | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, axis_name=self.axis)(nn.Dense(5)(x))
+        return nn.Dense(3)(nn.tanh(x))
+
+
+problem = table.task("mlp")
+x, y, start = problem.x[0], problem.y[0], problem.variables["params"]
+weights = jnp.array([1.0, 2.0, 0.0, 1.0, 0.5, 1.0, 1.0, 3.0])  # replicas of unequal weight
+
+
+def pair(model=problem.capture.model, other=None, **settings):
+    settings = {"labels": "true"} | settings
+    one = ng.linen.capture(model, likelihood, **settings)
+    return one, ng.linen.capture(other or model, likelihood, axis_name="batch", **settings)
+
+
+def step(capture, tx, carry, x, y, w):
+    variables, state = carry
+    out = capture.value_and_grad(variables, x, y, key=jax.random.key(5), weights=w)
+    updates, state = tx.update(out.grad, state, variables["params"], curvature=out.curvature)
+    params = jax.tree.map(lambda p, u: p - 0.05 * u, variables["params"], updates)
+    return ({**variables, **out.updated, "params": params}, state), out.value
+
+
+def trained(how, capture, tx, variables, steps=5):
+    def one(carry, x, y, w):
+        return step(capture, tx, carry, x, y, w)
+
+    carry, batch = (variables, tx.init(variables["params"])), (x, y, weights)
+    if how == "pmap":
+        carry = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carry)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), batch)
+        run = jax.pmap(one, axis_name="batch")
+    elif how == "one":
+        run = jax.jit(one)
+    else:
+        specs = (P(), *[P("batch")] * 3)
+        run = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=how == "checked"))
+    for _ in range(steps):
+        carry, value = run(carry, *batch)
+    drift = 0.0
+    if how == "pmap":
+        drift = max(float(jnp.abs(leaf[0] - leaf[1]).max()) for leaf in jax.tree.leaves(carry))
+        carry, value = jax.tree.map(lambda leaf: leaf[0], (carry, value))
+    return carry[0]["params"], value, drift
+
+
+def flat(tree):
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
+
+
+def distance(hows, captures, tx, variables):
+    params, value, _ = trained("one", captures[0], tx, variables)
+    way = jnp.linalg.norm(flat(params) - flat(variables["params"]))
+    found = {}
+    for how in hows:
+        there, other, drift = trained(how, captures[1], tx, variables)
+        found[how] = [float(jnp.linalg.norm(flat(there) - flat(params)) / way), float(abs(other - value)), drift]
+    return found
+
+
+errors = {}
+captures = pair()
+variables = {"params": start}
+for name in table.LIFTED:
+    hows = ("checked", "unchecked", "pmap") if name == "kfac pi" else ("checked",)
+    errors[name] = distance(hows, captures, table.direction(name), variables)
+layers = captures[0].layers(variables, x)
+rule = {"damping": ng.adaptive_damping(), "momentum": "quadratic"}
+errors["adaptive"] = distance(("checked",), captures, ng.kfac("quadratic", layers, **rule), variables)
+errors["microbatches"] = distance(("checked",), pair(microbatches=2), table.direction("kfac pi"), variables)
+
+normed = Normed(None)
+variables = normed.init(jax.random.key(0), x)
+captures = pair(normed, Normed("batch"))
+tx = ng.kfac(0.1, captures[0].layers(variables, x), damping=0.1)
+errors["normed"] = distance(("unchecked", "pmap"), captures, tx, variables)
+
+# labels are drawn independently, and what is said where nothing is joined
+variables = {"params": start}
+one, many = pair(labels="sampled")
+alike = jnp.concatenate([x[:1]] * 2)
+
+
+def cotangents(x, y):
+    found = many.value_and_grad(variables, x, y, key=jax.random.key(7)).curvature()
+    return next(iter(found.values())).cotangents[0]
+
+
+spread = jax.shard_map(cotangents, mesh=mesh, in_specs=(P("batch"), P("batch")), out_specs=P())
+both = spread(jnp.concatenate([x[:1]] * 64), jnp.zeros(64, jnp.int32))
+errors["draws of two replicas are the same"] = bool(jnp.array_equal(both[0, :32], both[0, 32:]))
+tx = table.direction("kfac pi")
+try:
+    trained("checked", one, tx, variables)
+except ValueError as error:
+    errors["said"] = str(error)
+errors["without a name"] = distance(("unchecked",), (captures_of := pair())[:1] * 2, tx, variables)
+print(json.dumps(errors))
+"""
+
+
+@cache
+def errors():
+    here = Path(__file__).parent
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    paths = os.pathsep.join((str(here), str(here.parent)))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LIFTED, "adaptive", "microbatches", "normed"])
+def test_c13_two_replicas_train_like_one_device(name):
+    for how, (distance, value, drift) in errors()[name].items():
+        assert distance < 2e-5, how  # of the way gone in five steps, in float32
+        assert value < 5e-6, how  # steps that choose themselves magnify rounding
+        assert drift == 0, how
+
+
+@pytest.mark.slow
+def test_c13_without_a_name_two_replicas_do_not_train_like_one_device():
+    assert errors()["without a name"]["unchecked"][0] > 0.01
+
+
+@pytest.mark.slow
+def test_labels_are_drawn_independently_on_each_replica():
+    assert errors()["draws of two replicas are the same"] is False
+
+
+@pytest.mark.slow
+def test_where_jax_knows_that_replicas_would_drift_apart_it_is_said():
+    said = errors()["said"]
+    assert "The gradient is the same on all replicas of ['batch']" in said and "axis_name='batch'" in said
+
+
+def test_a_name_that_is_not_bound_and_one_that_is_no_name_are_refused():
+    problem = task("mlp")
+    capture = ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, axis_name="batch")
+    with pytest.raises(ValueError, match="`axis_name` is 'batch', but no such axis is bound here"):
+        capture.value_and_grad(problem.variables, problem.x[0], problem.y[0], key=jax.random.key(0))
+    with pytest.raises(TypeError, match="`axis_name` is 3; expected the name"):
+        ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, axis_name=3)
+
+
+def test_replicas_of_vmap_are_those_of_the_batch():
+    problem = task("mlp")
+    capture = ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, axis_name="seeds", labels="true")
+    plain = ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, labels="true")
+
+    def measure(x, y):
+        out = capture.value_and_grad(problem.variables, x, y)
+        return out.value, out.grad
+
+    x, y = problem.x[0], problem.y[0]
+    found = jax.jit(jax.vmap(measure, axis_name="seeds"))(x.reshape(2, 4, -1), y.reshape(2, 4))
+    out = plain.value_and_grad(problem.variables, x, y)
+    for ours, expected in zip(jax.tree.leaves(found), jax.tree.leaves((out.value, out.grad)), strict=True):
+        assert jnp.allclose(ours[0], expected, rtol=1e-5, atol=1e-6) and jnp.array_equal(ours[0], ours[1])
