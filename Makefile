@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks fidelity control race autoencoder tune classify crossover report test bench lint format
+.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover report test bench lint format
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -29,6 +29,9 @@ fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method ar
 
 control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
 	$(BIN)/python -m experiments.control $(GIVEN)
+
+defaults: $(VENV)/test.stamp ## every method with a learning rate alone, and with none; two tables
+	$(BIN)/python -m experiments.defaults $(GIVEN)
 
 race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)

@@ -18,6 +18,7 @@ from natgrad_jax import addresses, checks
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.stacks import Diagonal
+from natgrad_jax.around.automatic import AutomaticState
 from natgrad_jax.around.control import ControlState
 from natgrad_jax.base import Layers
 from natgrad_jax.blocks import kronecker
@@ -25,6 +26,7 @@ from natgrad_jax.blocks.rotated import Rotated
 from natgrad_jax.lift.state import NaturalGradientState
 
 COLUMNS = ("weight", "age", "condition", "smallest", "largest", "damping_share", "rejected", "step")
+_CONTROLLED = (ControlState, AutomaticState)
 _HUGE, _NOISE, _DROWNED = 1e18, 1e-6, 0.99
 
 
@@ -101,7 +103,7 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
         ValueError: if no state of ours is in the state.
     """
     checks.layers(layers, optional=True)
-    kinds = (NaturalGradientState, ControlState)
+    kinds = (NaturalGradientState, *_CONTROLLED)
     found: list[Any] = []
     _collect(jax.device_get(state), kinds, found)
     ours = [each for each in found if isinstance(each, NaturalGradientState)]
@@ -128,12 +130,12 @@ def _collect(node: Any, kinds: tuple[type, ...], found: list[Any]) -> None:
     for leaf in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, kinds)):
         if isinstance(leaf, kinds):
             found.append(leaf)
-            if isinstance(leaf, ControlState):
+            if isinstance(leaf, _CONTROLLED):
                 _collect(leaf.direction, kinds, found)
 
 
 def _of_the_whole(state: Any) -> dict[str, float]:
-    if isinstance(state, ControlState):
+    if isinstance(state, _CONTROLLED):
         found = {name: float(getattr(state, name)) for name in ("learning_rate", "momentum", "ratio")}
         return found | {"rejected_steps": float(state.rejected)}
     return {"count": float(state.count)} | {name: float(value) for name, value in state.metrics._asdict().items()}

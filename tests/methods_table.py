@@ -140,7 +140,7 @@ def _over_its_rate(optimizer: Callable[..., Transformation], layers: Any, **sett
         found, new = inner(updates, state, params, **extra)
         return jax.tree.map(lambda u: (u / -rate).astype(u.dtype), found), new
 
-    return wrapped(optimizer(rate, layers, momentum=None, **settings), update)
+    return wrapped(optimizer(rate, layers, momentum=None, **{"kl_clip": None} | settings), update)
 
 
 def _without_refreshes(optimizer: Callable[..., Transformation], *args: Any, **settings: Any) -> Transformation:

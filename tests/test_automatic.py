@@ -32,6 +32,8 @@ class Bowl(NamedTuple):
     x: jax.Array
     c: jax.Array
 
+    count = 1.0  # of a curvature; a tuple has another one
+
     def along(self, direction):
         return jnp.sqrt(BENT) * direction["x"]
 
@@ -126,6 +128,7 @@ class Cliff(NamedTuple):
     edge: float
     high: float
 
+    count = 1.0
     along = property(lambda self: self.bowl.along)
     gradient = property(lambda self: self.bowl.gradient)
 
@@ -244,3 +247,12 @@ def test_a_quadratic_rate_brings_its_momentum_and_its_damping():
     fixed = ng.kfac("quadratic", problem.layers, damping=0.5, momentum=None)
     _, state = fixed.update(out.grad, fixed.init(params), params, curvature=out.curvature)
     assert state.damping == 0.5 and state.last is None
+
+
+def test_diagnose_tells_what_the_steps_have_found():
+    problem = task("mlp")
+    tx, params = ng.kfac(layers=problem.layers), problem.variables["params"]
+    out = table.evaluate(problem, params, 0)
+    _, state = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+    numbers = ng.diagnose(state, problem.layers)
+    assert numbers["learning_rate"] == state.learning_rate and numbers["rejected_steps"] == 0

@@ -222,7 +222,7 @@ def test_a_vector_is_adams_however_small_some_of_its_entries_are(dtype):
 @pytest.mark.usefixtures("x64")
 def test_on_vectors_the_complete_optimizer_is_adam():
     gradients = {"bias": normal(STEPS, 5), "scale": normal(STEPS, 3, seed=1)}
-    found = updates_of(ng.soap(0.1, damping=DAMPING), gradients)
+    found = updates_of(ng.soap(0.1, damping=DAMPING, kl_clip=None), gradients)
     expected = updates_of(optax.adam(0.1, 0.95, 0.95, eps=0.0, eps_root=DAMPING), gradients)
     jax.tree.map(assert_equal, found, expected)
     jax.tree.map(assert_differs, found, updates_of(optax.adam(0.1, 0.5, 0.95), gradients))
@@ -243,7 +243,7 @@ def test_the_direction_of_zeros_is_zero_also_without_damping():
 @pytest.mark.usefixtures("x64")
 def test_the_average_of_the_gradient_stands_in_front_and_the_statistics_are_of_the_gradient_itself():
     gradients = drifting(5, 4)
-    found = updates_of(ng.soap(0.1, momentum=0.95, **SETTINGS), {"kernel": gradients})["kernel"]
+    found = updates_of(ng.soap(0.1, momentum=0.95, **SETTINGS, kl_clip=None), {"kernel": gradients})["kernel"]
     smooth = averaged(gradients, 0.95)
     assert_follows(found, -0.1 * soap_by_definition(gradients, smooth))
     assert_differs(found, -0.1 * soap_by_definition(smooth))
@@ -289,7 +289,7 @@ def trained(layers, **settings):
 
     @jax.jit
     def run(damping):
-        tx = ng.soap(0.05, known, **SETTINGS | AFRESH | settings | {"damping": damping})
+        tx = ng.soap(0.05, known, **SETTINGS | AFRESH | settings | {"damping": damping}, kl_clip=None)
 
         def step(carry, _):
             params, state = carry
@@ -340,7 +340,7 @@ def test_rounding_in_null_directions_of_the_first_gradients_is_not_amplified():
 @pytest.mark.usefixtures("x64")
 def test_it_is_the_same_in_a_scan_and_step_by_step_and_again():
     gradients = {"kernel": drifting(5, 4), "bias": normal(STEPS, 4)}
-    tx = ng.soap(0.1, **SETTINGS)
+    tx = ng.soap(0.1, **SETTINGS, kl_clip=None)
     start, update = tx.init(jax.tree.map(lambda leaf: leaf[0], gradients)), jax.jit(tx.update)
 
     def by_hand():

@@ -335,7 +335,7 @@ def test_spring_keeps_what_the_batch_says_nothing_about():
 @pytest.mark.parametrize("settings", [{"momentum": "spring"}, {"momentum": "spring", "learning_rate": "quadratic"}])
 def test_the_complete_optimizer_with_spring_learns(settings):
     rate = {"learning_rate": 0.1} | settings
-    state_laws.learns(lambda layers: ng.tengrad(layers=layers, refresh_every=1, blocks="joint", **rate))
+    state_laws.learns(lambda layers: ng.tengrad(layers=layers, refresh_every=1, blocks="joint", **rate, kl_clip=None))
 
 
 # One date -------------------------------------------------------------------------------------------------------------
@@ -445,15 +445,15 @@ def test_settings_out_of_range_are_refused(settings, complaint):
 
 def test_spring_refuses_a_damping_that_adapts_to_a_model_without_it():
     with pytest.raises(ValueError, match="adaptive"):
-        ng.tengrad(0.1, table.task("mlp").layers, momentum="spring", damping=ng.adaptive_damping())
+        ng.tengrad(0.1, table.task("mlp").layers, momentum="spring", damping=ng.adaptive_damping(), kl_clip=None)
 
 
 def test_layers_of_unknown_size_or_without_cotangents_are_refused():
     layers = table.task("mlp").layers
     with pytest.raises(ValueError, match="`examples` is 0"):
-        ng.tengrad(0.1, ng.Layers(layers.known))
+        ng.tengrad(0.1, ng.Layers(layers.known), kl_clip=None)
     with pytest.raises(ValueError, match="forward"):
-        ng.tengrad(0.1, ng.Layers(layers.known, examples=8, draws=0))
+        ng.tengrad(0.1, ng.Layers(layers.known, examples=8, draws=0), kl_clip=None)
 
 
 def test_ief_refuses_curvature_of_other_labels():

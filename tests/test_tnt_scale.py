@@ -48,7 +48,7 @@ def batches():
 def _trained(split, scale, learning_rate, damping, weight_decay):
     layers, params, steps = batches()
     settings = {"split": split, "scale": scale, "weight_decay": weight_decay, **AT_ONCE}
-    tx = ng.tnt(learning_rate, layers, damping=damping, **settings)
+    tx = ng.tnt(learning_rate, layers, damping=damping, **settings, kl_clip=None)
 
     def step(carry, batch):
         updates, state = tx.update(batch[0], carry[1], carry[0], curvature=batch[1])

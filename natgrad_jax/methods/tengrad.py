@@ -25,9 +25,9 @@ are of all layers. Not here: sketched rows (SENG), with which the operator is no
 decomposition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import jax.numpy as jnp
 import optax
@@ -299,6 +299,11 @@ class TENGraDOptimizer(Completed, TENGraD):
         Number(below=1),
     ] = 0.9
     damping: Damping = 0.1
+
+    def beside(self, learning_rate: ScalarOrSchedule | Quadratic | None, chosen: Collection[str]) -> Self:
+        """As of all; beside the momentum of SPRING, which reads it, the damping stays what it is."""
+        spring_reads = {"damping"} if self.heavy_ball is not self.momentum else set()
+        return super().beside(learning_rate, {*chosen, *spring_reads})
 
     def direction(self, layers: Layers) -> Transformation:
         """The direction, with its own momentum if that is asked for."""
