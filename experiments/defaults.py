@@ -8,8 +8,9 @@ rates that fall to zero like a cosine.
 Expected: with the clip no cell diverges, and the best cell of a row is as good as without. Without a learning rate
 large batches are far ahead, since the steps become Newton's, and small ones do not blow up.
 
-Found: both. The clip is never better at small rates and saves every large one. What the batch says of its own step is
-worth nothing with 32 images, and the slope that the next batch sees is: see `automatic`.
+Found: no learning rate diverged with the clip; at small rates it changes nothing. A large rate can end above what its
+best neighbour reaches, so that a rate is still worth choosing. Without one, batches of 64 and more end below both
+that are tuned by hand; with batches of 32 K-FAC with its cosine is as good.
 
 Losses are those of all the images after the last step; "over": above the loss at the start, or not finite.
 """
@@ -196,7 +197,7 @@ def _cell(record: Record) -> str:
 
 def main(config: Config) -> None:
     """Train with progress shown, and print both tables."""
-    console = Console()
+    console = Console(width=max(Console().width, 110))  # that no cell is cut, in a file say
     with Progress(console=console) as progress:
         total = len(config.nets) * (len(with_rates(config)) + len(without(config)))
         task = progress.add_task("compiling", total=total)
