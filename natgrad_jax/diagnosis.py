@@ -24,6 +24,7 @@ from natgrad_jax.base import Layers
 from natgrad_jax.blocks import kronecker
 from natgrad_jax.blocks.rotated import Rotated
 from natgrad_jax.lift.state import NaturalGradientState
+from natgrad_jax.report import aligned
 
 COLUMNS = ("weight", "age", "condition", "smallest", "largest", "damping_share", "rejected", "step")
 _CONTROLLED = (ControlState, AutomaticState)
@@ -66,10 +67,8 @@ class Diagnosis(Mapping[str, float]):
         for name, cause in self.causes.items():
             numbers = (self.numbers.get(f"{name}/{column}") for column in shown)
             rows.append((name, *("" if number is None else f"{number:.3g}" for number in numbers), cause))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         whole = (f"{name} {number:.3g}" for name, number in self.numbers.items() if "/" not in name)
-        return "\n".join([*lines, "whole: " + ", ".join(whole)])
+        return "\n".join([*aligned(rows), "whole: " + ", ".join(whole)])
 
 
 def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, updates: Any = None) -> Diagnosis:

@@ -1,5 +1,6 @@
 """The coverage report: what `print(layers)` shows."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -25,9 +26,7 @@ def coverage(layers: Any, widest: int) -> str:
             sizes = (_bytes(_factors(layer, widest)), _bytes(batch) if sampled else "")
             rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
             rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.extend(aligned(rows))
         lines.append(
             "(factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)"
         )
@@ -47,6 +46,12 @@ def coverage(layers: Any, widest: int) -> str:
             "is then an approximation."
         )
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows of a table as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _factors(layer: Any, widest: int) -> int:

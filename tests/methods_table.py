@@ -321,6 +321,22 @@ def start(problem: Task, tx: Transformation) -> tuple[Any, Any]:
     return params, tx.init(params)
 
 
+def trained(problem: Task, tx: Transformation, steps: int = 15) -> tuple[Any, jax.Array]:
+    """State and losses of a complete optimizer on one batch, the carry donated; the state keeps its shapes."""
+
+    def on(carry, _):
+        params, state = carry
+        out = evaluate(problem, params, 0)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return (optax.apply_updates(params, updates), state), out.value
+
+    begin = start(problem, tx)
+    run = jax.jit(lambda carry: jax.lax.scan(on, carry, length=steps), donate_argnums=0)
+    (_, state), losses = run(jax.tree.map(jnp.copy, begin))
+    assert shapes(state) == shapes(begin[1])
+    return state, losses
+
+
 @cache
 def _scanned(where: str, tx: Transformation, steps: int) -> Any:
     problem = task(where)

@@ -34,9 +34,9 @@ def add(tree: Any, other: Any, weight: Scalar) -> Any:
     return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)
 
 
-def finite(tree: Any) -> Array:
-    """Whether all of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]))
+def scaled(tree: Any, weight: Scalar) -> Any:
+    """Weight tree, in the dtypes of the tree."""
+    return jax.tree.map(lambda leaf: (weight * leaf).astype(leaf.dtype), tree)
 
 
 def select(condition: Array, tree: Any, other: Any) -> Any:

@@ -32,8 +32,9 @@ import optax
 
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
-from natgrad_jax.around.model import check, minimiser, model_of, penalty, ratio_of
+from natgrad_jax.around.model import change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, ScalarOrSchedule
+from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
 from natgrad_jax.lift.state import at_step
 
@@ -46,15 +47,13 @@ class Step(NamedTuple):
     """The last step.
 
     Attributes:
-        tree: the step, a tree like the parameters.
-        share: s of it.
+        tree: the step, a tree like the parameters; its share of d is that of the state.
         bent: d^T F d.
         foretold: the change of the loss that the model of its batch foretold; 0 if no step was made.
         value: the loss of its batch, at its start.
     """
 
     tree: Any
-    share: Array
     bent: Array
     foretold: Array
     value: Array
@@ -131,13 +130,13 @@ def automatic(
             share=zero + 1,
             sums=(zero, zero),
             average=zeros,
-            last=Step(zeros, zero + 1, zero, zero, zero),
+            last=Step(zeros, zero, zero, zero),
             first=zero,
             direction=direction.init(params),
         )
 
     def update(updates, state, params=None, *, curvature: Any = None, gradient: Any = None, **extra):
-        seen = updates if gradient is None else gradient
+        seen = slope = updates if gradient is None else gradient
         if extra.get("request") is not None:
             return answered(direction, updates, state, params, extra | {"curvature": curvature, "gradient": seen})
         check(curvature, params)
@@ -145,14 +144,14 @@ def automatic(
         if penalty_of is not None and l2 is not None:
             l2_now = at_step(l2, state.count)
             penalised = partial(penalty_of, strength=l2_now)
-        slope = seen if penalised is None else trees.add(seen, penalised(params), 1.0)
-        incoming = updates if penalised is None else trees.add(updates, penalised(params), 1.0)
+            pull = penalised(params)
+            slope, updates = (trees.add(tree, pull, 1.0) for tree in (slope, updates))
         value = jnp.asarray(curvature.value(), jnp.float32)
-        says = getattr(curvature, "count", jnp.ones(())) > 0  # a batch of weight zero says nothing
-        state = _judged(state, slope, value, says)  # 1
+        heard = says(curvature)
+        state = _judged(state, slope, value, heard)  # 1
         state = _adapted(state, damping)  # 2, 3
-        ratio, bad = _tested(state, curvature, params, value, penalised, says)
-        state = state._replace(average=_averaged(state, incoming, says))  # 4
+        ratio, bad = _tested(state, curvature, params, value, penalised, heard)
+        state = state._replace(average=_averaged(state, updates, heard))  # 4
 
         def forward():
             strength = state.damping + l2_now
@@ -163,15 +162,16 @@ def automatic(
             weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
             rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
             foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
-            known = says & jnp.isfinite(foretold) & jnp.isfinite(bent) & trees.finite(u)
+            sound = guards.finite((foretold, bent, u), 0, by_diagonal=False)
+            known = heard & sound
             rate, bent, foretold = (jnp.where(known, number, 0) for number in (rate, bent, foretold))
             step = jax.tree.map(lambda leaf: jnp.where(known, rate * leaf, 0).astype(leaf.dtype), u)  # 7
-            made = Step(step, *_narrow(state.share, bent, foretold, value))
+            made = Step(step, *_narrow(bent, foretold, value))
             return step, state._replace(learning_rate=rate.astype(jnp.float32), last=made, direction=inner)
 
         def back():
             zeros = jax.tree.map(jnp.zeros_like, state.last.tree)
-            made = Step(zeros, state.share, *_narrow(0.0, 0.0, state.last.value))
+            made = Step(zeros, *_narrow(0.0, 0.0, state.last.value))
             step = jax.tree.map(jnp.negative, state.last.tree)
             damping = jnp.clip(2 * state.damping, *_DAMPINGS)
             return step, state._replace(
@@ -184,12 +184,12 @@ def automatic(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _judged(state: AutomaticState, slope: Any, value: Array, says: Array) -> AutomaticState:
+def _judged(state: AutomaticState, slope: Any, value: Array, heard: Array) -> AutomaticState:
     """Line 1; a step of which nothing finite is known counts for nothing."""
-    last = state.last
-    end = trees.dot(slope, last.tree) / last.share
-    known = says & (last.foretold != 0) & jnp.isfinite(end) & jnp.isfinite(value)
-    new = jnp.where(known, last.share * last.bent - end, 0), jnp.where(known, last.bent, 0)
+    last, share = state.last, state.share
+    end = trees.dot(slope, last.tree) / share
+    known = heard & (last.foretold != 0) & jnp.isfinite(end) & jnp.isfinite(value)
+    new = jnp.where(known, share * last.bent - end, 0), jnp.where(known, last.bent, 0)
     over, under = (jnp.where(known, _FORGET, 1) * old + one for old, one in zip(state.sums, new, strict=True))
     share = jnp.where(under > 0, jnp.clip(over / jnp.where(under > 0, under, 1), _LEAST_SHARE, 1), 1)
     first = jnp.where(state.count > 0, state.first, jnp.where(jnp.isfinite(value), jnp.abs(value), 0))
@@ -209,9 +209,9 @@ def _adapted(state: AutomaticState, damping: ScalarOrSchedule | None) -> Automat
     return state._replace(damping=strength, momentum=momentum)
 
 
-def _averaged(state: AutomaticState, gradient: Any, says: Array) -> Any:
+def _averaged(state: AutomaticState, gradient: Any, heard: Array) -> Any:
     """Line 4, also of a step that is taken back, whose gradient points back; not of one that is not finite."""
-    gain = jnp.where(says & jnp.isfinite(trees.dot(gradient, gradient)), 1 - state.momentum, 0)
+    gain = jnp.where(heard & jnp.isfinite(trees.dot(gradient, gradient)), 1 - state.momentum, 0)
     moved = jax.tree.map(lambda m, g: (m + gain * (g - m)).astype(m.dtype), state.average, gradient)
     return trees.select(gain > 0, moved, state.average)
 
@@ -222,7 +222,7 @@ def _tested(
     params: Any,
     value: Array,
     penalised: Callable[[Any], Any] | None,
-    says: Array,
+    heard: Array,
 ) -> tuple[Array, Array]:
     """Line 8: the ratio of the last test, and whether the last step is to be taken back.
 
@@ -230,14 +230,12 @@ def _tested(
     """
     last = state.last
     rise = 3 * jnp.abs(last.value) + 10 * jnp.finfo(jnp.float32).eps * state.first
-    is_due = says & (last.foretold != 0) & ~(value - last.value <= rise)
+    is_due = heard & (last.foretold != 0) & ~(value - last.value <= rise)
 
     def test():
         start = trees.add(params, last.tree, -1.0)
         before = curvature.value(start)
-        change = value - before
-        if penalised is not None:
-            change += trees.dot(penalised(trees.add(params, last.tree, -0.5)), last.tree)
+        change = value - before + change_of_penalty(penalised, trees.add(params, last.tree, -0.5), last.tree)
         bad = jnp.isfinite(before) & ~(change <= 10 * jnp.abs(last.foretold))
         return ratio_of(change, last.foretold), bad
 

@@ -11,12 +11,11 @@ the Fisher matrix. Not here: the length that minimises the quadratic model of th
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from natgrad_jax import checks
-from natgrad_jax.algebra.trees import dot, within
+from natgrad_jax.algebra.trees import dot, scaled, within
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift.requests import answered
 from natgrad_jax.lift.state import at_step
@@ -67,7 +66,6 @@ def clip_by_kl(
         product = at_step(learning_rate, state.count) ** 2 * dot(updates, found)
         scale = within(product, bound)  # 2
         count = jnp.asarray(optax.safe_increment(state.count))
-        shortened = jax.tree.map(lambda u: (scale * u).astype(u.dtype), found)  # 3
-        return shortened, ClipState(count, scale.astype(jnp.float32), inner)
+        return scaled(found, scale), ClipState(count, scale.astype(jnp.float32), inner)  # 3
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -25,8 +25,9 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
-from natgrad_jax.around.model import Model, check, minimiser, model_of, penalty, ratio_of
+from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
+from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
 from natgrad_jax.lift.state import at_step
 
@@ -131,17 +132,17 @@ def controlled(
         if any(free):
             quadratic = model()
             weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
-        step = jax.tree.map(lambda leaf: (weights[0] * leaf).astype(leaf.dtype), u)  # 5
+        step = trees.scaled(u, weights[0])  # 5
         step = step if last is None else trees.add(step, last, weights[1])
-        ratio, taken, says = state.ratio, jnp.array(True), getattr(curvature, "count", jnp.ones(())) > 0
-        sound = trees.finite(step)
+        ratio, taken, heard = state.ratio, jnp.array(True), says(curvature)
+        sound = guards.finite(step, 0, by_diagonal=False)
         if rule:
-            is_due = rule.is_due(count, state.ratio) & says  # a batch of weight zero tests nothing
+            is_due = rule.is_due(count, state.ratio) & heard  # a batch of weight zero tests nothing
             test = partial(_tested, curvature, params, weights, penalised)
             ratio, taken = jax.lax.cond(is_due, lambda: test(model(), step), lambda: (ratio, taken))  # 6
             strength = jnp.where(is_due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
-        last = None if last is None else trees.select(taken & sound & says, step, last)
-        step = trees.select(taken & sound & says, step, jax.tree.map(jnp.zeros_like, step))
+        last = None if last is None else trees.select(taken & sound & heard, step, last)
+        step = trees.select(taken & sound & heard, step, jax.tree.map(jnp.zeros_like, step))
         return step, ControlState(
             count=jnp.asarray(optax.safe_increment(count)),
             damping=strength.astype(jnp.float32),
@@ -162,6 +163,5 @@ def _tested(
     """Line 6: the change of the loss over the change foretold, and whether the loss has not risen."""
     foretold = model.slope @ weights + weights @ model.curvature @ weights / 2
     change = curvature.value(trees.add(params, step, 1.0)) - curvature.value()
-    if penalised is not None:
-        change += trees.dot(penalised(trees.add(params, step, 0.5)), step)
+    change += change_of_penalty(penalised, trees.add(params, step, 0.5), step)
     return ratio_of(change, foretold), change <= 0

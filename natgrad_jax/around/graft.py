@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import addresses, checks
-from natgrad_jax.algebra.trees import dot
+from natgrad_jax.algebra.trees import dot, scaled
 from natgrad_jax.base import Array, Scalar
 from natgrad_jax.lift.requests import answered
 
@@ -133,5 +133,4 @@ def divide_by_rms(decay: Scalar, *, debias: bool, eps: Scalar = 1e-8) -> optax.G
 def _at_length(tree: Any, square: Array) -> Any:
     """A tree whose squared norm is as given, in the direction of `tree`."""
     own = dot(tree, tree)
-    scale = jnp.sqrt(square / jnp.where(own > 0, own, 1))
-    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), tree)
+    return scaled(tree, jnp.sqrt(square / jnp.where(own > 0, own, 1)))

@@ -30,8 +30,7 @@ def penalty(mask: Any) -> Callable[..., Any]:
 
     def penalised(tree: Any, strength: Array) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, tree)
-        chosen = decays.update(zeros, decays.init(tree), tree)[0]
-        return jax.tree.map(lambda leaf: (strength * leaf).astype(leaf.dtype), chosen)
+        return trees.scaled(decays.update(zeros, decays.init(tree), tree)[0], strength)
 
     return penalised
 
@@ -59,6 +58,11 @@ def minimiser(model: Model, damping: Array, weights: Array, free: tuple[bool, bo
     return jnp.where(jnp.all(jnp.isfinite(weights)), weights, 0)
 
 
+def change_of_penalty(penalised: Callable[[Any], Any] | None, middle: Any, step: Any) -> Array:
+    """The change of l2 / 2 |theta|^2 along a step, from the point halfway; 0 without a penalty."""
+    return jnp.zeros(()) if penalised is None else trees.dot(penalised(middle), step)
+
+
 def ratio_of(change: Array, foretold: Array) -> Array:
     """Change over the change foretold; where a rise was foretold, infinite if the loss fell, minus that if it rose."""
     surprise = jnp.where(change < 0, jnp.inf, -jnp.inf)
@@ -69,6 +73,11 @@ def ratio_of(change: Array, foretold: Array) -> Array:
 def _padded(array: Array) -> Array:
     """With zeros up to two entries along each axis."""
     return jnp.pad(array, [(0, 2 - size) for size in array.shape])
+
+
+def says(curvature: Any) -> Array:
+    """Whether a batch says anything: one of weight zero, all of it masked, does not."""
+    return getattr(curvature, "count", jnp.ones(())) > 0
 
 
 def check(curvature: Any, params: Any) -> None:

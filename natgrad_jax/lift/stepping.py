@@ -159,8 +159,7 @@ def lift_stepping(
             step = from_matrices(blocks, found, updates)
             if kl_clip is None:
                 return step
-            factor = trees.within(-rate * trees.dot(updates, step), kl_clip)
-            return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), step)
+            return trees.scaled(step, trees.within(-rate * trees.dot(updates, step), kl_clip))
 
         def measured(state):
             evidence, old = evidence_of(), _paired(blocks, state)

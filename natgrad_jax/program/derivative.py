@@ -19,13 +19,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from natgrad_jax.base import Array
 
 
-def along(function: Callable[[Any], Array], where: Any, direction: Any) -> tuple[Array, Array]:
+def along(
+    function: Callable[[Any], Array], where: Any, direction: Any, *, by_reverse: bool = False
+) -> tuple[Array, Array]:
     """The value of a function of trees, and its derivative along one.
 
     Args:
         function: a tree -> an array.
         where: the tree.
         direction: a tree like it.
+        by_reverse: whether a part of it has a reverse rule alone.
 
     Returns:
         The value, and J times the direction.
@@ -33,7 +36,7 @@ def along(function: Callable[[Any], Array], where: Any, direction: Any) -> tuple
     Raises:
         TypeError: if a reverse rule cannot itself be differentiated.
     """
-    if not any(name.startswith("custom_vjp_call") for name in _names(jax.make_jaxpr(function)(where).jaxpr)):
+    if not by_reverse:
         return jax.jvp(function, (where,), (direction,))
     value, pullback = jax.vjp(function, where)  # 1
     try:
@@ -44,6 +47,11 @@ def along(function: Callable[[Any], Array], where: Any, direction: Any) -> tuple
             'products with J for steps that choose themselves ("quadratic", `adaptive_damping`). Give learning rate, '
             f"momentum and damping as numbers, or a rule that JAX can transpose. JAX says: {error}"
         ) from error
+
+
+def has_reverse_rules(program: Jaxpr) -> bool:
+    """Whether a part of a program defines a reverse rule alone (`jax.custom_vjp`)."""
+    return any(name.startswith("custom_vjp_call") for name in _names(program))
 
 
 def _names(program: Jaxpr) -> Iterator[str]:

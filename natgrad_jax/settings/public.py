@@ -151,8 +151,8 @@ def _public(settings: Any, name: str, first: Told) -> Any:
             checks.choice("learning_rate", rate, ("quadratic",))
         elif rate is not None:
             checks.number("learning_rate", rate, least=0, schedule=True)
-        made = settings(**given)
-        return (made.beside(rate, given) if isinstance(made, Completed) else made).completed(rate, layers)
+        chosen = settings(**given)
+        return (chosen.beside(rate, given) if isinstance(chosen, Completed) else chosen).completed(rate, layers)
 
     made.__name__ = made.__qualname__ = name
     made.__module__ = settings.__module__

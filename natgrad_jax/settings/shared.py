@@ -279,11 +279,11 @@ class Completed(Settings):
         Raises:
             ValueError: if a setting that was chosen says what is found without a learning rate.
         """
+        adapts = isinstance(cast(Direction, self).damping, AdaptiveDamping)
         free: dict[str, Any] = {"kl_clip": None, "momentum": None, "damping": adaptive_damping()}
         if learning_rate is None:
-            adapts = isinstance(cast(Direction, self).damping, AdaptiveDamping)
-            wrong = [name for name in ("damping",) * adapts + ("kl_clip", "momentum") if name in chosen]
-            if wrong:
+            found = {"kl_clip", "momentum"} | ({"damping"} if adapts else set())
+            if wrong := sorted(found & set(chosen)):
                 raise ValueError(
                     f"`{wrong[0]}` is {getattr(self, wrong[0])!r}, but `learning_rate` is None: length, averaging and "
                     "damping of the steps are then found while training (`ng.automatic`). Drop it, or give "
@@ -292,8 +292,7 @@ class Completed(Settings):
         elif isinstance(learning_rate, str):
             free["momentum"] = "quadratic"
         else:
-            words = isinstance(cast(Direction, self).damping, AdaptiveDamping) or self.momentum == "quadratic"
-            free = {"kl_clip": None} if words else {}
+            free = {"kl_clip": None} if adapts or isinstance(self.heavy_ball, str) else {}
         return replace(self, **{name: value for name, value in free.items() if name not in chosen})
 
     def completed(self, learning_rate: Rate, layers: Any) -> Transformation:

@@ -89,6 +89,7 @@ class Forward(NamedTuple):
         examples: N.
         calls: {layer: how each of its uses is read}.
         masked: weights -> `run` on the batch, its examples of weight zero made harmless; None if it reads no inputs.
+        by_reverse: whether a part of it can be differentiated by reverse mode only.
     """
 
     run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
@@ -97,6 +98,7 @@ class Forward(NamedTuple):
     examples: int
     calls: Mapping[str, tuple[Call, ...]]
     masked: Callable[[Array], Callable[..., Any]] | None = None
+    by_reverse: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class Curvature:
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
 
-        outputs, tangent = along(outputs_at, self._params, direction)
+        outputs, tangent = along(outputs_at, self._params, direction, by_reverse=self._forward.by_reverse)
         outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
         count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
         scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))

@@ -18,6 +18,7 @@ from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.trees import differs
 from natgrad_jax.base import Array
+from natgrad_jax.program.derivative import has_reverse_rules
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.products import Found
 from natgrad_jax.program.replay import replay
@@ -79,7 +80,8 @@ def watch(
         positions = 1 < weights.ndim < len(getattr(traced.read, "shape", ()))
         return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :])
 
-    return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked)
+    by_reverse = has_reverse_rules(program.jaxpr)
+    return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked, by_reverse)
 
 
 def _checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
