@@ -47,6 +47,7 @@ ROOMS = (
     "watch",
     "watch/reading",
     "watch/recognise",
+    "watch/problem",
     "watch/common",
     "watch/masks",
     "watch/microbatches",

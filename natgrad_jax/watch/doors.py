@@ -17,8 +17,8 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch import common
-from natgrad_jax.watch.common import Evaluation, Forward, Problem
 from natgrad_jax.watch.microbatches import in_pieces
+from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
 from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, share_of
 from natgrad_jax.watch.traced import Function, watch

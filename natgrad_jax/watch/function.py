@@ -7,8 +7,8 @@ from typing import Any
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
-from natgrad_jax.watch.common import Evaluation
 from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
+from natgrad_jax.watch.problem import Evaluation
 
 
 def capture(

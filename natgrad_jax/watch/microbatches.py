@@ -21,7 +21,7 @@ from natgrad_jax.algebra.stacks import HIGHEST
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
-from natgrad_jax.watch.common import Evaluation, Forward, Problem
+from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 

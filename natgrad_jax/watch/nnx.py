@@ -15,8 +15,8 @@ from flax.errors import TraceContextError
 
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
-from natgrad_jax.watch.common import Evaluation
 from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
+from natgrad_jax.watch.problem import Evaluation
 
 
 def capture(

@@ -22,8 +22,8 @@ from natgrad_jax.program.derivative import has_reverse_rules
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.products import Found
 from natgrad_jax.program.replay import replay
-from natgrad_jax.watch.common import Forward, Problem
 from natgrad_jax.watch.masks import harmless
+from natgrad_jax.watch.problem import Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions, recognise
 
 Function = Callable[..., tuple[Any, Mapping[str, Any]]]

@@ -18,7 +18,8 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.rows import pulled
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.layers.rows import from_matrix, input_rows, output_rows
-from natgrad_jax.watch.common import Forward, Problem, evidence_for
+from natgrad_jax.watch.common import evidence_for
+from natgrad_jax.watch.problem import Forward, Problem
 
 _QUICKLY = {
     "xla_backend_optimization_level": 0,
