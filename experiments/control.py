@@ -85,6 +85,12 @@ def everything(layers: ng.Layers, rate: optax.Schedule, least: Any) -> Optimizer
     return ng.kfac("quadratic", layers, damping=rule, momentum="quadratic", **KFAC)
 
 
+def nothing(layers: ng.Layers, rate: optax.Schedule) -> Optimizer:
+    """Nothing is said: length, averaging and damping come from what the next batch says."""
+    del rate
+    return ng.kfac(layers=layers, **KFAC)
+
+
 class Control(NamedTuple):
     """A way of choosing the step.
 
@@ -116,6 +122,7 @@ CONTROLS = {
     "adaptive damping, learning rate": Control(adaptive, {"rate": RATES[1:], "momentum": (0.0, 0.9)}, ("#a05fb4", ":")),
     "everything adaptive": Control(everything, {"least": (1e-8,)}, ("#b2182b", ":")),
     "everything adaptive, bounded": Control(everything, {"least": (1e-4, 1e-3, *DAMPINGS)}, ("#b2182b", "-")),
+    "nothing said": Control(nothing, {}, ("#000000", "-")),
 }
 LEAST = 1e-6
 """Losses below it are rounding in float32."""

@@ -119,19 +119,24 @@ def automatic(
     penalty_of = None if l2 is None else penalty(l2_mask)
 
     def init(params):
-        zero, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+        def number(value=0.0):  # each its own buffer, or the state could not be donated
+            return jnp.full((), value, jnp.float32)
+
+        def zeros():
+            return jax.tree.map(jnp.zeros_like, params)
+
         return AutomaticState(
             count=jnp.zeros((), jnp.int32),
-            damping=zero + FIRST_DAMPING,
-            learning_rate=zero,
-            momentum=zero,
-            ratio=zero + jnp.nan,
+            damping=number(FIRST_DAMPING),
+            learning_rate=number(),
+            momentum=number(),
+            ratio=number(jnp.nan),
             rejected=jnp.zeros((), jnp.int32),
-            share=zero + 1,
-            sums=(zero, zero),
-            average=zeros,
-            last=Step(zeros, zero, zero, zero),
-            first=zero,
+            share=number(1.0),
+            sums=(number(), number()),
+            average=zeros(),
+            last=Step(zeros(), number(), number(), number()),
+            first=number(),
             direction=direction.init(params),
         )
 
