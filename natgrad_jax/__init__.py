@@ -3,6 +3,7 @@
 from natgrad_jax import losses
 from natgrad_jax.around.adaptive import adaptive_damping
 from natgrad_jax.around.automatic import automatic
+from natgrad_jax.around.averaging import averaged, averaged_params
 from natgrad_jax.around.clip import clip_by_kl
 from natgrad_jax.around.control import controlled
 from natgrad_jax.around.graft import graft
@@ -37,6 +38,8 @@ __all__ = [
     "Schedule",
     "adaptive_damping",
     "automatic",
+    "averaged",
+    "averaged_params",
     "capture",
     "clip_by_kl",
     "controlled",

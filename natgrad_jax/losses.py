@@ -5,6 +5,10 @@ gives the value, labels drawn from the model, and a square root R of the Hessian
 also the Fisher information of the outputs. The value of an example is the SUM over its outputs and positions; the loss
 is the MEAN over examples, weighted if weights are given.
 
+Damping and clip are in the units of that loss: per example, so per sequence for a sequence. `reduced("mean")` takes the
+mean over the T positions of an example in the place of the sum, for units per position: loss, R R^T and F are divided
+by T. With damping / T and kl_clip / T it makes the same steps.
+
 Weights are of examples, of their positions, or of the outputs of each. What has weight zero counts for nothing,
 whatever stands there: outputs and targets are replaced before anything is computed of them, so that a label of -100 or
 a target that is no number says nothing. A negative weight enters the loss with its sign, and the curvature and the
@@ -17,12 +21,14 @@ Not here: losses that are no negative log-likelihood; give such a one to `captur
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array
 
 
@@ -38,6 +44,7 @@ class Likelihood:
         root: outputs, v -> R v, of the shape of the outputs; R works on the last axis.
         root_transpose: outputs, v -> R^T v.
         check: outputs, targets -> None, or a sentence on what does not fit.
+        reduction: over the positions of an example, "sum" or "mean"; see `reduced`.
     """
 
     name: str
@@ -46,9 +53,38 @@ class Likelihood:
     root: Callable[[Array, Array], Array]
     root_transpose: Callable[[Array, Array], Array]
     check: Callable[[Array, Array], str | None]
+    reduction: str = "sum"
+
+    def reduced(self, reduction: str) -> "Likelihood":
+        """The same likelihood, its loss summed or averaged over the positions of an example.
+
+        The positions are the axes of the outputs between the first, of the examples, and the last, of the outputs of
+        one position; there are T of them. Positions of weight zero are among the T, so that the loss of a batch is the
+        mean of those of its pieces.
+
+        >>> logits, labels = jnp.zeros((2, 5, 3)), jnp.zeros((2, 5), int)
+        >>> each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        >>> bool(jnp.allclose(softmax_cross_entropy.reduced("mean")(logits, labels), each.mean()))
+        True
+
+        Args:
+            reduction: "sum" for a loss, damping and clip per example, "mean" for the same per position.
+
+        Returns:
+            The likelihood.
+
+        Raises:
+            ValueError: if it is another word.
+        """
+        checks.choice("reduction", reduction, ("sum", "mean"))
+        return replace(self, reduction=reduction)
+
+    def share(self, outputs: Array) -> float:
+        """What a position counts for, given outputs [N, ..., C]: 1 / T in a mean over positions, else 1."""
+        return 1 / max(1, prod(outputs.shape[1:-1])) if self.reduction == "mean" else 1.0
 
     def __call__(self, outputs: Array, targets: Array, weights: Array | None = None) -> Array:
-        """The mean loss: sum over outputs and positions, (weighted) mean over examples.
+        """The mean loss: sum over outputs, sum or mean over positions, (weighted) mean over examples.
 
         Args:
             outputs: [N, ..., C].
@@ -68,7 +104,7 @@ class Likelihood:
         total = total_weight(weights, len(outputs)).astype(terms.dtype)
         if weights is not None:
             terms = terms * spread(weights, terms.ndim).astype(terms.dtype)
-        return jnp.sum(terms) / jnp.where(total > 0, total, 1)
+        return self.share(outputs) * jnp.sum(terms) / jnp.where(total > 0, total, 1)
 
 
 def wide(values: Array) -> Array:

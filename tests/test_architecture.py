@@ -83,6 +83,7 @@ ROOMS = (
     "around/model",
     "around/control",
     "around/automatic",
+    "around/averaging",
     "around/complete",
     "around/statistics",
     "diagnosis",

@@ -102,10 +102,11 @@ class Curvature:
         return scale * problem.likelihood.root_transpose(outputs, tangent)
 
     def _root_weights(self, outputs: Array) -> Array:
-        """The roots of the weights, as they go with the outputs."""
+        """The roots of the weights and of a position's share of the loss, as they go with the outputs."""
+        share = jnp.asarray(self._problem.likelihood.share(outputs) ** 0.5, outputs.dtype)
         if self._batch.weights is None:
-            return jnp.ones((), outputs.dtype)
-        return jnp.sqrt(jnp.abs(spread(self._batch.weights, outputs.ndim))).astype(outputs.dtype)
+            return share
+        return share * jnp.sqrt(jnp.abs(spread(self._batch.weights, outputs.ndim))).astype(outputs.dtype)
 
     def _at(self, params: Tree) -> Tree:
         """Other parameters, those of this step where a mask took leaves away."""
@@ -262,7 +263,8 @@ def evaluate(
         seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
     ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
-    reusable = problem.labels == "true" and problem.objective is None and weights is None and share is None
+    alike = problem.labels == "true" and problem.likelihood.share(problem.readout(passed.outputs)) == 1
+    reusable = alike and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
