@@ -53,6 +53,7 @@ ROOMS = (
     "watch/microbatches",
     "watch/replicas",
     "watch/traced",
+    "watch/examples",
     "watch/verify",
     "watch/doors",
     "watch/function",

@@ -5,13 +5,14 @@ from natgrad_jax.layers import joint, views
 from natgrad_jax.layers.conv import CONV
 from natgrad_jax.layers.dense import DENSE
 from natgrad_jax.layers.embed import EMBED
-from natgrad_jax.layers.parameter import PARAMETER
+from natgrad_jax.layers.parameter import ARRAY, PARAMETER
 
 KINDS: dict[str, Kind] = {
     "dense": DENSE,
     "conv": CONV,
     "embed": EMBED,
     "parameter": PARAMETER,
+    "array": ARRAY,
 }
 KINDS["tensor"] = views.kind(KINDS)
 KINDS["joint"] = joint.kind(KINDS)

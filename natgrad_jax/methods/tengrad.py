@@ -41,6 +41,7 @@ from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSched
 from natgrad_jax.blocks import samples
 from natgrad_jax.blocks.samples import Jacobian
 from natgrad_jax.layers.joint import by_member, from_members, is_joint, joint, joint_evidence, members
+from natgrad_jax.layers.parameter import with_gradients
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
@@ -138,7 +139,7 @@ class TENGraD(Direction):
                 'The `layers` are of a capture with `labels="forward"`, which has no cotangents, and TENGraD needs '
                 'them: capture with `labels="sampled"`.'
             )
-        method = self.method_of(size, layers.draws)
+        method, layers = self.method_of(size, layers.draws), with_gradients(layers)
 
         def of(layers: Layers) -> Transformation:
             return lift(lambda decay: method, layers, damping=self.given, decay=self.decay, schedule=self.schedule)
