@@ -6,6 +6,7 @@ from natgrad_jax.around.automatic import automatic
 from natgrad_jax.around.clip import clip_by_kl
 from natgrad_jax.around.control import controlled
 from natgrad_jax.around.graft import graft
+from natgrad_jax.around.search import searched
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
@@ -25,6 +26,7 @@ from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.watch import linen, nnx
 from natgrad_jax.watch.doors import Inputs
 from natgrad_jax.watch.function import capture
+from natgrad_jax.watch.terms import terms
 from natgrad_jax.wrapping import wrapped
 
 __all__ = [
@@ -61,11 +63,13 @@ __all__ = [
     "scale_by_tengrad",
     "scale_by_tkfac",
     "scale_by_tnt",
+    "searched",
     "shampoo",
     "soap",
     "spring",
     "tekfac",
     "tengrad",
+    "terms",
     "tkfac",
     "tnt",
     "warm_start",

@@ -48,4 +48,11 @@ def output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
     return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
 
 
+ROWS = Kind(
+    _to_matrix,
+    _from_matrix,
+    input_rows=lambda layer, use, rows: rows.astype(layer.dtype),
+    output_rows=lambda layer, use, rows: jnp.moveaxis(rows, 0, -4).astype(layer.dtype),
+)
+"""A use of a layer of any kind, whose evidence is rows already: a [S, N, T, I] and g [K, S, N, T, O]."""
 DENSE = Kind(_to_matrix, _from_matrix, input_rows, output_rows)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from natgrad_jax import checks
@@ -24,6 +25,7 @@ class Evaluation(NamedTuple):
         curvature: lazy; see `common.Curvature`.
         outputs: what the model returned.
         updated: collections that the model wrote (batch statistics).
+        losses: of `terms`, the loss of each; empty of a model by itself.
     """
 
     value: Array
@@ -31,6 +33,7 @@ class Evaluation(NamedTuple):
     curvature: "LazyCurvature"
     outputs: Any
     updated: Mapping[str, Any]
+    losses: Mapping[str, Array] = MappingProxyType({})
 
 
 class LazyCurvature(Protocol):
@@ -55,8 +58,8 @@ class LazyCurvature(Protocol):
         """The evidence of the batch, at the parameters of this step or at others."""
         ...
 
-    def along(self, direction: Tree) -> Array:
-        """J times a direction at the outputs of the batch, with R^T of the likelihood applied."""
+    def along(self, direction: Tree) -> Any:
+        """J times a direction at the outputs of the batch, with R^T of the likelihood applied: arrays of any tree."""
         ...
 
     def value(self, params: Tree | None = None) -> Array:

@@ -16,6 +16,9 @@ from natgrad_jax.layers.parameter import dtype_of, parameter
 from natgrad_jax.program.products import Found, Product
 from natgrad_jax.watch.reading import Call, Seen, read
 
+UNSEEN = "the likelihood does not see it"
+"""The note of a parameter that is not used."""
+
 
 class Exceptions(NamedTuple):
     """What is not to be a layer.
@@ -68,7 +71,7 @@ def recognise(
     rest = []
     for address, leaf in leaves.items():
         if address not in taken:
-            unused = "" if address in found.used else "the likelihood does not see it"
+            unused = "" if address in found.used else UNSEEN
             rest.append(parameter(address, leaf.shape, dtype_of(leaf), notes.get(address, unused)))
     return Layers(tuple(known), tuple(rest), examples, draws), calls
 
