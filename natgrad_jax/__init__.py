@@ -7,6 +7,7 @@ from natgrad_jax.around.averaging import averaged, averaged_params
 from natgrad_jax.around.clip import clip_by_kl
 from natgrad_jax.around.control import controlled
 from natgrad_jax.around.graft import graft
+from natgrad_jax.around.search import searched
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
 from natgrad_jax.base import Evidence, Layer, Layers, Method
@@ -26,6 +27,7 @@ from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.watch import linen, nnx
 from natgrad_jax.watch.doors import Inputs
 from natgrad_jax.watch.function import capture
+from natgrad_jax.watch.terms import terms
 from natgrad_jax.wrapping import wrapped
 
 __all__ = [
@@ -64,11 +66,13 @@ __all__ = [
     "scale_by_tengrad",
     "scale_by_tkfac",
     "scale_by_tnt",
+    "searched",
     "shampoo",
     "soap",
     "spring",
     "tekfac",
     "tengrad",
+    "terms",
     "tkfac",
     "tnt",
     "warm_start",

@@ -59,12 +59,14 @@ class Use(NamedTuple):
         geometry: the options of the call that its rows depend on, hashable.
         positions: T of this call.
         transposed: whether the matrix is used the other way round, outputs to inputs, as a tied table is.
+        biased: whether the bias of the layer, if it has one, is added to the result; to that of a tangent it is not.
     """
 
     kind: str
     geometry: Any = None
     positions: int = 1
     transposed: bool = False
+    biased: bool = True
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Evidence(NamedTuple):
         count: W, the total weight of the examples. None stands for N.
         slopes: squared norm of the derivative of each example's loss by the outputs of the model [K, N], times the
             weight of the example. None where g is the identity.
+        examples: of a parameter of no known layer, of which gradient is the sum over N: {role: [K, N, *shape]}. None
+            of a layer, which has rows, and without `jacobian="examples"`.
     """
 
     inputs: tuple[Array, ...] | Array | None = None
@@ -163,6 +167,7 @@ class Evidence(NamedTuple):
     weights: Array | None = None
     count: Array | None = None
     slopes: Array | None = None
+    examples: Mapping[str, Array] | None = None
 
 
 class Kind(NamedTuple):
@@ -233,6 +238,9 @@ class Layers(Mapping[str, Layer]):
         examples: N of the inputs that the layers were found with; 0 if that is not known.
         draws: K that the evidence will have; 0 if it will have no cotangents.
         mixed: names of the layers behind which the outputs of one example depend on the rows of others.
+        labels: whose cotangents the evidence will have; "" if that is not known.
+        jacobian: "examples" if the model is watched one example at a time, and the evidence of the remaining parameters
+            will have the gradients of the examples; else "rows".
     """
 
     known: tuple[Layer, ...]
@@ -240,6 +248,8 @@ class Layers(Mapping[str, Layer]):
     examples: int = 0
     draws: int = 1
     mixed: tuple[str, ...] = field(default=(), compare=False)
+    labels: str = field(default="", compare=False)
+    jacobian: str = "rows"
     _index: dict[str, Layer] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self):

@@ -278,6 +278,52 @@ squared_error = gaussian(1.0)
 """Half the squared error, (z - y)^2 / 2: `gaussian` of variance 1."""
 
 
+def _halves(outputs: Array) -> tuple[Array, Array]:
+    """Means and logarithms of variances, the halves of the last axis."""
+    means, logs = jnp.split(outputs, 2, axis=-1)
+    return means, logs
+
+
+def _mean_and_variance(outputs: Array, targets: Array) -> Array:
+    means, logs = _halves(outputs)
+    return 0.5 * (logs + (targets.astype(outputs.dtype) - means) ** 2 * jnp.exp(-logs))
+
+
+def _half_as_wide(outputs: Array, targets: Array) -> str | None:
+    if outputs.shape[-1] % 2 or targets.shape != (*outputs.shape[:-1], outputs.shape[-1] // 2):
+        return (
+            f"targets of shape {targets.shape} do not fit outputs of shape {outputs.shape}; their last axis "
+            "holds a mean for each target and then a logarithm of the variance for each"
+        )
+    return None
+
+
+def _precision_root(outputs: Array) -> Array:
+    _, logs = _halves(outputs)
+    return jnp.concatenate([jnp.exp(-0.5 * logs), jnp.full_like(logs, 0.5**0.5)], axis=-1)
+
+
+def _gaussian_of(key: Array, outputs: Array) -> Array:
+    means, logs = _halves(outputs)
+    return means + jnp.exp(0.5 * logs) * jax.random.normal(key, means.shape, means.dtype)
+
+
+mean_and_variance = Likelihood(
+    name="mean_and_variance",
+    terms=_mean_and_variance,
+    sample=_gaussian_of,
+    root=_scaled_root(_precision_root),
+    root_transpose=_scaled_root(_precision_root),
+    check=_half_as_wide,
+)
+"""A Gaussian whose variance the model predicts, too: outputs [N, ..., 2 C] are C means and then C logarithms of the
+variances s, targets [N, ..., C]: (s + (y - m)^2 exp(-s)) / 2, without the constant.
+
+H = diag(exp(-s), 1 / 2) is the Fisher matrix, which does not depend on the target and is positive, as the second
+derivative of the loss is not.
+"""
+
+
 def _rate_root(outputs: Array) -> Array:
     return jnp.exp(0.5 * outputs)
 
@@ -310,4 +356,4 @@ and variance. Where the rate itself is infinite (z above 88 in float32) the labe
 batch are then dropped, and counted.
 """
 
-LIKELIHOODS = (softmax_cross_entropy, sigmoid_binary_cross_entropy, squared_error, poisson)
+LIKELIHOODS = (softmax_cross_entropy, sigmoid_binary_cross_entropy, squared_error, mean_and_variance, poisson)

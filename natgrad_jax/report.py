@@ -33,7 +33,8 @@ def coverage(layers: Any, widest: int) -> str:
         if sampled:
             lines.append(f"(in sample space: {_batch(layers)}, with the inverse of their kernel, as TENGraD has it)")
     if layers.rest:
-        lines.append("Not covered, hence a diagonal Fisher block each, same damping and learning rate:")
+        exact = "; TENGraD, of the gradients of the examples, has them all" if layers.jacobian == "examples" else ""
+        lines.append(f"Not covered, hence a diagonal Fisher block each, same damping and learning rate{exact}:")
         width = max(len(layer.name) for layer in layers.rest)
         lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
     elif layers.known:
@@ -45,7 +46,17 @@ def coverage(layers: Any, widest: int) -> str:
             "example is not that of its rows there. What TENGraD and the scale of EKFAC say of single examples "
             "is then an approximation."
         )
+    if layers.labels:
+        lines.append(f"Curvature by {_LABELS[layers.labels]}.")
     return "\n".join(lines)
+
+
+_LABELS = {
+    "sampled": 'labels drawn from the model (labels="sampled"), noisy and without bias',
+    "exact": 'the Hessian of the likelihood itself (labels="exact"), without noise',
+    "true": 'the labels of the batch (labels="true"), the empirical Fisher matrix',
+    "forward": 'inputs alone (labels="forward")',
+}
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

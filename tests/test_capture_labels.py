@@ -329,3 +329,19 @@ def test_on_a_cpu_the_branch_of_the_evidence_has_no_convolution_for_the_gradient
     assert convolutions(lambda out, params: params) == convolutions(evidence) > 0
     pulled = jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x) ** 3))
     assert convolutions(lambda out, params: pulled(params)) > convolutions(evidence)  # the control
+
+
+def test_the_root_of_a_gaussian_with_a_predicted_variance_is_that_of_its_fisher_matrix():
+    likelihood, z = ng.losses.mean_and_variance, normal(1, 4, seed=3)
+    root = root_of(likelihood, z[0])
+    means, deviations = z[0, :2], jnp.exp(z[0, 2:] / 2)
+    nodes, masses = np.polynomial.hermite_e.hermegauss(20)
+    grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
+    mass = np.outer(masses, masses).reshape(-1) / np.sum(masses) ** 2
+    scores = jax.vmap(lambda e: jax.grad(lambda z: jnp.sum(likelihood.terms(z, means + deviations * e)))(z[0]))(grid)
+    assert_equal(root @ root.T, jnp.einsum("ei,ej,e->ij", scores, scores, mass))
+    hessian = jax.hessian(lambda z: jnp.sum(likelihood.terms(z, means + 2 * deviations)))(z[0])
+    assert_differs(root @ root.T, hessian)
+    drawn = jax.vmap(lambda key: likelihood.sample(key, z))(jax.random.split(jax.random.key(0), 4000))[:, 0]
+    assert_equal(jnp.std(drawn, axis=0), deviations, 0.05)
+    assert likelihood.check(z, means[None]) is None and "mean for each target" in likelihood.check(z, z)

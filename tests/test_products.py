@@ -139,7 +139,7 @@ CASES = {
         lambda p, x: x @ _sine(p["w"]), {"w": (4, 3)}, (N, 4), "", w="custom derivative rule"
     ),
     "a bias of one product of two": lambda: case(
-        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) + x[:, ::-1] @ p["w"], WB, (N, 4), "w", b="some of its products"
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) + x[:, ::-1] @ p["w"], WB, (N, 4), "w"
     ),
     "a bias of positions": lambda: case(
         lambda p, x: (x @ p["w"] + p["b"]).sum(1), {"w": (4, 3), "b": (2, 1)}, (N, 2, 4), "w", b="not as the bias"

@@ -169,6 +169,7 @@ def _swept(matrices: Array) -> Array:
 orthonormal = _one_at_a_time(_orthonormal)
 """The factor Q of a QR decomposition of a stack [..., n, n]: orthogonal, whatever the rank."""
 
+_triangular_factor = _one_at_a_time(lambda matrix: lax.linalg.qr(matrix, full_matrices=False)[1])
 _eigh_stack = _one_at_a_time(_eigh)
 
 
@@ -185,6 +186,30 @@ def eigh(factor: Factor) -> tuple[Array, Array | None]:
     if isinstance(factor, Diagonal):
         return factor.entries, None
     return _eigh_stack(factor)
+
+
+def cholesky_or_eigh(matrix: Array, damping: Array) -> tuple[Array, Array]:
+    """A triangular L with L L^T = M + x I of a positive semidefinite M that rounding may have made indefinite.
+
+    Args:
+        matrix: M [..., n, n].
+        damping: x [...], positive.
+
+    Returns:
+        L of Cholesky, or of the eigenvalues, those below zero as zero, where that has failed; and where it has [...].
+    """
+    found = cholesky(plus_identity(matrix, damping))
+    failed = ~jnp.isfinite(jnp.sum(jnp.diagonal(found, axis1=-2, axis2=-1), axis=-1))
+
+    def by_eigenvalues():
+        usable = jnp.where(failed[..., None, None], matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype))
+        values, vectors = _eigh_stack(usable)
+        root = jnp.swapaxes(vectors * jnp.sqrt(values + damping[..., None])[..., None, :], -1, -2)
+        upper = _triangular_factor(root)  # root^T root = upper^T upper
+        signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(matrix.dtype)
+        return jnp.where(failed[..., None, None], jnp.swapaxes(upper, -1, -2) * signs[..., None, :], found)
+
+    return lax.cond(jnp.any(failed), by_eigenvalues, lambda: found), failed
 
 
 def floored(damping: Scalar, size: Array) -> Array:

@@ -8,14 +8,15 @@ import optax
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
 from natgrad_jax.around.automatic import automatic
 from natgrad_jax.around.clip import clip_by_kl
-from natgrad_jax.around.control import Quadratic, controlled
+from natgrad_jax.around.control import Length, Quadratic, controlled
+from natgrad_jax.around.search import searched
 from natgrad_jax.base import Scalar, ScalarOrSchedule
 from natgrad_jax.lift.requests import chained
 
 
 def complete(
     direction: optax.GradientTransformationExtraArgs,
-    learning_rate: ScalarOrSchedule | Quadratic | None,
+    learning_rate: ScalarOrSchedule | Length | None,
     damping: Damping,
     kl_clip: Scalar | None,
     momentum: Scalar | Quadratic | None,
@@ -30,7 +31,7 @@ def complete(
 
     Args:
         direction: a `scale_by_*` transformation.
-        learning_rate: step size, its schedule, or "quadratic"; None to find it while training.
+        learning_rate: step size, its schedule, "quadratic" or "search"; None to find it while training.
         damping: of the direction.
         kl_clip: bound of `clip_by_kl`; None for none.
         momentum: weight of the old direction in the buffer, or "quadratic"; None for no buffer.
@@ -48,6 +49,8 @@ def complete(
     if learning_rate is None:
         fixed = None if isinstance(damping, AdaptiveDamping) else damping
         return automatic(direction, damping=fixed, l2=weight_decay, l2_mask=weight_decay_mask)
+    if learning_rate == "search":
+        return _by_search(direction, damping, kl_clip, momentum, weight_decay, weight_decay_mask)
     words = isinstance(learning_rate, str) or isinstance(momentum, str)
     if words or isinstance(damping, AdaptiveDamping):
         if kl_clip is not None:
@@ -68,6 +71,28 @@ def complete(
     if momentum is not None:
         parts.append(optax.trace(momentum))
     return chained(*parts, optax.scale_by_learning_rate(learning_rate), direction=direction)
+
+
+def _by_search(
+    direction: optax.GradientTransformationExtraArgs,
+    damping: Damping,
+    kl_clip: Scalar | None,
+    momentum: Scalar | Quadratic | None,
+    weight_decay: ScalarOrSchedule | None,
+    weight_decay_mask: Any | Callable[[Any], Any] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction whose length is searched, with a heavy ball in front of the search if there is one."""
+    if kl_clip is not None:
+        raise ValueError(f"`kl_clip` is {kl_clip}, but the length of the step is found by search; drop one of them.")
+    if isinstance(damping, AdaptiveDamping) or isinstance(momentum, str):
+        word = "damping" if isinstance(damping, AdaptiveDamping) else "momentum"
+        raise ValueError(
+            f'`{word}` comes from the quadratic model, which `learning_rate="search"` does not have; give it a number, '
+            'or take `learning_rate="quadratic"`.'
+        )
+    if momentum is not None:
+        direction = chained(direction, optax.trace(momentum), direction=direction)
+    return searched(direction, damping=damping, l2=weight_decay, l2_mask=weight_decay_mask)
 
 
 def behind(

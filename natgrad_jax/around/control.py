@@ -33,6 +33,8 @@ from natgrad_jax.lift.state import at_step
 
 Quadratic = Literal["quadratic"]
 """In the place of a number: what minimises the quadratic model."""
+Length = Literal["quadratic", "search"]
+"""In the place of a learning rate: that, or what has the least loss among many."""
 
 
 class ControlState(NamedTuple):
@@ -157,11 +159,23 @@ def controlled(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+_ROUNDINGS = 4
+"""A change of the loss of so many units in its last place is one of rounding."""
+_NEITHER = 0.5
+"""The ratio of a test that says nothing, both changes lost in the rounding of the loss: all stays as it is."""
+
+
 def _tested(
     curvature: Any, params: Any, weights: Array, penalised: Callable[[Any], Any] | None, model: Model, step: Any
 ) -> tuple[Array, Array]:
-    """Line 6: the change of the loss over the change foretold, and whether the loss has not risen."""
+    """Line 6: the change of the loss over the change foretold, and whether the loss has not risen.
+
+    At the floor of the precision, where both are rounding, a test says neither: the damping would else run away.
+    """
     foretold = model.slope @ weights + weights @ model.curvature @ weights / 2
-    change = curvature.value(trees.add(params, step, 1.0)) - curvature.value()
+    value = curvature.value()
+    change = curvature.value(trees.add(params, step, 1.0)) - value
     change += change_of_penalty(penalised, trees.add(params, step, 0.5), step)
-    return ratio_of(change, foretold), change <= 0
+    rounding = _ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    lost = (jnp.abs(foretold) <= rounding) & (jnp.abs(change) <= rounding)
+    return jnp.where(lost, _NEITHER, ratio_of(change, foretold)), lost | (change <= 0)

@@ -62,6 +62,8 @@ def empty(layer: Layer, examples: int, draws: int, sharing: Pairing) -> Jacobian
         Rows or gradients, whichever takes less memory.
     """
     stack, (rows, columns) = layer.stack, layer.shape
+    if layer.kind == "array":
+        return Gradients(jnp.zeros((draws, examples, rows, columns), layer.dtype))
     positions = 1 if sharing == "reduce" and not layer.one_hot else layer.positions
     by_rows, by_gradients = layer.sample_sizes(examples, draws, positions)
     if by_gradients < by_rows:
@@ -90,6 +92,10 @@ def observed(layer: Layer, like: Jacobian, evidence: Evidence, sharing: Pairing,
     Raises:
         ValueError: if the batch is larger than what there is room for, or has no cotangents.
     """
+    if layer.kind == "array":
+        values = _of_array(layer, evidence)
+        scaled = Gradients(values / _root_of_count(layer, like, evidence, values))
+        return jax.tree.map(lambda new, old: _filled_up(layer, new, old.shape), scaled, like)
     if evidence.cotangents is None:
         raise ValueError(
             'Rows in sample space need cotangents, which evidence of `labels="forward"` does not have; capture with '
@@ -201,6 +207,17 @@ def _filled_up(layer: Layer, array: Array, shape: tuple[int, ...]) -> Array:
             "batch, or give `examples`."
         )
     return jnp.pad(array, [(0, room - have) for have, room in zip(array.shape, shape, strict=True)])
+
+
+def _of_array(layer: Layer, evidence: Evidence) -> Array:
+    """The gradients of the examples by an array of no known layer, [K, N, size, 1]."""
+    if evidence.examples is None:
+        raise ValueError(
+            f"The evidence for {layer.name!r} has no gradients of the examples, which this method was built for: take "
+            'it from a capture with `jacobian="examples"`, as the `layers` are.'
+        )
+    values = evidence.examples["value"]
+    return values.reshape(*values.shape[:2], *layer.shape).astype(layer.dtype)
 
 
 def _gradients(layer: Layer, evidence: Evidence, sharing: Pairing, workspace: int) -> Array:

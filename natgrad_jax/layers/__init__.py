@@ -3,15 +3,17 @@
 from natgrad_jax.base import Kind
 from natgrad_jax.layers import joint, views
 from natgrad_jax.layers.conv import CONV
-from natgrad_jax.layers.dense import DENSE
+from natgrad_jax.layers.dense import DENSE, ROWS
 from natgrad_jax.layers.embed import EMBED
-from natgrad_jax.layers.parameter import PARAMETER
+from natgrad_jax.layers.parameter import ARRAY, PARAMETER
 
 KINDS: dict[str, Kind] = {
     "dense": DENSE,
+    "rows": ROWS,
     "conv": CONV,
     "embed": EMBED,
     "parameter": PARAMETER,
+    "array": ARRAY,
 }
 KINDS["tensor"] = views.kind(KINDS)
 KINDS["joint"] = joint.kind(KINDS)

@@ -116,7 +116,7 @@ def _input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
     rows = found.reshape(found.shape[: found.ndim - 4] + front + (-1, offsets * channels))
     if geometry.groups > 1:
         rows = jnp.moveaxis(rows, 0, lead)
-    return with_ones(layer, rows)
+    return with_ones(layer, use, rows)
 
 
 def _output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:

@@ -30,17 +30,16 @@ def _rows(layer: Layer, values: Array, leading: int) -> Array:
     return values.reshape(values.shape[: leading + 1] + (-1, values.shape[-1])).astype(layer.dtype)
 
 
-def with_ones(layer: Layer, rows: Array) -> Array:
-    """Rows of inputs, with the 1 of the bias behind each if the layer has one."""
-    if not layer.has_bias:
+def with_ones(layer: Layer, use: Use, rows: Array) -> Array:
+    """Rows of inputs, with the 1 of the bias behind each if the layer has one; a 0 where it is not added."""
+    if not layer.has_bias or use.transposed:
         return rows
-    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+    return jnp.concatenate([rows, jnp.full_like(rows[..., :1], use.biased)], axis=-1)
 
 
 def input_rows(layer: Layer, use: Use, inputs: Array) -> Array:
     """Rows a [S, N, T, I] of inputs [S, N, ..., channels], the ones of the bias behind them."""
-    del use
-    return with_ones(layer, _rows(layer, inputs, leading=len(layer.stack)))
+    return with_ones(layer, use, _rows(layer, inputs, leading=len(layer.stack)))
 
 
 def output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
@@ -49,4 +48,11 @@ def output_rows(layer: Layer, use: Use, cotangents: Array) -> Array:
     return jnp.moveaxis(_rows(layer, cotangents, leading=1 + len(layer.stack)), 0, -4)
 
 
+ROWS = Kind(
+    _to_matrix,
+    _from_matrix,
+    input_rows=lambda layer, use, rows: rows.astype(layer.dtype),
+    output_rows=lambda layer, use, rows: jnp.moveaxis(rows, 0, -4).astype(layer.dtype),
+)
+"""A use of a layer of any kind, whose evidence is rows already: a [S, N, T, I] and g [K, S, N, T, O]."""
 DENSE = Kind(_to_matrix, _from_matrix, input_rows, output_rows)

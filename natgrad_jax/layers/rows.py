@@ -236,6 +236,8 @@ def _pair(layer: Layer, use: Use, evidence: Evidence, place: int) -> tuple[Rows,
     if not use.transposed:
         return kind.input_rows(layer, use, inputs), kind.output_rows(layer, use, cotangents)
     rows, columns = kind.output_rows(layer, use, cotangents), kind.input_rows(layer, use, inputs)
+    if layer.has_bias:  # which is not added to what is used the other way round
+        rows = jnp.concatenate([rows, jnp.zeros_like(rows[..., :1])], axis=-1)
     weights = _row_weights(evidence, rows.shape[-2])
     if weights is not None:
         roots = jnp.sqrt(weights.astype(rows.dtype))[..., None]

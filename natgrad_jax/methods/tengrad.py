@@ -35,12 +35,13 @@ import optax
 from natgrad_jax import addresses, checks
 from natgrad_jax.algebra import stacks
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
-from natgrad_jax.around.control import Quadratic
+from natgrad_jax.around.control import Length, Quadratic
 from natgrad_jax.around.spring import spring
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks import samples
 from natgrad_jax.blocks.samples import Jacobian
 from natgrad_jax.layers.joint import by_member, from_members, is_joint, joint, joint_evidence, members
+from natgrad_jax.layers.parameter import with_gradients
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
@@ -57,6 +58,7 @@ class Measured(NamedTuple):
     Attributes:
         jacobians: J of the layer; of every layer in turn if the block is a joint one.
         factor: L [S, R, R]; with `energy` a root of M, M = L L^T.
+        fallbacks: how often L came from eigenvalues, since Cholesky's failed, int32 [S].
         strength: the damping in M [S]; 0 as long as no batch is measured.
         target: slope / sqrt(N) of each row [S, R]; None for `target="gradient"`.
     """
@@ -65,6 +67,7 @@ class Measured(NamedTuple):
     factor: Array
     strength: Array
     target: Array | None
+    fallbacks: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ class TENGraD(Direction):
                 'The `layers` are of a capture with `labels="forward"`, which has no cotangents, and TENGraD needs '
                 'them: capture with `labels="sampled"`.'
             )
-        method = self.method_of(size, layers.draws)
+        method, layers = self.method_of(size, layers.draws), with_gradients(layers)
 
         def of(layers: Layers) -> Transformation:
             return lift(lambda decay: method, layers, damping=self.given, decay=self.decay, schedule=self.schedule)
@@ -162,7 +165,8 @@ class TENGraD(Direction):
             jacobians = tuple(samples.empty(member, examples, draws, self.sharing) for member in members(layer))
             factor = jnp.tile(jnp.eye(rows, dtype=layer.dtype), (*layer.stack, 1, 1))
             goal = jnp.zeros((*layer.stack, rows), layer.dtype) if self.target == "ief" else None
-            return (), Measured(jacobians, factor, jnp.zeros(layer.stack, layer.dtype), goal)
+            none = jnp.zeros(layer.stack, jnp.int32)
+            return (), Measured(jacobians, factor, jnp.zeros(layer.stack, layer.dtype), goal, none)
 
         def observe(layer, statistics, evidence):
             del layer, evidence
@@ -184,7 +188,9 @@ class TENGraD(Direction):
             parts = [samples.kernel(jacobian, workspace) for jacobian in operator.jacobians]
             kernel = _over_members(layer, parts, 2)  # 2
             strength = stacks.floored(damping, stacks.frobenius(kernel))
-            return operator._replace(factor=_factor(kernel, strength, self.energy), strength=strength)
+            factor, failed = _factor(kernel, strength, self.energy)
+            fallbacks = operator.fallbacks + failed.astype(jnp.int32)
+            return operator._replace(factor=factor, strength=strength, fallbacks=fallbacks)
 
         def apply(layer, operator, gradient, damping):
             known = operator.strength > 0
@@ -215,16 +221,21 @@ def _over_members(layer: Layer, values: list[Array], axes: int) -> Array:
     return jnp.sum(jnp.stack([jnp.sum(value, axis=range(value.ndim - axes)) for value in values]), axis=0)
 
 
-def _factor(kernel: Array, damping: Array, energy: float | None) -> Array:
-    """Lines 2, 2': singular values are kept from the largest on, as long as their sum is within the energy."""
+def _factor(kernel: Array, damping: Array, energy: float | None) -> tuple[Array, Array]:
+    """Lines 2, 2': singular values are kept from the largest on, as long as their sum is within the energy.
+
+    Without an energy L is that of Cholesky, and where rounding makes the kernel indefinite that of its eigenvalues,
+    those below zero as zero. The other value says where that was.
+    """
     if energy is None:
-        return stacks.cholesky(stacks.plus_identity(kernel, damping))
+        return stacks.cholesky_or_eigh(kernel, damping)
     values, vectors = stacks.eigh(kernel)
     assert vectors is not None, "the kernel is no diagonal"
     singular = jnp.sqrt(values)[..., ::-1]
     kept = jnp.cumsum(singular, axis=-1) <= energy * jnp.sum(singular, axis=-1, keepdims=True)
     kept = kept.at[..., 0].set(True)[..., ::-1]
-    return vectors * jnp.where(kept, (values + damping[..., None]) ** -0.5, 0)[..., None, :]
+    root = vectors * jnp.where(kept, (values + damping[..., None]) ** -0.5, 0)[..., None, :]
+    return root, jnp.zeros(damping.shape, bool)
 
 
 def _solved(factor: Array, vector: Array, energy: float | None) -> Array:
@@ -300,8 +311,18 @@ class TENGraDOptimizer(Completed, TENGraD):
     ] = 0.9
     damping: Damping = 0.1
 
-    def beside(self, learning_rate: ScalarOrSchedule | Quadratic | None, chosen: Collection[str]) -> Self:
-        """As of all; beside the momentum of SPRING, which reads it, the damping stays what it is."""
+    def beside(self, learning_rate: ScalarOrSchedule | Length | None, chosen: Collection[str]) -> Self:
+        """As of all; beside the momentum of SPRING, which reads it, the damping stays what it is.
+
+        Raises:
+            ValueError: if the length of a step of SPRING is to come from the quadratic model.
+        """
+        if learning_rate == "quadratic" and self.heavy_ball is not self.momentum:
+            raise ValueError(
+                '`momentum="spring"` goes with a learning rate or with "search", not with "quadratic": the direction '
+                "of SPRING is that of the batch and of a pull towards the last step, which the quadratic model of the "
+                "batch knows nothing of, and no test takes back a step that raises the loss."
+            )
         spring_reads = {"damping"} if self.heavy_ball is not self.momentum else set()
         return super().beside(learning_rate, {*chosen, *spring_reads})
 

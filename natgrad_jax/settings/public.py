@@ -108,7 +108,8 @@ _RATE = {
         None,
         "step size, or its schedule. None: length, averaging and damping of the steps are found while training "
         '(`automatic`). "quadratic": what minimises the quadratic model of the batch (`controlled`), with momentum '
-        '"quadratic" and `adaptive_damping()` where nothing else is said.',
+        '"quadratic" and `adaptive_damping()` where nothing else is said. "search": what has the least loss among many '
+        "lengths, for all the data in a batch.",
     )
 }
 _PLAIN_RATE = {"learning_rate": (ScalarOrSchedule, inspect.Parameter.empty, "step size, or its schedule.")}
@@ -148,7 +149,7 @@ def _public(settings: Any, name: str, first: Told) -> Any:
         if not completes:
             return settings(**given).lifted(layers)
         if isinstance(rate, str):
-            checks.choice("learning_rate", rate, ("quadratic",))
+            checks.choice("learning_rate", rate, ("quadratic", "search"))
         elif rate is not None:
             checks.number("learning_rate", rate, least=0, schedule=True)
         chosen = settings(**given)
@@ -191,7 +192,7 @@ class _Shown(str):
 
 _ALIASES = (
     (Damping, "Damping"),
-    (Rate, "ScalarOrSchedule | 'quadratic'"),
+    (Rate, "ScalarOrSchedule | 'quadratic' | 'search'"),
     (ScalarOrSchedule, "ScalarOrSchedule"),
     (Period, "int | Array"),
     (Scalar, "Scalar"),

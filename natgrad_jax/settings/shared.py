@@ -8,7 +8,7 @@ import optax
 
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, adaptive_damping
 from natgrad_jax.around.complete import complete
-from natgrad_jax.around.control import Quadratic
+from natgrad_jax.around.control import Length, Quadratic
 from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks import rotated
 from natgrad_jax.layers.views import Modes, in_modes, merged, view
@@ -19,7 +19,7 @@ from natgrad_jax.lift.tensors import Statistics, lift_tensors
 from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps
 
 Transformation = optax.GradientTransformationExtraArgs
-Rate = ScalarOrSchedule | Quadratic | None
+Rate = ScalarOrSchedule | Length | None
 Smoothing = Callable[[Scalar], optax.GradientTransformation]
 
 
@@ -289,6 +289,8 @@ class Completed(Settings):
                     "damping of the steps are then found while training (`ng.automatic`). Drop it, or give "
                     '`learning_rate` a number, or "quadratic".'
                 )
+        elif learning_rate == "search":
+            free = {"kl_clip": None, "momentum": None}
         elif isinstance(learning_rate, str):
             free["momentum"] = "quadratic"
         else:

@@ -10,8 +10,8 @@ the branch pays nothing. A seed stands for one draw of labels: its outer product
 Hessian of the likelihood by the outputs.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Curvature:
     @property
     def labels(self) -> str:
         """Whose cotangents the evidence has: "sampled", "exact", "true" or "forward"."""
-        return self._problem.labels
+        return self._problem.label
 
     @property
     def count(self) -> Array:
@@ -74,8 +74,8 @@ class Curvature:
         seeds, slopes = self._seeds(passed)
         if self._ordinary is not None and params is None:
             ordinary = jax.tree.map(lambda x: x[None] * self._forward.examples, self._ordinary)
-            return self._evidence(passed, *ordinary, slopes=slopes, pulled_outside=True)
-        return self._evidence(passed, *_pull_each(passed.pullback, seeds), slopes=slopes)
+            return self._evidence(passed, *ordinary, slopes=slopes, seeds=seeds, pulled_outside=True)
+        return self._evidence(passed, *_pull_each(passed.pullback, seeds), slopes=slopes, seeds=seeds)
 
     def along(self, direction: Tree) -> Array:
         """J times a direction at the outputs of the batch, with R^T of the likelihood applied.
@@ -169,9 +169,11 @@ class Curvature:
         cotangents: Tree | None,
         *,
         slopes: Array | None = None,
+        seeds: Sequence[Array] = (),
         pulled_outside: bool = False,
     ) -> dict[str, Evidence]:
         """The evidence of every block; the leaves of `gradients` lead with K."""
+        each = self._each(passed, seeds)
         weights = None if self._batch.weights is None else jnp.abs(self._batch.weights)
         leaves = addresses.flatten(gradients)
         count = total_weight(weights, self._forward.examples)
@@ -180,7 +182,8 @@ class Curvature:
         for layer in self._forward.layers.blocks:
             gradient = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
             if not layer.is_known:
-                evidence[layer.name] = Evidence(gradient=gradient, weights=weights, count=count)
+                own = {leaf.role: each[leaf.address] for leaf in layer.leaves} if each else None
+                evidence[layer.name] = Evidence(None, None, gradient, weights, count, slopes, own)
                 continue
             uses = self._forward.calls[layer.name]
             calls = tuple(use.inputs(x) for use, x in zip(uses, passed.inputs[layer.name], strict=True))
@@ -193,6 +196,13 @@ class Curvature:
             found = Evidence(calls, seen, gradient, weights, count, slopes)
             evidence[layer.name] = found if pulled_outside else _from_rows(layer, found)
         return evidence
+
+    def _each(self, passed: "_Pass", seeds: Sequence[Array]) -> dict[str, Array]:
+        """The gradients of the examples by the remaining parameters, {address: [K, N, *shape]}."""
+        rest, each = self._forward.layers.rest, self._forward.each
+        if each is None or not rest or not len(seeds):
+            return {}
+        return {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in each(passed.params, rest, seeds).items()}
 
     def _forward_only(self, passed: "_Pass") -> dict[str, Evidence]:
         """The evidence with g = identity: no pullback; the Fisher block of a remaining parameter is then I."""
@@ -214,6 +224,7 @@ class _Pass(NamedTuple):
     pullback: Callable[[list[Array]], tuple[Tree, Tree]]
     inputs: dict[str, tuple[Array, ...]]
     updated: Mapping[str, Any]
+    params: Tree
 
 
 class _Batch(NamedTuple):
@@ -250,9 +261,11 @@ def evaluate(
     Raises:
         ValueError: if targets, weights or key do not fit.
     """
+    problem = replace(problem, labels=forward.layers.labels or problem.labels)
     weights = None if weights is None else wide(jnp.asarray(weights))
     if weights is not None and forward.masked is not None and weights.shape[:1] == (forward.examples,):
-        forward = forward._replace(run=forward.masked(weights))
+        run, each = forward.masked(weights)
+        forward = forward._replace(run=run, each=each)
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
@@ -305,7 +318,7 @@ def _run(forward: Forward, params: Tree) -> _Pass:
     def whole(floats):
         return static["whole"]({"float": floats, "other": others, "plain": static["plain"]})
 
-    return _Pass(whole(floats), floats, whole, pullback, inputs, updated)
+    return _Pass(whole(floats), floats, whole, pullback, inputs, updated, params)
 
 
 def _sort(leaf: Any) -> str:

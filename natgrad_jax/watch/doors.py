@@ -17,6 +17,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch import common
+from natgrad_jax.watch.examples import watch_examples
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
@@ -25,6 +26,7 @@ from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
 
 Labels = Literal["sampled", "exact", "true", "forward"]
+JacobianOf = Literal["rows", "examples"]
 
 
 class Inputs:
@@ -122,7 +124,7 @@ class Watch:
         if self.axis_name is None:
             return self._evaluate(model, inputs, targets, key, weights)
         axis, count = self.axis_name, bound(self.axis_name)
-        if key is None and self.problem.labels == "exact":
+        if key is None and self._labels(model, inputs) == "exact":
             key = jax.random.key(0)  # of the signs, which are to be independent
         key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
         mine = model._replace(params=own(model.params, axis), state=own(model.state, axis))
@@ -136,6 +138,10 @@ class Watch:
         layers = replace(local.layers, examples=count * local.layers.examples)
         total = jax.lax.psum(own(local.count, axis), axis)
         return found._replace(value=value, grad=grad, curvature=Replicas(local, axis, total, value, layers))
+
+    def _labels(self, model: Model, inputs: Inputs) -> str:
+        """Whose cotangents the evidence will have."""
+        return self.problem.labels or self._forward(model, inputs.args, inputs.kwargs).layers.labels
 
     def _evaluate(
         self, model: Model, inputs: Inputs, targets: Any, key: Array | None, weights: Array | None
@@ -164,12 +170,13 @@ class Watch:
     def _forward(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
         exceptions = Exceptions(self.exclude, self.unexplained)
         given = (args, dict(kwargs))
-        return watch(model.function, model.params, model.state, given, self.problem, exceptions, model.root)
+        watched = watch_examples if self.problem.jacobian == "examples" else watch
+        return watched(model.function, model.params, model.state, given, self.problem, exceptions, model.root)
 
 
 def asked(
     likelihood: Likelihood,
-    labels: Labels,
+    labels: Labels | None,
     draws: int,
     objective: Callable[[Any, Any, Array | None], Array] | None,
     readout: Callable[[Any], Array] | None,
@@ -177,9 +184,10 @@ def asked(
     microbatches: int,
     verify: bool,
     axis_name: Axis | None,
+    jacobian: JacobianOf,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
-    problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs))
+    problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs), jacobian)
     checks.size("microbatches", microbatches)
     checks.flag("verify", verify)
     if not (axis_name is None or isinstance(axis_name, str) or _are_names(axis_name)):

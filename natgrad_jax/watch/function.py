@@ -7,7 +7,7 @@ from typing import Any
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
-from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
+from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
 
 
@@ -15,7 +15,7 @@ def capture(
     apply: Callable[..., Any],
     likelihood: Likelihood,
     *,
-    labels: Labels = "sampled",
+    labels: Labels | None = None,
     draws: int = 1,
     objective: Callable[[Any, Any, Array | None], Array] | None = None,
     readout: Callable[[Any], Array] | None = None,
@@ -23,6 +23,7 @@ def capture(
     microbatches: int = 1,
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
+    jacobian: JacobianOf = "rows",
 ) -> "Capture":
     """Watch a function: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -48,6 +49,7 @@ def capture(
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
+        jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -61,7 +63,7 @@ def capture(
             f"`apply` is a {type(apply).__name__}; expected a function of parameters and inputs. For a flax module use "
             "`ng.linen.capture(model, ...)` or `ng.nnx.capture(model, ...)`; of a model with an `apply`, pass that."
         )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
     return Capture(apply, watch)
 
 

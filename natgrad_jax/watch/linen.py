@@ -15,7 +15,7 @@ from flax import nnx
 
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
-from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
+from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
 
 
@@ -23,7 +23,7 @@ def capture(
     model: nn.Module,
     likelihood: Likelihood,
     *,
-    labels: Labels = "sampled",
+    labels: Labels | None = None,
     draws: int = 1,
     objective: Callable[[Any, Any, Array | None], Array] | None = None,
     readout: Callable[[Any], Array] | None = None,
@@ -31,6 +31,7 @@ def capture(
     microbatches: int = 1,
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
+    jacobian: JacobianOf = "rows",
 ) -> "Capture":
     """Watch a linen model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -41,7 +42,8 @@ def capture(
             Monte Carlo. "exact": every column of the root of the output Hessian, the Fisher matrix without sampling
             noise, at as many pullbacks as one example has outputs. "true": the labels of the batch, the empirical
             Fisher matrix; if there are neither weights nor an `objective`, without a second pullback. "forward": the
-            identity, no pullback at all.
+            identity, no pullback at all. None: "exact" where an example has one output, which costs one pullback as
+            well, else "sampled"; `print(layers)` says which.
         draws: label samples per example, averaged.
         objective: what is differentiated instead of the likelihood: outputs, targets, weights -> scalar mean loss.
         readout: which array of the model's output the likelihood reads, if the model returns more than one.
@@ -57,6 +59,10 @@ def capture(
             curvature are then those of the batch of all replicas, the same on each, and labels are drawn independently;
             do not average the gradient again. `outputs` and `updated` stay those of the replica. `layers` is called
             outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name.
+        jacobian: "rows": the gradients of the examples are those of the rows of the layers. "examples": the model is
+            watched one example at a time. For TENGraD every parameter then counts, also of no known layer, and for all
+            methods derivatives by the inputs (the residual of a differential equation) are uses of the layers: primal,
+            tangents and cotangents. Refused by `layers` where outputs depend on other examples (batch normalisation).
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -73,7 +79,7 @@ def capture(
         elif isinstance(getattr(model, "module", None), nn.Module):
             advice = " It has one: pass that, its `module`, and its parameters as `{'params': ...}`."
         raise TypeError(f"`model` is {what}; expected a flax.linen.Module instance, such as nn.Dense(10).{advice}")
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
     return Capture(model, watch)
 
 

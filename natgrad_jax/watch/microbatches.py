@@ -41,7 +41,7 @@ class Pieces:
     @property
     def labels(self) -> str:
         """Whose cotangents the evidence has."""
-        return self._problem.labels
+        return self.layers.labels
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch at the parameters of this step, or at others."""
@@ -151,6 +151,7 @@ def _joined(evidence: Evidence, axes: int) -> Evidence:
         along(evidence.weights, 0),
         total,
         along(evidence.slopes, 1),
+        along(evidence.examples, 1),
     )
 
 

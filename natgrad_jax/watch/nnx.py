@@ -15,7 +15,7 @@ from flax.errors import TraceContextError
 
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
-from natgrad_jax.watch.doors import Inputs, Labels, Model, Watch, asked, called
+from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
 
 
@@ -25,7 +25,7 @@ def capture(
     *,
     call: Callable[..., Any] | None = None,
     wrt: Any = nnx.Param,
-    labels: Labels = "sampled",
+    labels: Labels | None = None,
     draws: int = 1,
     objective: Callable[[Any, Any, Array | None], Array] | None = None,
     readout: Callable[[Any], Array] | None = None,
@@ -33,6 +33,7 @@ def capture(
     microbatches: int = 1,
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
+    jacobian: JacobianOf = "rows",
 ) -> "Capture":
     """Watch an NNX model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -63,6 +64,7 @@ def capture(
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
+        jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -79,7 +81,7 @@ def capture(
                 f"`model` is a {type(model).__name__}, which cannot be called; expected `call=`, a function of it and "
                 "the inputs, such as `call=lambda both, x: both[0](x, both[1])`."
             )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
     return Capture(call or _call, wrt, watch)
 
 

@@ -1,17 +1,19 @@
 """What is asked of a model, the watched model, and what one batch gives: the nouns of watching."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Array, Evidence, Layers
+from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.losses import LIKELIHOODS, Likelihood
 from natgrad_jax.watch.reading import Call
 
 LABELS = ("sampled", "exact", "true", "forward")
+JACOBIANS = ("rows", "examples")
 
 
 class Evaluation(NamedTuple):
@@ -23,6 +25,7 @@ class Evaluation(NamedTuple):
         curvature: lazy; see `common.Curvature`.
         outputs: what the model returned.
         updated: collections that the model wrote (batch statistics).
+        losses: of `terms`, the loss of each; empty of a model by itself.
     """
 
     value: Array
@@ -30,6 +33,7 @@ class Evaluation(NamedTuple):
     curvature: "LazyCurvature"
     outputs: Any
     updated: Mapping[str, Any]
+    losses: Mapping[str, Array] = MappingProxyType({})
 
 
 class LazyCurvature(Protocol):
@@ -54,8 +58,8 @@ class LazyCurvature(Protocol):
         """The evidence of the batch, at the parameters of this step or at others."""
         ...
 
-    def along(self, direction: Tree) -> Array:
-        """J times a direction at the outputs of the batch, with R^T of the likelihood applied."""
+    def along(self, direction: Tree) -> Any:
+        """J times a direction at the outputs of the batch, with R^T of the likelihood applied: arrays of any tree."""
         ...
 
     def value(self, params: Tree | None = None) -> Array:
@@ -72,8 +76,12 @@ class Forward(NamedTuple):
         layers: the layers that it reports.
         examples: N.
         calls: {layer: how each of its uses is read}.
-        masked: weights -> `run` on the batch, its examples of weight zero made harmless; None if it reads no inputs.
+        masked: weights -> `run` and `each` on the batch, its examples of weight zero made harmless; None if it reads no
+            inputs.
         by_reverse: whether a part of it can be differentiated by reverse mode only.
+        each: of `jacobian="examples"`, parameters, blocks, cotangents of the outputs [K, N, ...] -> the gradients of
+            the examples {address: [N, K, *shape]}; None elsewhere.
+        twice: of `jacobian="examples"`, the function in both ways; None elsewhere.
     """
 
     run: Callable[[Tree, Tree], tuple[Any, tuple[dict[str, tuple[Array, ...]], Mapping[str, Any]]]]
@@ -81,8 +89,24 @@ class Forward(NamedTuple):
     layers: Layers
     examples: int
     calls: Mapping[str, tuple[Call, ...]]
-    masked: Callable[[Array], Callable[..., Any]] | None = None
+    masked: Callable[[Array], tuple[Callable[..., Any], Callable[..., Any] | None]] | None = None
     by_reverse: bool = False
+    each: Callable[[Tree, Sequence[Layer], Sequence[Array]], dict[str, Array]] | None = None
+    twice: "Twice | None" = None
+
+
+class Twice(NamedTuple):
+    """A function of a batch, and the same of one example at a time.
+
+    Attributes:
+        both: parameters, arrays -> what the likelihood reads in either way.
+        inputs: the arrays.
+        places: which of them have the examples.
+    """
+
+    both: Callable[[Tree, Sequence[Any]], tuple[Array, Array]]
+    inputs: Sequence[Any]
+    places: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -90,10 +114,11 @@ class Problem:
     """What is asked of a model: the source of labels, what is differentiated, and how curvature is measured."""
 
     likelihood: Likelihood
-    labels: str = "sampled"
+    labels: str | None = "sampled"
     draws: int = 1
     objective: Callable[[Any, Any, Array | None], Array] | None = None
     readout: Callable[[Any], Array] = lambda outputs: outputs
+    jacobian: str = "rows"
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):
@@ -102,10 +127,12 @@ class Problem:
                 f"`likelihood` is {self.likelihood!r}; expected one of {known}, or a `losses.Likelihood`. "
                 "A loss that is no negative log-likelihood goes into `objective`."
             )
-        checks.choice("labels", self.labels, LABELS)
+        if self.labels is not None:
+            checks.choice("labels", self.labels, LABELS)
+        checks.choice("jacobian", self.jacobian, JACOBIANS)
         if not (isinstance(self.draws, int) and self.draws >= 1):
             raise ValueError(f"`draws` is {self.draws!r}; expected a positive int, the number of label samples.")
-        if self.draws > 1 and self.labels != "sampled":
+        if self.draws > 1 and self.labels not in (None, "sampled"):
             raise ValueError(
                 f'`draws` is {self.draws}, but only `labels="sampled"` draws; `labels` is {self.labels!r}.'
             )
@@ -115,6 +142,26 @@ class Problem:
         if self.objective is not None:
             return self.objective(outputs, targets, weights)
         return self.likelihood(self.readout(outputs), targets, weights)
+
+    @property
+    def label(self) -> str:
+        """Whose cotangents the evidence has, once that is settled."""
+        assert self.labels is not None, "settled"
+        return self.labels
+
+    def settled(self, read: Any) -> "Problem":
+        """With the labels that nobody chose: exact where an example has one number, which costs one pullback as well.
+
+        Args:
+            read: what the likelihood reads; its shape suffices.
+
+        Returns:
+            The problem, its labels a word.
+        """
+        if self.labels is not None:
+            return self
+        one = self.draws == 1 and prod(getattr(read, "shape", (1, 2))[1:]) == 1
+        return replace(self, labels="exact" if one else "sampled")
 
     def rows_of(self, read: Any) -> int:
         """K, how many cotangents each example has, from the shape that the likelihood reads; 0 if g is the identity."""

@@ -1,6 +1,6 @@
 """One product of a parameter, read as a use of a layer: which matrix it is, and how its arrays become rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ from natgrad_jax.base import Array, Use
 from natgrad_jax.layers.conv import ConvGeometry
 from natgrad_jax.program.axes import Contraction, Convolution, Lookup, without
 from natgrad_jax.program.products import Product, Spread
+
+NOWHERE = Spread(-1)
+"""Of an array of one example: no axis is that of the examples, all are positions of the one."""
 
 
 class Reading(NamedTuple):
@@ -42,8 +45,8 @@ class Call(NamedTuple):
     """A use of a layer in the program: which product, and how its operand and the cotangent of its result are read."""
 
     product: Product
-    inputs: Reading
-    outputs: Reading
+    inputs: Callable[..., Array]
+    outputs: Callable[..., Array]
 
 
 class Seen(NamedTuple):
@@ -191,7 +194,7 @@ def _reading(
         depth + axis for axis in columns[0]
     ]
     last = [depth + axis for axis in columns[1]]
-    split, places, positions, where = [], [], [], 0
+    split, places, positions, where = [1] if spread == NOWHERE else [], [], [], 0
     for axis, size in enumerate(sizes):
         places.append(len(split))
         if axis == spread.axis:

@@ -16,6 +16,9 @@ from natgrad_jax.layers.parameter import dtype_of, parameter
 from natgrad_jax.program.products import Found, Product
 from natgrad_jax.watch.reading import Call, Seen, read
 
+UNSEEN = "the likelihood does not see it"
+"""The note of a parameter that is not used."""
+
 
 class Exceptions(NamedTuple):
     """What is not to be a layer.
@@ -68,7 +71,7 @@ def recognise(
     rest = []
     for address, leaf in leaves.items():
         if address not in taken:
-            unused = "" if address in found.used else "the likelihood does not see it"
+            unused = "" if address in found.used else UNSEEN
             rest.append(parameter(address, leaf.shape, dtype_of(leaf), notes.get(address, unused)))
     return Layers(tuple(known), tuple(rest), examples, draws), calls
 
@@ -118,7 +121,8 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         if isinstance(seen, str):
             return seen
         found.append(seen)
-    first = found[0]
+    biased = [seen for seen in found if seen.bias is not None and {each.kind for each in found} == {"dense"}]
+    first = (biased or found)[0]  # a bias says which side is that of the outputs
     for place, seen in enumerate(found):
         if (seen.kernel, seen.stack) == (first.kernel, first.stack) and (seen.kind == "conv") == (first.kind == "conv"):
             continue
@@ -133,7 +137,7 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
 def _biases(
     layers: Mapping[tuple[str, ...], list[Seen]], products: Sequence[Product], notes: dict[str, str]
 ) -> dict[tuple[str, ...], Arrangement]:
-    """The bias of each layer that has one: added at all of its products, and nowhere else.
+    """The bias of each layer that has one: added at its products and nowhere else; their uses say at which.
 
     Args:
         layers: what the products of their arrays say.
@@ -149,22 +153,23 @@ def _biases(
             owners[address].add(addresses(product.kernel))
     biases = {}
     for arrays, seen in layers.items():
-        bias = seen[0].bias
-        alike = all(each.bias == bias and not each.use.transposed for each in seen)
+        bias = next((each.bias for each in seen if each.bias is not None), None)
+        alike = all(each.bias is None or (each.bias == bias and not each.use.transposed) for each in seen)
         if bias is not None and alike and not any(a in notes or owners[a] != {arrays} for a in addresses(bias)):
             biases[arrays] = bias
+            seen[:] = [each._replace(use=each.use._replace(biased=each.bias is not None)) for each in seen]
     taken = {address for bias in biases.values() for address in addresses(bias)}
     for address, arrays in owners.items():
         if address not in taken:
             one = next(iter(arrays))[0]
-            alone = f"the bias of {one}, which is no layer, or of some of its products only"
+            alone = f"the bias of {one}, which is no layer, or has others as well"
             notes.setdefault(address, alone if len(arrays) == 1 else "added to products of several parameters")
     return biases
 
 
 def _layer(name: str, seen: list[Seen], bias: Arrangement | None, leaves: Mapping[str, Any]) -> Layer:
     """The noun of a layer."""
-    first = seen[0]
+    first = next((each for each in seen if not each.use.transposed), seen[0])
     rows, columns = first.shape
     main = "embedding" if first.kind == "embed" else "kernel"
     arrays = [(main, first.kernel)] + ([] if bias is None else [("bias", bias)])

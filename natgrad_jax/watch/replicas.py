@@ -76,6 +76,7 @@ class Replicas:
             along(evidence.weights, 0),
             None if evidence.count is None else self._count.astype(evidence.count.dtype),
             along(evidence.slopes, 1),
+            along(evidence.examples, 1),
         )
 
     def _gathered(self, leaf: Array, axis: int) -> Array:

@@ -8,6 +8,7 @@ run           <- the program with records and probes at the products of the laye
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -47,16 +48,18 @@ def watch(
     Returns:
         The watched function on these inputs.
     """
-    traced = _Traced(function, problem.readout, (params, state, inputs))
+    traced = Traced(function, problem.readout, (params, state, inputs))
     leaves = addresses.flatten(params)
     program = traced.program(traced.arrays)
     examples = traced.examples(program)
-    fixed = len(leaves) + sum(_is_array(leaf) for leaf in jax.tree.leaves(state))
-    twin, places = _twin(function, problem.readout, (params, state, inputs), examples, fixed)
+    fixed = len(leaves) + sum(is_array(leaf) for leaf in jax.tree.leaves(state))
+    twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed)
     names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
-    found = _checked(follow(program, twin, names, wanted, examples), leaves, program)
+    found = checked(follow(program, twin, names, wanted, examples), leaves, program)
+    problem = problem.settled(traced.read)
     layers, calls = recognise(leaves, found, examples, problem.rows_of(traced.read), exceptions, root)
+    layers = replace(layers, labels=problem.label)
     products = [call.product for layer in layers.known for call in calls[layer.name]]
     probes = {
         name: tuple(jnp.zeros(call.product.output, call.product.dtype) for call in uses) for name, uses in calls.items()
@@ -78,13 +81,13 @@ def watch(
 
     def masked(weights):
         positions = 1 < weights.ndim < len(getattr(traced.read, "shape", ()))
-        return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :])
+        return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :]), None
 
     by_reverse = has_reverse_rules(program.jaxpr)
     return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked, by_reverse)
 
 
-def _checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
+def checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
     """Refuse a function of no parameter, and name the parameters that it reads from outside of what it is given."""
     if leaves and not found.used:
         raise ValueError(
@@ -97,12 +100,12 @@ def _checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> F
     return found._replace(otherwise={**found.otherwise, **closed})
 
 
-class _Traced:
+class Traced:
     """A function of arrays alone: what else there is among its arguments and results is kept as it is."""
 
     def __init__(self, function: Function, readout: Callable[[Any], Any], arguments: Any):
         self._function, self._readout = function, readout
-        self._given, self._arguments = addresses.parted(arguments, lambda leaf: "array" if _is_array(leaf) else "plain")
+        self._given, self._arguments = addresses.parted(arguments, lambda leaf: "array" if is_array(leaf) else "plain")
         self.arrays = self._given["array"]
         self.read: Any = None
         self.kept = 0
@@ -144,7 +147,7 @@ def _traced(flat: Callable[..., Any], arrays: Sequence[Any]) -> tuple[ClosedJaxp
             axes.append((name[1], 1))
 
 
-def _twin(
+def twin_of(
     function: Function, readout: Callable[[Any], Any], arguments: Any, examples: int, fixed: int
 ) -> tuple[ClosedJaxpr | None, dict[int, int]]:
     """The trace on twice as many examples, and which arrays have them along which axis.
@@ -153,7 +156,7 @@ def _twin(
     entries along its first axis has the examples there, then that it is the first axis of N entries wherever it stands.
     The first `fixed` arrays are parameters and state.
     """
-    traced = _Traced(function, readout, arguments)
+    traced = Traced(function, readout, arguments)
     shapes = [tuple(leaf.shape) for leaf in traced.arrays]
     places = range(fixed, len(shapes))
     leading = {place: 0 for place in places if shapes[place][:1] == (examples,)}
@@ -177,12 +180,13 @@ def _doubled(leaf: Any, axis: int) -> Any:
     return jax.ShapeDtypeStruct((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), leaf.dtype)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _is_number(leaf: Any) -> bool:
-    return _is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+    return is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
 
 
 def _check_results(others: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree
-from natgrad_jax.algebra.rows import pulled
+from natgrad_jax.algebra.rows import lengths, pulled
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.layers.rows import from_matrix, input_rows, output_rows
 from natgrad_jax.watch.common import evidence_for
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     Attributes:
         apart: how far the rebuilt gradient is from that of autodiff, relative to its length; about the rounding of its
             dtype where all is seen, NaN where the gradient is no number.
-        leaked: length of the cotangents in the rows of the example that has none, over the mean one of the others.
+        leaked: length of the gradients of rows of the example that has no cotangent, over the mean one of the others.
     """
 
     apart: Array
@@ -73,9 +73,12 @@ def verdict(problem: Problem, forward: Forward, params: Tree, given: Any) -> Ver
         What was found; nothing where there are no numbers to compare.
     """
     arrays = jax.tree.leaves((params, given))
-    if not forward.layers.known or any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
+    if any(isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)) for x in arrays):
         return UNKNOWN
     try:
+        _check_separate(forward, params)
+        if not forward.layers.known:
+            return UNKNOWN
         found = _run_once(lambda params, key: differences(problem, forward, params, key), params, jax.random.key(0))
     except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
         return UNKNOWN
@@ -86,6 +89,46 @@ def verdict(problem: Problem, forward: Forward, params: Tree, given: Any) -> Ver
         if each.apart > tolerance
     }
     return Verdict(wrong, tuple(name for name, each in found.items() if name not in wrong and each.leaked > _LEAK))
+
+
+def _check_separate(forward: Forward, params: Tree) -> None:
+    """Refuse a function of a batch that is not one of its single examples, on the inputs given and on others."""
+    if (twice := forward.twice) is None:
+        return
+    both, places = twice.both, twice.places
+
+    def apart(params, inputs, key):
+        keys = iter(jax.random.split(key, len(inputs) + len(jax.tree.leaves(params))))
+        elsewhere = jax.tree.map(lambda leaf: _moved(leaf, next(keys)), params)
+        others = [_moved(leaf, next(keys)) if at in places else leaf for at, leaf in enumerate(inputs)]
+        return [_apart(*both(elsewhere, some)) for some in (inputs, others)]
+
+    found = [float(each) for each in _run_once(apart, params, list(twice.inputs), jax.random.key(1))]
+    if max(found) > _tolerance(forward, params):
+        raise ValueError(
+            f'`jacobian="examples"` watches the model one example at a time, but on this batch its outputs are others, '
+            f"by {max(found):.0%} of their length: the outputs of an example depend on the rest of the batch (batch "
+            "normalisation in training, attention over a batch), or on what is drawn for it (dropout). It has no "
+            'gradients of single examples; take `jacobian="rows"`, which says behind which layers examples are mixed.'
+        )
+
+
+def _apart(batch: Array, single: Array) -> Array:
+    """How far two arrays are apart, relative to their length; 0 where there are no numbers to compare."""
+    batch, single = (each.astype(jnp.promote_types(each.dtype, jnp.float32)) for each in (batch, single))
+    known = jnp.isfinite(batch) & jnp.isfinite(single)
+    length = jnp.sqrt(jnp.sum(jnp.where(known, batch, 0) ** 2))
+    apart = jnp.sqrt(jnp.sum(jnp.where(known, batch - single, 0) ** 2))
+    return apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)
+
+
+def _moved(leaf: Array, key: Array) -> Array:
+    """An array perturbed by a third of its size; whole numbers as they are."""
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    size = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32)))) + 0.1
+    return leaf + (0.3 * size * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
 
 def _run_once(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -119,17 +162,11 @@ def differences(problem: Problem, forward: Forward, params: Tree, key: Array) ->
     silent = forward.examples // 3  # neither the first nor the last, nor the one in the middle
     keys = iter(jax.random.split(key, len(jax.tree.leaves(params)) + 1))
 
-    def moved(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        size = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32)))) + 0.1
-        return leaf + (0.3 * size * jax.random.normal(next(keys), leaf.shape, jnp.float32)).astype(leaf.dtype)
-
     def seed_of(read):
         seed = jax.random.normal(next(keys), read.shape, jnp.float32).astype(read.dtype)
         return seed if forward.examples == 1 else seed.at[silent].set(0)
 
-    found = evidence_for(problem, forward, jax.tree.map(moved, params), seed_of)
+    found = evidence_for(problem, forward, jax.tree.map(lambda leaf: _moved(leaf, next(keys)), params), seed_of)
     return {layer.name: _measured(layer, found[layer.name], silent) for layer in forward.layers.known}
 
 
@@ -139,9 +176,12 @@ def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     pairs = [(there[role], leaf[0].astype(there[role].dtype)) for role, leaf in evidence.gradient.items()]
     apart = sum(jnp.sum(jnp.square(mine - theirs)) for mine, theirs in pairs)
     length = jnp.sum(jnp.stack([jnp.sum(jnp.square(theirs)) for _, theirs in pairs]))
-    columns = jnp.square(output_rows(layer, evidence))
-    examples = columns.shape[-3]
-    whole, own = jnp.sum(columns), jnp.sum(columns[..., silent, :, :])
+    columns = (
+        jnp.sum(jnp.square(output_rows(layer, evidence)), axis=-1)
+        * lengths(input_rows(layer, evidence))[..., None, :, :]
+    )
+    examples = columns.shape[-2]
+    whole, own = jnp.sum(columns), jnp.sum(columns[..., silent, :])
     others = (whole - own) / max(examples - 1, 1)
     leaked = jnp.sqrt(own / jnp.maximum(others, jnp.finfo(others.dtype).tiny)) if examples > 1 else jnp.zeros(())
     return Measured(jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)), leaked)

@@ -1,0 +1,160 @@
+"""A loss of several terms: one gradient, one curvature, exact in sample space."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from reference import assert_differs, assert_equal, normal
+from test_residuals import by_two_tangents, net, params
+
+import natgrad_jax as ng
+from natgrad_jax.layers.rows import input_moment, output_moment
+
+pytestmark = pytest.mark.usefixtures("x64")
+DAMPING = 1e-2
+X = {"inside": np.random.default_rng(0).normal(size=(4, 2)), "edge": np.random.default_rng(1).normal(size=(3, 2))}
+Y = {"inside": np.random.default_rng(2).normal(size=(4, 1)), "edge": np.random.default_rng(3).normal(size=(3, 1))}
+WEIGHTS = {"edge": 5.0}
+FUNCTIONS = {"inside": by_two_tangents, "edge": lambda p, x: net(p, x)[:, None]}
+
+
+def captures():
+    return {name: ng.capture(f, ng.losses.squared_error, jacobian="examples") for name, f in FUNCTIONS.items()}
+
+
+def errors(flat, tree, weights=WEIGHTS):
+    """What half the square of is the loss."""
+    parts = [
+        (f(tree(flat), X[name]) - Y[name])[:, 0] * (weights.get(name, 1.0) / len(Y[name])) ** 0.5
+        for name, f in FUNCTIONS.items()
+    ]
+    return jnp.concatenate(parts)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Two terms of a differential equation, evaluated."""
+    with jax.enable_x64(True):
+        loss, p = ng.terms(captures(), WEIGHTS), params()
+        layers = loss.layers(p, X)
+        tx = ng.scale_by_tengrad(layers, damping=DAMPING, blocks="joint")
+
+        @jax.jit
+        def step(p):
+            out = loss.value_and_grad(p, X, Y)
+            direction = tx.update(out.grad, tx.init(p), curvature=out.curvature)[0]
+            elsewhere = out.curvature.value(jax.tree.map(lambda leaf: 0.9 * leaf, p))
+            return out._replace(curvature=None), direction, out.curvature.along(direction), out.curvature(), elsewhere
+
+        flat, tree = ravel_pytree(p)
+        yield layers, step(p), flat, tree
+
+
+def test_loss_and_gradient_are_weighted_sums_and_every_term_has_its_loss(problem):
+    _, (out, _, _, _, elsewhere), flat, tree = problem
+    value, gradient = jax.value_and_grad(lambda flat: jnp.sum(errors(flat, tree) ** 2) / 2)(flat)
+    assert_equal(out.value, value)
+    assert_equal(ravel_pytree(out.grad)[0], gradient)
+    assert_equal(elsewhere, jnp.sum(errors(0.9 * flat, tree) ** 2) / 2)
+    for name, f in FUNCTIONS.items():
+        assert_equal(out.losses[name], jnp.mean((f(tree(flat), X[name]) - Y[name]) ** 2) / 2)
+
+
+def test_tengrad_of_all_terms_is_the_damped_gauss_newton_direction_of_their_sum(problem):
+    layers, (_, direction, along, _, _), flat, tree = problem
+    assert layers.examples == 7 and set(layers) == {"a", "b", "c"} and not layers.rest
+
+    def expected(weights):
+        jacobian, error = jax.jacrev(errors)(flat, tree, weights), errors(flat, tree, WEIGHTS)
+        gradient = jax.jacrev(errors)(flat, tree, WEIGHTS).T @ error
+        return np.linalg.solve(jacobian.T @ jacobian + DAMPING * np.eye(flat.size), gradient), jacobian
+
+    (found, jacobian), (without, _) = expected(WEIGHTS), expected({})
+    direction = ravel_pytree(direction)[0]
+    assert_equal(direction, found, 1e-7)
+    assert_differs(direction, without)
+    assert_equal(jnp.concatenate([along[name].ravel() for name in X]), jacobian @ direction)
+
+
+def test_the_moments_of_kfac_are_those_of_all_rows(problem):
+    layers, (_, _, _, evidence, _), *_ = problem
+    found = input_moment(layers["a"], evidence["a"]), output_moment(layers["a"], evidence["a"])
+    inputs, outputs = np.zeros((3, 3)), np.zeros((4, 4))
+    for name, capture in captures().items():
+        own = capture.layers(params(), X[name])
+        said = capture.value_and_grad(params(), X[name], Y[name]).curvature()["a"]
+        size, layer = len(X[name]), own["a"]
+        inputs += size / 7 * np.asarray(input_moment(layer, said))
+        share = WEIGHTS.get(name, 1.0) * layer.positions / layers["a"].positions
+        outputs += share * np.asarray(output_moment(layer, said))
+    assert_equal(found[0], inputs)
+    assert_equal(found[1], outputs)
+
+
+def heads(p, x):
+    """A policy and a value from one body."""
+    h = jnp.tanh(x @ p["body"] + p["bias"])
+    return {"policy": h @ p["policy"], "value": h @ p["value"]}
+
+
+def test_several_heads_of_one_model_are_terms_with_one_curvature():
+    p = {"bias": normal(3, seed=1), "body": normal(2, 3), "policy": normal(3, 3, seed=2), "value": normal(3, 1, seed=3)}
+    x, y = normal(5, 2, seed=4), {"policy": jnp.array([0, 1, 2, 1, 0]), "value": normal(5, 1, seed=5)}
+    likelihoods = {"policy": ng.losses.softmax_cross_entropy, "value": ng.losses.squared_error}
+    loss = ng.terms(
+        {
+            name: ng.capture(heads, each, labels="exact", readout=lambda outputs, name=name: outputs[name])
+            for name, each in likelihoods.items()
+        },
+        {"value": 0.5},
+    )
+    layers = loss.layers(p, x)
+    assert set(layers) == {"body", "policy", "value"} and layers.draws == 3 and not layers.rest
+    tx = ng.scale_by_tengrad(layers, damping=DAMPING, blocks="joint")
+
+    @jax.jit
+    def direction(p):
+        out = loss.value_and_grad(p, x, y)
+        return tx.update(out.grad, tx.init(p), curvature=out.curvature)[0], out.grad
+
+    found, gradient = (ravel_pytree(each)[0] for each in direction(p))
+    flat, tree = ravel_pytree(p)
+    jacobians = jax.jacrev(lambda flat: heads(tree(flat), x))(flat)
+    probabilities = jax.nn.softmax(heads(p, x)["policy"])
+    hessians = jax.vmap(jnp.diag)(probabilities) - jnp.einsum("ni,nj->nij", probabilities, probabilities)
+    fisher = jnp.einsum("nip,nij,njq->pq", jacobians["policy"], hessians, jacobians["policy"])
+    fisher += 0.5 * jnp.einsum("nip,niq->pq", jacobians["value"], jacobians["value"])
+    assert_equal(found, np.linalg.solve(fisher / 5 + DAMPING * np.eye(flat.size), gradient), 1e-7)
+
+
+def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_gradients_of_examples():
+    p = {"w": normal(2, 3), "v": normal(3, 1, seed=1)}
+    functions = {"plain": lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], "odd": lambda p, x: x @ p["w"] ** 2 @ p["v"]}
+    loss = ng.terms({
+        name: ng.capture(f, ng.losses.squared_error, jacobian="examples") for name, f in functions.items()
+    })
+    layers = loss.layers(p, normal(3, 2))
+    assert list(layers) == ["v"] and [layer.name for layer in layers.rest] == ["w"]
+    assert "all terms" in layers.rest[0].note or layers.rest[0].note
+    x, y = {"plain": normal(3, 2), "odd": normal(2, 2, seed=2)}, {"plain": normal(3, 1), "odd": normal(2, 1)}
+    found = loss.value_and_grad(p, x, y).curvature()["w"].examples["value"][0]
+    for name, cut in (("plain", slice(0, 3)), ("odd", slice(3, 5))):
+        size = len(y[name])
+        one = jax.jacrev(lambda w, name=name: functions[name](p | {"w": w}, x[name])[:, 0])(p["w"])
+        assert_equal(abs(found[cut]), abs(one) * (5 / size) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ng.terms({}), "at least one"),
+        (lambda: ng.terms({"a": net}), "expected what `ng.capture`"),
+        (lambda: ng.terms(captures(), {"other": 1.0}), "no terms"),
+        (lambda: ng.terms(captures()).value_and_grad(params(), X, Y["edge"]), "one entry for each term"),
+        (lambda: ng.terms(captures()).layers(params(), {"edge": X["edge"]}), "lacks the terms"),
+    ],
+)
+def test_terms_that_do_not_fit_are_refused(make, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        make()
