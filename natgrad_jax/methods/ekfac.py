@@ -50,10 +50,10 @@ class EKFAC(Rescaled):
 
     def method(self, decay: Scalar, scale_decay: Scalar) -> Method:
         """The functions of one layer."""
-        most = self.max_factor_dim
+        kept = self.kept
 
         def init(layer):
-            return kronecker.empty(layer, most), rotated.identity(layer, most, self.split)
+            return kronecker.empty(layer, kept), rotated.identity(layer, kept, self.split)
 
         def observe(layer, pair, evidence):
             return kronecker.observe(layer, pair, evidence, decay, self.sharing)  # 1

@@ -64,10 +64,10 @@ class TEKFAC(Rescaled):
 
     def method(self, decay: Scalar, scale_decay: Scalar) -> Method:
         """The functions of one layer."""
-        most = self.max_factor_dim
+        kept = self.kept
 
         def init(layer):
-            return kronecker.empty_traces(layer, most), rotated.identity(layer, most, self.split)
+            return kronecker.empty_traces(layer, kept), rotated.identity(layer, kept, self.split)
 
         def observe(layer, traces, evidence):
             return kronecker.observe_traces(layer, traces, evidence, decay, self.sharing)  # 1

@@ -10,6 +10,7 @@ from natgrad_jax.settings.shared import (
     OfTensors,
     Rescaled,
     Transformation,
+    Truncatable,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Size",
     "Steps",
     "Transformation",
+    "Truncatable",
     "direction",
     "direction_of_tensors",
     "optimizer",

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import optax
 
+from natgrad_jax.algebra.truncated import Kept, Rank
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, adaptive_damping
 from natgrad_jax.around.complete import complete
 from natgrad_jax.around.control import Quadratic
@@ -16,7 +17,7 @@ from natgrad_jax.lift.evidence import Scale
 from natgrad_jax.lift.lift import Strengths, lift
 from natgrad_jax.lift.state import Period, Schedule
 from natgrad_jax.lift.tensors import Statistics, lift_tensors
-from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps
+from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps, Vectors
 
 Transformation = optax.GradientTransformationExtraArgs
 Rate = ScalarOrSchedule | Quadratic | None
@@ -113,7 +114,25 @@ class Averaged(Direction):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rescaled(Averaged):
+class Truncatable(Averaged):
+    """Settings of directions whose factors can be truncated to their leading eigenvectors."""
+
+    rank: Annotated[
+        Rank | Literal["auto"] | None,
+        "eigenvectors that a side of a layer keeps, with one mean eigenvalue for the rest: a number, a share of its "
+        'size (0.1), or "auto", an eighth of it and 32 at least. What is kept and what a product takes then grow with '
+        "the size of a side instead of its square, a refresh with no cube. None for whole factors.",
+        Vectors(),
+    ] = None
+
+    @property
+    def kept(self) -> Kept:
+        """What a side keeps."""
+        return Kept(self.max_factor_dim, self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(Truncatable):
     """Settings of directions that measure second moments in an eigenbasis.
 
     Directions that the last batches did not show are divided by the damping alone: with small batches it must not be
@@ -205,7 +224,7 @@ class OfTensors(Averaged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfCutTensors(OfTensors):
+class OfCutTensors(OfTensors, Truncatable):
     """Settings of directions that join short modes and cut long ones, in the units of the gradient of a batch."""
 
     kernels: Annotated[
