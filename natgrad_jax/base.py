@@ -203,6 +203,8 @@ class Method(NamedTuple):
                                                                          average holds: before every refresh
     couple: layer, statistics, operator, evidence     -> statistics      only for statistics that are measured in the
                                                                          terms of an operator: in the place of `observe`
+    turned: layer, statistics, operator               -> [S]             only for an operator with a basis: how far it
+                                                                         is from the eigenvectors of the statistics
 
     holds: whether statistics that were observed before the first step serve it as they are.
 
@@ -218,6 +220,7 @@ class Method(NamedTuple):
     follow: Callable[[Layer, Statistics, Operator], Operator] | None = None
     measure: Callable[[Layer, Operator, Evidence], Operator] | None = None
     couple: Callable[[Layer, Statistics, Operator, Evidence], Statistics] | None = None
+    turned: Callable[[Layer, Statistics, Operator], Array] | None = None
     holds: bool = False
 
 

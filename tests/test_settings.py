@@ -91,6 +91,8 @@ WRONG = {
     "rescale_every": (0, 2.5, lambda count: 5),
     "early_refresh": ("no", 1, None),
     "max_factor_dim": (-1, 2.5, "wide", jnp.int32(4)),
+    "rolling": ("yes", 1, None),
+    "refresh_tolerance": (-0.1, 1.0, "much", jnp.float32(0.1)),
     "rank": (0, 1.5, -0.1, "some", True, jnp.int32(4)),
     "kl_clip": (-1.0, float("nan"), lambda count: 0.1),
     "split": ("pie", None, 1),

@@ -143,6 +143,27 @@ def rotated(rows: Any, side: Array | None) -> Any:
     return matmul(rows, side.reshape(side.shape[:-2] + (1,) * (rows.ndim - side.ndim) + side.shape[-2:]))
 
 
+def turned(side: Array | None, moment: Factor) -> Array:
+    """How far columns are from eigenvectors: |M U - U diag(U^T M U)| / |M U|, in Frobenius norms.
+
+    Of whole bases that is the root of the share that the entries off the diagonal of U^T M U have in its square. It
+    takes one product; an eigendecomposition takes some twenty.
+
+    Args:
+        side: U [S, n, r]; None for the own coordinates, which have not turned.
+        moment: M [S, n, n].
+
+    Returns:
+        From 0 to 1, [S].
+    """
+    if side is None:
+        return jnp.zeros(diagonal(moment).shape[:-1])
+    product = times(moment, side)
+    along_them = jnp.sum(side * product, axis=-2, keepdims=True)
+    whole, left = jnp.sum(product**2, axis=(-2, -1)), jnp.sum((product - side * along_them) ** 2, axis=(-2, -1))
+    return jnp.where(whole > 0, jnp.sqrt(left / jnp.where(whole > 0, whole, 1)), 0)
+
+
 def mean_squares(side: Array | None, moment: Factor) -> Array:
     """diag(U^T M U) [S, n]: the mean squares of rows with the second moment M, along the columns of a side.
 

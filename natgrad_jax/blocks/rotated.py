@@ -7,7 +7,7 @@ from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
-from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, mean_squares, standard, warm_eigenbasis
+from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, mean_squares, standard, turned, warm_eigenbasis
 from natgrad_jax.algebra.moments import moments_in
 from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
 from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, squares, sums
@@ -107,6 +107,21 @@ def rescaled(layer: Layer, old: Rotated, evidence: Evidence, estimator: Estimato
 def followed(inputs: Factor, outputs: Factor, old: Rotated) -> Rotated:
     """The operator with the traces of these factors, A [S, I, I] and G [S, O, O]."""
     return old._replace(traces=(trace(inputs), trace(outputs)))
+
+
+def turn(inputs: Factor, outputs: Factor, old: Rotated) -> Array:
+    """How far the basis is from the eigenvectors of a pair: the greater of the two sides; 1 if nothing is measured yet.
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+        old: the operator.
+
+    Returns:
+        From 0 to 1, [S].
+    """
+    found = jnp.maximum(turned(old.basis.inputs, inputs), turned(old.basis.outputs, outputs))
+    return jnp.where(old.scale.weight > 0, found, 1)
 
 
 def solve(operator: Rotated, gradient: Array, damping: Scalar, split: Split) -> Array:

@@ -73,7 +73,12 @@ class EKFAC(Rescaled):
             del layer
             return rotated.followed(*kronecker.means(pair), operator)
 
-        return Method(init, observe, refresh, apply, rescale, None if self.split == "exact" else follow)
+        def turned(layer, pair, operator):
+            del layer
+            return rotated.turn(*kronecker.means(pair), operator)
+
+        follows = None if self.split == "exact" else follow
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from jax import lax
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.eigenbasis import columns, moved
+from natgrad_jax.algebra.eigenbasis import turned as off_diagonal
 from natgrad_jax.algebra.modes import product
 from natgrad_jax.algebra.stacks import eigh
 from natgrad_jax.algebra.truncated import coordinates, filtered, squares, turn
@@ -36,7 +37,15 @@ from natgrad_jax.blocks import tensor
 from natgrad_jax.blocks.rotated import Refresh
 from natgrad_jax.lift.state import Period, Schedule
 from natgrad_jax.lift.tensors import Statistics
-from natgrad_jax.settings import Completed, OfCutTensors, Size, Steps, direction_of_tensors, optimizer_of_tensors
+from natgrad_jax.settings import (
+    Completed,
+    OfCutTensors,
+    Size,
+    Steps,
+    Tolerance,
+    direction_of_tensors,
+    optimizer_of_tensors,
+)
 
 _WIDEST = 10_000
 _NOISE = 100  # roots of V below this many eps of the largest are rounding, and so is the gradient that they divide
@@ -69,6 +78,7 @@ class SOAP(OfCutTensors):
         "they ask for a larger damping, too.",
         Steps(),
     ] = 1
+    refresh_tolerance: Tolerance = None
     damping: Damping = 1e-16
     statistics: Statistics = "gradient"
     statistics_every: Period = 1
@@ -81,7 +91,11 @@ class SOAP(OfCutTensors):
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh)
+        return Schedule(
+            *(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh),
+            rolling=self.rolling,
+            tolerance=self.refresh_tolerance,
+        )
 
     def method(self, decay: Scalar) -> Method:
         """The functions of one tensor."""
@@ -133,7 +147,13 @@ class SOAP(OfCutTensors):
                 floor = jnp.maximum(floor, (_NOISE * precision.eps) ** 2 * largest)
             return filtered(gradient, basis, 1 / jnp.sqrt(scale + jnp.maximum(damping, floor)))  # 5
 
-        return Method(init, observe, refresh, apply, rescale)
+        def turned(layer, factors, operator):
+            del layer
+            means = averages.mean(factors)
+            found = [off_diagonal(*each) for each in zip(operator.basis, means, strict=True)]
+            return jnp.where(operator.scale.weight > 0, jnp.max(jnp.stack(found), axis=0), 1)
+
+        return Method(init, observe, refresh, apply, rescale, turned=turned)
 
 
 @dataclass(frozen=True, kw_only=True)

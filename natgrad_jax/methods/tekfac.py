@@ -88,7 +88,12 @@ class TEKFAC(Rescaled):
             del layer
             return rotated.followed(*kronecker.trace_restricted(traces), operator)
 
-        return Method(init, observe, refresh, apply, rescale, None if self.split == "exact" else follow)
+        def turned(layer, traces, operator):
+            del layer
+            return rotated.turn(*kronecker.trace_restricted(traces), operator)
+
+        follows = None if self.split == "exact" else follow
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
 
 
 def mean_eigenvalues(layers: Mapping[str, Layer], operators: Mapping[str, Rotated], damping: Array) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from natgrad_jax.settings.shared import (
     OfCutTensors,
     OfTensors,
     Rescaled,
+    Tolerance,
     Transformation,
     Truncatable,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Settings",
     "Size",
     "Steps",
+    "Tolerance",
     "Transformation",
     "Truncatable",
     "direction",

@@ -17,11 +17,19 @@ from natgrad_jax.lift.evidence import Scale
 from natgrad_jax.lift.lift import Strengths, lift
 from natgrad_jax.lift.state import Period, Schedule
 from natgrad_jax.lift.tensors import Statistics, lift_tensors
-from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps, Vectors
+from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, Steps, Vectors
 
 Transformation = optax.GradientTransformationExtraArgs
 Rate = ScalarOrSchedule | Quadratic | None
 Smoothing = Callable[[Scalar], optax.GradientTransformation]
+Tolerance = Annotated[
+    float | None,
+    "a layer keeps its eigenvectors where a refresh is due if they have hardly turned: if what is off the diagonal in "
+    "their coordinates is at most this share of the whole (roots of sums of squares; 0.1, say). That takes a product "
+    "instead of an eigendecomposition, and is counted in the metrics. None to refresh all.",
+    Fixed(Number(below=1)),
+]
+"""Of methods that measure second moments in a basis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,11 @@ class Averaged(Direction):
         bool,
         "whether to refresh at every statistics step until the first refresh period is over; it steadies the start.",
     ] = True
+    rolling: Annotated[
+        bool,
+        "whether the layers take turns with their refreshes, balanced by the cubes of their sides, so that no step has "
+        "all of them; each is refreshed as often as without. At the first step, and at early refreshes, all are.",
+    ] = False
     max_factor_dim: Annotated[
         int | None,
         "a side wider than this (a vocabulary, say) keeps only the diagonal of its factor; None for 8192. Less bounds "
@@ -110,7 +123,9 @@ class Averaged(Direction):
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, early_refresh=self.early_refresh)
+        return Schedule(
+            self.statistics_every, self.refresh_every, early_refresh=self.early_refresh, rolling=self.rolling
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +170,7 @@ class Rescaled(Truncatable):
         'how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old ones, '
         'which is cheaper, after a first refresh by "eigh"; the scale is then kept, not begun anew.',
     ] = "eigh"
+    refresh_tolerance: Tolerance = None
     rescale_every: Annotated[
         Period, "steps between measurements of the scale; there is one after every refresh in any case.", Steps()
     ] = 10
@@ -168,7 +184,11 @@ class Rescaled(Truncatable):
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh)
+        return Schedule(
+            *(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh),
+            rolling=self.rolling,
+            tolerance=self.refresh_tolerance,
+        )
 
     @property
     def decays(self) -> tuple[ScalarOrSchedule, ScalarOrSchedule]:
