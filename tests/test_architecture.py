@@ -72,6 +72,7 @@ ROOMS = (
     "lift/grouping",
     "lift/restored",
     "lift/state",
+    "lift/stored",
     "lift/turns",
     "lift/advance",
     "lift/lift",

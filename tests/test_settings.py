@@ -93,6 +93,7 @@ WRONG = {
     "max_factor_dim": (-1, 2.5, "wide", jnp.int32(4)),
     "rolling": ("yes", 1, None),
     "refresh_tolerance": (-0.1, 1.0, "much", jnp.float32(0.1)),
+    "factor_dtype": ("int8", jnp.bfloat16, 16),
     "rank": (0, 1.5, -0.1, "some", True, jnp.int32(4)),
     "kl_clip": (-1.0, float("nan"), lambda count: 0.1),
     "split": ("pie", None, 1),

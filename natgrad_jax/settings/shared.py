@@ -16,12 +16,14 @@ from natgrad_jax.layers.views import Modes, in_modes, merged, view
 from natgrad_jax.lift.evidence import Scale
 from natgrad_jax.lift.lift import Strengths, lift
 from natgrad_jax.lift.state import Period, Schedule
+from natgrad_jax.lift.stored import stored
 from natgrad_jax.lift.tensors import Statistics, lift_tensors
 from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, Steps, Vectors
 
 Transformation = optax.GradientTransformationExtraArgs
 Rate = ScalarOrSchedule | Quadratic | None
 Smoothing = Callable[[Scalar], optax.GradientTransformation]
+StoredAs = Literal["bfloat16", "float16", "float32"]
 Tolerance = Annotated[
     float | None,
     "a layer keeps its eigenvectors where a refresh is due if they have hardly turned: if what is off the diagonal in "
@@ -83,10 +85,14 @@ class Direction(Settings):
         """
         raise NotImplementedError
 
+    def kept_method(self, *decays: Any) -> Method:
+        """The functions of one layer, with what is kept of it in the dtype that is asked for."""
+        return self.method(*decays)
+
     def lifted(self, layers: Layers) -> Transformation:
         """The direction for the layers of a model."""
         return lift(
-            self.method,
+            self.kept_method,
             layers,
             damping=self.given,
             decay=self.decays,
@@ -119,6 +125,17 @@ class Averaged(Direction):
         "memory and the time of a refresh, which grow with its square and its cube.",
         Size(0),
     ] = None
+
+    factor_dtype: Annotated[
+        StoredAs | None,
+        "of the statistics and of what is applied, between steps; what is computed of them is in that of the layer. "
+        '"bfloat16" halves what a method holds, and rounds every entry to three digits. None for that of the layer.',
+    ] = None
+
+    def kept_method(self, *decays: Any) -> Method:
+        """The functions of one layer, with what is kept of it in the dtype that is asked for."""
+        method = self.method(*decays)
+        return method if self.factor_dtype is None else stored(method, self.factor_dtype)
 
     @property
     def schedule(self) -> Schedule:
@@ -231,7 +248,7 @@ class OfTensors(Averaged):
     def lifted(self, layers: Layers | None) -> Transformation:
         """The direction for the layers of a model, or for arrays of any model."""
         return lift_tensors(
-            self.method,
+            self.kept_method,
             self.see,
             layers,
             damping=self.given,
