@@ -208,6 +208,8 @@ class Method(NamedTuple):
                                                                          average holds: before every refresh
     couple: layer, statistics, operator, evidence     -> statistics      only for statistics that are measured in the
                                                                          terms of an operator: in the place of `observe`
+    turned: layer, statistics, operator               -> [S]             only for an operator with a basis: how far it
+                                                                         is from the eigenvectors of the statistics
 
     holds: whether statistics that were observed before the first step serve it as they are.
 
@@ -223,6 +225,7 @@ class Method(NamedTuple):
     follow: Callable[[Layer, Statistics, Operator], Operator] | None = None
     measure: Callable[[Layer, Operator, Evidence], Operator] | None = None
     couple: Callable[[Layer, Statistics, Operator, Evidence], Statistics] | None = None
+    turned: Callable[[Layer, Statistics, Operator], Array] | None = None
     holds: bool = False
 
 
@@ -284,10 +287,23 @@ class Layers(Mapping[str, Layer]):
         Returns:
             Bytes, for parameters in the dtype of their curvature.
         """
-        shapes = {
-            leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)
-            for layer in self.blocks
-            for leaf in layer.leaves
-        }
-        state = jax.eval_shape(tx.init, shapes)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return report.size(self._state(tx))
+
+    def report(self, tx: optax.GradientTransformation) -> str:
+        """What the state of a transformation holds of each layer; nothing is computed.
+
+        Args:
+            tx: a direction or a complete optimizer, made of these layers.
+
+        Returns:
+            A table: of each layer the sizes of its sides, with the number of vectors of one that is truncated
+            ("125 of 1001"), the bytes of its statistics and of what is applied; then those of the whole state.
+        """
+        return report.held(self._state(tx))
+
+    def _state(self, tx: optax.GradientTransformation) -> Any:
+        """The shapes of a state."""
+        leaves = ((leaf, layer.dtype) for layer in self.blocks for leaf in layer.leaves)
+        return jax.eval_shape(
+            tx.init, {leaf.address: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in leaves}
+        )

@@ -88,6 +88,26 @@ def size(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"`{name}` is {value}; expected a whole number of at least {least}.")
 
 
+def rank(name: str, value: Any) -> None:
+    """Refuse what is neither a number of vectors nor a share that is known now.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is no number, or known on the device only.
+        ValueError: if it is no whole number from 1 on and no share between 0 and 1.
+    """
+    static(name, value, "the shapes of the state")
+    expected = 'a whole number of vectors, at least 1, a share between 0 and 1, "auto" or None'
+    if not _is_number(value):
+        raise TypeError(f"`{name}` is {value!r}; expected {expected}.")
+    whole = isinstance(value, (int, np.integer))
+    if not (value >= 1 if whole else 0 < value < 1):
+        raise ValueError(f"`{name}` is {value}; expected {expected}.")
+
+
 def static(name: str, value: Any, what: str) -> None:
     """Refuse a number that `optax.inject_hyperparams` or `jax.jit` has made an array of.
 

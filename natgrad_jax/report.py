@@ -1,8 +1,10 @@
-"""The coverage report: what `print(layers)` shows."""
+"""The coverage report, what `print(layers)` shows; and what a state holds of each layer."""
 
 from collections.abc import Sequence
 from math import prod
 from typing import Any
+
+import jax
 
 
 def coverage(layers: Any, widest: int) -> str:
@@ -57,6 +59,47 @@ _LABELS = {
     "true": 'the labels of the batch (labels="true"), the empirical Fisher matrix',
     "forward": 'inputs alone (labels="forward")',
 }
+
+
+def held(state: Any) -> str:
+    """What the state of an optimizer holds of each layer.
+
+    Args:
+        state: arrays or their shapes, with states that have `statistics` and `operators` by layer somewhere in them.
+
+    Returns:
+        A table.
+    """
+    rows = [("layer", "factors", "statistics", "applied")]
+    found: list[Any] = []
+    jax.tree.map(found.append, state, is_leaf=_has_layers)
+    for each in filter(_has_layers, found):
+        for name, statistics in each.statistics.items():
+            applied = each.operators[name].value
+            rows.append((name, _sides(statistics), _bytes(size(statistics)), _bytes(size(applied))))
+    return "\n".join([*aligned(rows), f"(whole state, momentum included: {_bytes(size(state))})"])
+
+
+def size(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _has_layers(node: Any) -> bool:
+    return hasattr(node, "statistics") and hasattr(node, "operators")
+
+
+def _sides(statistics: Any) -> str:
+    """The sizes of the factors of a layer, and how many vectors of a truncated one are kept."""
+    shown = []
+    for leaf in jax.tree.leaves(statistics, is_leaf=lambda node: hasattr(node, "vectors")):
+        if hasattr(leaf, "vectors"):
+            shown.append("{1} of {0}".format(*leaf.vectors.shape[-2:]))
+        elif leaf.ndim > 1 and leaf.shape[-1] == leaf.shape[-2]:
+            shown.append(str(leaf.shape[-1]))
+        elif leaf.ndim:
+            shown.append(f"diagonal of {leaf.shape[-1]}")
+    return ", ".join(shown)
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

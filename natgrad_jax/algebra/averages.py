@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import per_stack
+from natgrad_jax.algebra import truncated
+from natgrad_jax.algebra.stacks import Truncated, per_stack, scaled
 from natgrad_jax.base import Array, Scalar
 
 
 class Average(NamedTuple):
-    """A moving average: total [S, ...], an array or a tree of them, and weight [S]. Empty where the weight is 0."""
+    """A moving average: total [S, ...], an array or a tree of them, and weight [S]. Empty where the weight is 0.
+
+    A truncated matrix among them stays one: what is added to it is a matrix, or its products.
+    """
 
     total: Any
     weight: Array
@@ -45,7 +49,11 @@ def of_zeros(like: Any, stack: tuple[int, ...], dtype: str) -> Average:
     Returns:
         An average of weight 0.
     """
-    return Average(jax.tree.map(jnp.zeros_like, like), jnp.zeros(stack, dtype))
+
+    def zero(leaf):
+        return truncated.emptied(leaf) if isinstance(leaf, Truncated) else jnp.zeros_like(leaf)
+
+    return Average(jax.tree.map(zero, like, is_leaf=_is_truncated), jnp.zeros(stack, dtype))
 
 
 def update(average: Average, value: Any, decay: Scalar) -> Average:
@@ -64,14 +72,30 @@ def update(average: Average, value: Any, decay: Scalar) -> Average:
     Returns:
         The new average.
     """
+    return combined(average, value, (decay, 1 - decay))
+
+
+def combined(average: Average, value: Any, weights: tuple[Scalar, Scalar]) -> Average:
+    """The weighted sum of an average and one more value; `update` with weights that need not sum to one."""
 
     def mix(old, new):
-        return (decay * old + (1 - decay) * new).astype(old.dtype)
+        if isinstance(old, Truncated):
+            return truncated.combined(old, new, weights)
+        return (weights[0] * old + weights[1] * new).astype(old.dtype)
 
-    return Average(jax.tree.map(mix, average.total, value), mix(average.weight, 1.0))
+    total = jax.tree.map(mix, average.total, value, is_leaf=_is_truncated)
+    return Average(total, (weights[0] * average.weight + weights[1]).astype(average.weight.dtype))
 
 
 def mean(average: Average) -> Any:
     """The value of an average [S, ...]: total over weight; zeros where it is empty."""
     weight = jnp.where(average.weight > 0, average.weight, 1)
-    return jax.tree.map(lambda leaf: leaf / per_stack(weight, leaf), average.total)
+
+    def divided(leaf):
+        return scaled(leaf, 1 / weight) if isinstance(leaf, Truncated) else leaf / per_stack(weight, leaf)
+
+    return jax.tree.map(divided, average.total, is_leaf=_is_truncated)
+
+
+def _is_truncated(node: Any) -> bool:
+    return isinstance(node, Truncated)

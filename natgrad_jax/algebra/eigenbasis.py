@@ -1,18 +1,32 @@
 """A pair of orthogonal bases for the two sides of a weight matrix, and what is measured in it.
 
 Coordinates of a matrix X [S, I, O] in the basis (U, V) are U^T X V. A side that is `None` keeps its own coordinates.
+One with fewer columns than rows has a rest: what is measured has one entry more there, the mean of all that is left.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import Diagonal, Factor, diagonal, eigh, floored, matmul, orthonormal, transpose
-from natgrad_jax.base import Array, Scalar
+from natgrad_jax.algebra import truncated
+from natgrad_jax.algebra.stacks import (
+    Diagonal,
+    Factor,
+    Truncated,
+    diagonal,
+    eigh,
+    matmul,
+    orthonormal,
+    times,
+    trace,
+)
+from natgrad_jax.algebra.truncated import along, has_rest
+from natgrad_jax.base import Array
 
 
 class Basis(NamedTuple):
-    """Orthogonal columns: inputs U [S, I, I] and outputs V [S, O, O]; None for the identity."""
+    """Orthogonal columns: inputs U [S, I, I] and outputs V [S, O, O], or fewer of them; None for the identity."""
 
     inputs: Array | None
     outputs: Array | None
@@ -22,13 +36,20 @@ def standard(inputs: Factor, outputs: Factor) -> Basis:
     """The basis that changes nothing, of the shapes that `eigenbasis` would give for these factors.
 
     Args:
-        inputs: an identity matrix [S, I, I] or its diagonal.
-        outputs: an identity matrix [S, O, O] or its diagonal.
+        inputs: an identity matrix [S, I, I], its diagonal, or a truncated one.
+        outputs: an identity matrix [S, O, O], its diagonal, or a truncated one.
 
     Returns:
-        The matrices themselves, and None for a diagonal.
+        The matrices themselves, the vectors of truncated ones, and None for a diagonal.
     """
-    return Basis(*(None if isinstance(side, Diagonal) else side for side in (inputs, outputs)))
+    return Basis(columns(inputs), columns(outputs))
+
+
+def columns(factor: Factor) -> Array | None:
+    """The columns that an identity stands for: itself, the vectors of a truncated one, None for a diagonal."""
+    if isinstance(factor, Diagonal):
+        return None
+    return factor.vectors if isinstance(factor, Truncated) else factor
 
 
 def eigenbasis(inputs: Factor, outputs: Factor) -> tuple[Basis, Array]:
@@ -63,12 +84,36 @@ def warm_eigenbasis(basis: Basis, scale: Array, inputs: Factor, outputs: Factor)
     Returns:
         The new basis, and the scale with its entries in the order of the new columns.
     """
-    (u, rows), (v, columns) = iterated(basis.inputs, inputs), iterated(basis.outputs, outputs)
-    if rows is not None:
-        scale = jnp.take_along_axis(scale, rows[..., :, None], axis=-2)
-    if columns is not None:
-        scale = jnp.take_along_axis(scale, columns[..., None, :], axis=-1)
+    u, scale = moved(basis.inputs, inputs, scale, -2)
+    v, scale = moved(basis.outputs, outputs, scale, -1)
     return Basis(u, v), scale
+
+
+def moved(side: Array | None, moment: Factor, scale: Array, axis: int) -> tuple[Array | None, Array]:
+    """One step of orthogonal iteration of one side, and what was measured in it; see `warm_eigenbasis`.
+
+    The vectors of a truncated moment have made their step. They may have turned far since, so that the scale is carried
+    over as the diagonal of a matrix is.
+
+    Args:
+        side: the old columns [S, n, n] or [S, n, r]; None stays so.
+        moment: M [S, n, n].
+        scale: [S, ...], one entry for each coordinate.
+        axis: that of this side, negative.
+
+    Returns:
+        The new columns, and the scale in their order.
+    """
+    if isinstance(moment, Truncated):
+        assert side is not None, "of the same form"
+        return moment.vectors, along(scale, truncated.turn(side, moment.vectors), axis)
+    side, order = iterated(side, moment)
+    if order is not None:
+        order = jnp.moveaxis(
+            order.reshape(order.shape[:-1] + (1,) * (scale.ndim - order.ndim) + order.shape[-1:]), -1, axis
+        )
+        scale = jnp.take_along_axis(scale, order, axis=axis)
+    return side, scale
 
 
 def iterated(side: Array | None, moment: Factor) -> tuple[Array | None, Array | None]:
@@ -81,7 +126,7 @@ def iterated(side: Array | None, moment: Factor) -> tuple[Array | None, Array | 
     Returns:
         The new columns, and the places of the old ones that they come from [S, n].
     """
-    if side is None or isinstance(moment, Diagonal):
+    if side is None or not isinstance(moment, jax.Array):
         return side, None
     product = matmul(moment, side)
     order = jnp.argsort(-jnp.sum(side * product, axis=-2), axis=-1)
@@ -98,35 +143,41 @@ def rotated(rows: Any, side: Array | None) -> Any:
     return matmul(rows, side.reshape(side.shape[:-2] + (1,) * (rows.ndim - side.ndim) + side.shape[-2:]))
 
 
-def into(basis: Basis, matrix: Array) -> Array:
-    """Coordinates U^T X V of X [S, ..., I, O]."""
-    return transpose(rotated(transpose(rotated(matrix, basis.outputs)), basis.inputs))
+def turned(side: Array | None, moment: Factor) -> Array:
+    """How far columns are from eigenvectors: |M U - U diag(U^T M U)| / |M U|, in Frobenius norms.
 
-
-def out_of(basis: Basis, coordinates: Array) -> Array:
-    """The matrix U C V^T with coordinates C [S, ..., I, O]."""
-    return into(Basis(*(side if side is None else transpose(side) for side in basis)), coordinates)
-
-
-def damped_solve(basis: Basis, scale: Array, gradient: Array, damping: Scalar) -> Array:
-    """(Q diag(scale) Q^T + damping I)^-1 applied to a gradient, Q = U (x) V.
+    Of whole bases that is the root of the share that the entries off the diagonal of U^T M U have in its square. It
+    takes one product; an eigendecomposition takes some twenty.
 
     Args:
-        basis: U and V.
-        scale: second moments in the basis [S, I, O], not negative.
-        gradient: [S, I, O].
-        damping: strength in the units of `scale`, [] or [S], floored relative to its largest entry.
+        side: U [S, n, r]; None for the own coordinates, which have not turned.
+        moment: M [S, n, n].
 
     Returns:
-        [S, I, O].
+        From 0 to 1, [S].
     """
-    damping = jnp.asarray(damping, scale.dtype)[..., None, None]
-    strength = floored(damping, jnp.max(scale, axis=(-2, -1), keepdims=True))
-    return out_of(basis, into(basis, gradient) / (scale + strength))
+    if side is None:
+        return jnp.zeros(diagonal(moment).shape[:-1])
+    product = times(moment, side)
+    along_them = jnp.sum(side * product, axis=-2, keepdims=True)
+    whole, left = jnp.sum(product**2, axis=(-2, -1)), jnp.sum((product - side * along_them) ** 2, axis=(-2, -1))
+    return jnp.where(whole > 0, jnp.sqrt(left / jnp.where(whole > 0, whole, 1)), 0)
 
 
 def mean_squares(side: Array | None, moment: Factor) -> Array:
-    """diag(U^T M U) [S, n]: the mean squares of rows with the second moment M, along the columns of a side."""
+    """diag(U^T M U) [S, n]: the mean squares of rows with the second moment M, along the columns of a side.
+
+    Args:
+        side: columns [S, n, n], or [S, n, r] with a rest; None for the own coordinates.
+        moment: M [S, n, n].
+
+    Returns:
+        [S, n], or [S, r + 1] with the mean of the rest behind.
+    """
     if isinstance(moment, Diagonal) or side is None:
         return diagonal(moment)
-    return jnp.sum(side * matmul(moment, side), axis=-2)
+    found = jnp.sum(side * times(moment, side), axis=-2)
+    if not has_rest(side):
+        return found
+    rest = (trace(moment) - jnp.sum(found, axis=-1)) / (side.shape[-2] - side.shape[-1])
+    return jnp.concatenate([found, jnp.maximum(rest, 0)[..., None]], axis=-1)

@@ -13,25 +13,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from natgrad_jax.algebra import rows as of_rows
+from natgrad_jax.algebra import truncated
+from natgrad_jax.algebra.eigenbasis import rotated
 from natgrad_jax.algebra.rows import OneHot, Rows
-from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, matmul
+from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, matmul, transpose
+from natgrad_jax.algebra.truncated import by_products, has_rest
 from natgrad_jax.base import Array
 
 
-def second_moment(rows: Rows, weights: Array | None = None, full: bool = True) -> Factor:
+def second_moment(rows: Rows, weights: Array | None = None, full: bool = True, rank: int | None = None) -> Any:
     """Sum over rows of the outer product of a row with itself.
 
     Args:
         rows: [..., R, n].
         weights: of the rows, [..., R] or broadcastable to it.
         full: whether to form the matrix, or only its diagonal.
+        rank: vectors that it is wanted for; None for the matrix itself.
 
     Returns:
-        [..., n, n], or a `Diagonal` [..., n].
+        [..., n, n], or a `Diagonal` [..., n]; its products where they take fewer flops.
     """
     if isinstance(rows, OneHot):
         squares = rows.values**2 if weights is None else rows.values**2 * weights
         return _diagonal(of_rows.spread(rows, squares[..., None], axes=1)[..., 0], full)
+    if by_products(rows.shape[-2], rows.shape[-1], rank):
+        return truncated.of_rows(rows, weights)
     weighted = rows if weights is None else rows * weights[..., None]
     if not full:
         return Diagonal(jnp.sum(weighted * rows, axis=-2))
@@ -139,6 +145,50 @@ def example_moments(inputs: Rows, cotangents: Array, most: int = 1 << 22) -> Arr
     entries = positions * (positions + 2 * draws * columns) if one_hot else draws * inputs.shape[-1] * columns
     function = one_hot_squares if one_hot else squares
     return sum_over_examples(function, inputs, cotangents, entries * prod(inputs.shape[:-3]), most) / draws
+
+
+def moments_in(sides: tuple[Array | None, Array | None], inputs: Rows, cotangents: Array, most: int = 1 << 22) -> Array:
+    """`example_moments` in the coordinates of two sides; of the rest of a side their mean.
+
+    Args:
+        sides: columns U [S, I, r] and V [S, O, q], or None for the own coordinates.
+        inputs: rows a [S, N, T, I].
+        cotangents: rows g [S, K, N, T, O].
+        most: as `example_moments` takes it.
+
+    Returns:
+        sum_n mean_k (U^T D V)^2, [S, r or r + 1, q or q + 1].
+    """
+    positions = cotangents.shape[-2]
+    own, other = _parts(inputs, sides[0], positions), _parts(cotangents, sides[1], positions)
+    rows = [[example_moments(a, g, most) for g, _ in other] for a, _ in own]
+    found = []
+    for line, (_, left_out) in zip(rows, own, strict=True):
+        line = [
+            square if rest is None else jnp.sum(square, axis=-1, keepdims=True) / rest
+            for square, (_, rest) in zip(line, other, strict=True)
+        ]
+        joined = jnp.concatenate(line, axis=-1) if len(line) > 1 else line[0]
+        found.append(joined if left_out is None else jnp.sum(joined, axis=-2, keepdims=True) / left_out)
+    return jnp.concatenate(found, axis=-2) if len(found) > 1 else found[0]
+
+
+def _parts(rows: Any, side: Array | None, positions: int) -> list[tuple[Any, int | None]]:
+    """Rows along the columns of a side and, apart, what they leave, with the number of its directions.
+
+    With one position the square of the rest is a product of lengths: then its root of mean square is one coordinate
+    more, and nothing is apart.
+    """
+    if side is None:
+        return [(rows, None)]
+    seen = rotated(rows, side)
+    if not has_rest(side):
+        return [(seen, None)]
+    rest, count = rows - rotated(seen, transpose(side)), side.shape[-2] - side.shape[-1]
+    if positions == 1:
+        length = jnp.sqrt(jnp.sum(rest**2, axis=-1, keepdims=True) / count)
+        return [(jnp.concatenate([seen, length], axis=-1), None)]
+    return [(seen, None), (rest, count)]
 
 
 def sum_over_examples(

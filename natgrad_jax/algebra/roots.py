@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from natgrad_jax.algebra.stacks import Diagonal, Factor, eigh, floored, frobenius, matmul, plus_identity, transpose
+from natgrad_jax.algebra.stacks import (
+    Diagonal,
+    Factor,
+    Truncated,
+    eigh,
+    floored,
+    frobenius,
+    matmul,
+    plus_identity,
+    transpose,
+)
 from natgrad_jax.base import Array, Scalar
 
 Root = Literal["eigh", "newton"]
@@ -39,6 +49,11 @@ def inverse_root(factor: Factor, damping: Scalar, exponent: float, root: Root = 
     if isinstance(factor, Diagonal):
         strength = floored(damping, jnp.max(factor.entries, axis=-1, initial=0))
         return Diagonal((factor.entries + strength[..., None]) ** -exponent)
+    if isinstance(factor, Truncated):
+        values, rest = factor.values, factor.rest
+        strength = floored(damping, jnp.maximum(jnp.max(values, axis=-1), rest))
+        roots = (values + strength[..., None]) ** -exponent, (rest + strength) ** -exponent
+        return Truncated(factor.vectors, *roots)
     if root == "newton":
         strength = floored(damping, frobenius(factor))
         return _newton(plus_identity(factor, strength), whole(exponent))

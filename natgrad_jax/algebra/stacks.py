@@ -29,8 +29,22 @@ class Diagonal(NamedTuple):
     entries: Array
 
 
-Factor = Array | Diagonal
-"""A symmetric matrix [..., n, n], or its diagonal."""
+class Truncated(NamedTuple):
+    """A symmetric matrix as a basis of r vectors and a mean for the rest, U diag(s) U^T + m (I - U U^T).
+
+    Attributes:
+        vectors: U, orthonormal columns [..., n, r], r < n.
+        values: s [..., r].
+        rest: m [...], of the n - r directions that U leaves.
+    """
+
+    vectors: Array
+    values: Array
+    rest: Array
+
+
+Factor = Array | Diagonal | Truncated
+"""A symmetric matrix [..., n, n], its diagonal, or a basis of some vectors and a mean for the rest."""
 
 matmul = partial(jnp.matmul, precision=HIGHEST)
 einsum = partial(jnp.einsum, precision=HIGHEST)
@@ -181,10 +195,13 @@ def eigh(factor: Factor) -> tuple[Array, Array | None]:
 
     Returns:
         Eigenvalues [..., n], clipped at zero, ascending, and eigenvectors [..., n, n] as columns; for a diagonal its
-        entries, and None for the identity.
+        entries, and None for the identity; of a truncated one its values and the mean of the rest behind them
+        [..., r + 1], and its vectors [..., n, r].
     """
     if isinstance(factor, Diagonal):
         return factor.entries, None
+    if isinstance(factor, Truncated):
+        return jnp.concatenate([factor.values, factor.rest[..., None]], axis=-1), factor.vectors
     return _eigh_stack(factor)
 
 
@@ -255,28 +272,63 @@ def damped_inverse(factor: Factor, damping: Array) -> Factor:
     if isinstance(factor, Diagonal):
         strength = floored(damping, jnp.max(factor.entries, axis=-1))
         return Diagonal(1 / (factor.entries + strength[..., None]))
+    if isinstance(factor, Truncated):
+        strength = floored(damping, jnp.maximum(jnp.max(factor.values, axis=-1), factor.rest))
+        return Truncated(factor.vectors, 1 / (factor.values + strength[..., None]), 1 / (factor.rest + strength))
     return inverse(plus_identity(factor, floored(damping, frobenius(factor))))
+
+
+def times(factor: Factor, matrix: Array) -> Array:
+    """The product of a symmetric factor [..., n, n] with a matrix [..., n, m]."""
+    if isinstance(factor, Diagonal):
+        return factor.entries[..., :, None] * matrix
+    if isinstance(factor, Truncated):
+        above = (factor.values - factor.rest[..., None])[..., None]
+        seen = matmul(transpose(factor.vectors), matrix)
+        return factor.rest[..., None, None] * matrix + matmul(factor.vectors, above * seen)
+    return matmul(factor, matrix)
 
 
 def sandwich(left: Factor, matrix: Array, right: Factor) -> Array:
     """Left X right for X [..., I, O]."""
-    found = left.entries[..., :, None] * matrix if isinstance(left, Diagonal) else matmul(left, matrix)
-    return found * right.entries[..., None, :] if isinstance(right, Diagonal) else matmul(found, right)
+    found = times(left, matrix)
+    return matmul(found, right) if isinstance(right, jax.Array) else transpose(times(right, transpose(found)))
+
+
+def scaled(factor: Any, strength: Array) -> Any:
+    """A factor times a number for each matrix [...]; the vectors of a truncated one stay."""
+    if isinstance(factor, Truncated):
+        return Truncated(factor.vectors, factor.values * strength[..., None], factor.rest * strength)
+    return jax.tree.map(lambda leaf: leaf * per_stack(strength, leaf), factor)
+
+
+def size_of(factor: Factor) -> int:
+    """The size n of [..., n, n]."""
+    first = jax.tree.leaves(factor)[0]
+    return first.shape[-1] if isinstance(factor, Diagonal) else first.shape[-2]
 
 
 def diagonal(factor: Factor) -> Array:
     """The diagonal [..., n]."""
-    return factor.entries if isinstance(factor, Diagonal) else jnp.diagonal(factor, axis1=-2, axis2=-1)
+    if isinstance(factor, Diagonal):
+        return factor.entries
+    if isinstance(factor, Truncated):
+        above = (factor.values - factor.rest[..., None])[..., None, :]
+        return factor.rest[..., None] + jnp.sum(factor.vectors**2 * above, axis=-1)
+    return jnp.diagonal(factor, axis1=-2, axis2=-1)
 
 
 def trace(factor: Factor) -> Array:
     """Sum of the diagonal: [..., n, n] -> [...]."""
+    if isinstance(factor, Truncated):
+        size, rank = factor.vectors.shape[-2:]
+        return jnp.sum(factor.values, axis=-1) + (size - rank) * factor.rest
     return jnp.sum(diagonal(factor), axis=-1)
 
 
 def mean_diagonal(factor: Factor) -> Array:
     """Trace over dimension: [..., n, n] -> [...]."""
-    return jnp.mean(diagonal(factor), axis=-1)
+    return trace(factor) / size_of(factor)
 
 
 def identity(stack: tuple[int, ...], size: int, dtype: str, full: bool = True) -> Factor:

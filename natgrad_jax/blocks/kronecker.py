@@ -1,6 +1,7 @@
 """The Kronecker pair of a layer: averaged, damped, inverted, applied.
 
-Averaged are A of the inputs and G of the outputs, or the two partial traces of F. F + damping I is no Kronecker
+Averaged are A of the inputs and G of the outputs, or the two partial traces of F, each as a matrix, as its diagonal, or
+truncated (`algebra.truncated`). F + damping I is no Kronecker
 product; (A + x I) (x) (G + y I) with x y = damping is one. The rules of `split_damping` differ in the ratio of x and y;
 "mean_eigenvalue" also lets their product exceed the damping. "exact" needs no rule: the damping is added to the
 eigenvalues of the product itself, and what is kept is an eigenbasis.
@@ -10,11 +11,12 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages, stacks
+from natgrad_jax.algebra import averages, truncated
 from natgrad_jax.algebra.averages import Average
-from natgrad_jax.algebra.eigenbasis import Basis, damped_solve, eigenbasis, standard
-from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, mean_diagonal, sandwich, trace
-from natgrad_jax.base import WIDEST, Array, Evidence, Layer, Scalar
+from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, standard
+from natgrad_jax.algebra.stacks import Factor, damped_inverse, mean_diagonal, sandwich, trace
+from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, form
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
 from natgrad_jax.layers.rows import Pairing, Sharing, input_moment, output_moment, partial_traces
 
 Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
@@ -22,7 +24,7 @@ Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
 
 
 class Pair(NamedTuple):
-    """Averages of A [S, I, I] and G [S, O, O]; of a side that is too wide, of its diagonal."""
+    """Averages of A [S, I, I] and G [S, O, O]; of a side that is too wide, of its diagonal; or truncated ones."""
 
     inputs: Average
     outputs: Average
@@ -43,40 +45,38 @@ class Inverses(NamedTuple):
 
 
 class Eigen(NamedTuple):
-    """The basis (U, V) and the Kronecker eigenvalues s r^T [S, I, O]."""
+    """The basis (U, V) and the Kronecker eigenvalues s r^T [S, I, O], with one for the rest of a truncated side."""
 
     basis: Basis
     scale: Array
 
 
-def identities(layer: Layer, most: int | None) -> tuple[Factor, Factor]:
+def identities(layer: Layer, kept: Kept) -> tuple[Factor, Factor]:
     """Identity matrices in the place of the two factors, each in a buffer of its own.
 
     Args:
         layer: the layer.
-        most: the largest size of a side of which the whole factor is kept; None for `WIDEST`.
+        kept: what a side keeps.
 
     Returns:
-        [S, I, I] and [S, O, O]; a `Diagonal` of a side that is too wide, or whose rows are one-hot.
+        [S, I, I] and [S, O, O]; a `Diagonal` of a side that is too wide, or whose rows are one-hot; `Truncated` ones.
     """
-    widest, (rows, columns) = WIDEST if most is None else most, layer.shape
-    return (
-        stacks.identity(layer.stack, rows, layer.dtype, full=rows <= widest and not layer.one_hot),
-        stacks.identity(layer.stack, columns, layer.dtype, full=columns <= widest),
-    )
+    rows, columns = layer.shape
+    of_inputs = truncated.identity(layer.stack, rows, layer.dtype, kept._replace(most=0) if layer.one_hot else kept)
+    return of_inputs, truncated.identity(layer.stack, columns, layer.dtype, kept)
 
 
-def empty(layer: Layer, most: int | None) -> Pair:
+def empty(layer: Layer, kept: Kept) -> Pair:
     """A pair of nothing yet.
 
     Args:
         layer: the layer.
-        most: as `identities` takes it.
+        kept: as `identities` takes it.
 
     Returns:
         Averages of weight 0.
     """
-    return Pair(*(averages.of_zeros(side, layer.stack, layer.dtype) for side in identities(layer, most)))
+    return Pair(*(averages.of_zeros(side, layer.stack, layer.dtype) for side in identities(layer, kept)))
 
 
 def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing: Sharing = "expand") -> Pair:
@@ -95,10 +95,10 @@ def observe(layer: Layer, pair: Pair, evidence: Evidence, decay: Scalar, sharing
     Returns:
         The new pair.
     """
-    full_inputs, full_outputs = (not isinstance(side.total, Diagonal) for side in pair)
+    (full_inputs, rank_in), (full_outputs, rank_out) = (form(side.total) for side in pair)
     return Pair(
-        averages.update(pair.inputs, input_moment(layer, evidence, full_inputs, sharing), decay),
-        averages.update(pair.outputs, output_moment(layer, evidence, full_outputs, sharing), decay),
+        averages.update(pair.inputs, input_moment(layer, evidence, full_inputs, sharing, rank_in), decay),
+        averages.update(pair.outputs, output_moment(layer, evidence, full_outputs, sharing, rank_out), decay),
     )
 
 
@@ -107,17 +107,17 @@ def means(pair: Pair) -> tuple[Factor, Factor]:
     return averages.mean(pair.inputs), averages.mean(pair.outputs)
 
 
-def empty_traces(layer: Layer, most: int | None) -> Average:
+def empty_traces(layer: Layer, kept: Kept) -> Average:
     """An average of no `Traces` yet: both under one weight, so that they stay partial traces of one matrix.
 
     Args:
         layer: the layer.
-        most: as `identities` takes it.
+        kept: as `identities` takes it.
 
     Returns:
         An average of weight 0.
     """
-    return averages.of_zeros(Traces(*identities(layer, most)), layer.stack, layer.dtype)
+    return averages.of_zeros(Traces(*identities(layer, kept)), layer.stack, layer.dtype)
 
 
 def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Scalar, sharing: Pairing) -> Average:
@@ -133,7 +133,7 @@ def observe_traces(layer: Layer, traces: Average, evidence: Evidence, decay: Sca
     Returns:
         The new average.
     """
-    inputs, outputs = (not isinstance(side, Diagonal) for side in traces.total)
+    (inputs, _), (outputs, _) = map(form, traces.total)
     found = partial_traces(layer, evidence, (inputs, outputs), sharing)
     return averages.update(traces, Traces(*found), decay)
 
@@ -179,20 +179,21 @@ def split_damping(inputs: Factor, outputs: Factor, damping: Scalar, split: str) 
     return root * pi, root / pi
 
 
-def identity(layer: Layer, most: int | None, split: Split) -> Inverses | Eigen:
+def identity(layer: Layer, kept: Kept, split: Split) -> Inverses | Eigen:
     """What changes no gradient, of the shapes that `inverted` gives.
 
     Args:
         layer: the layer.
-        most: as `identities` takes it.
+        kept: as `identities` takes it.
         split: as `inverted` takes it.
 
     Returns:
         Eigen if the split is "exact", else inverses.
     """
-    ones = identities(layer, most)
+    ones = identities(layer, kept)
     if split == "exact":
-        return Eigen(standard(*ones), jnp.ones(layer.stack + layer.shape, layer.dtype))
+        basis = standard(*ones)
+        return Eigen(basis, jnp.ones(layer.stack + tuple(map(coordinates, basis, layer.shape)), layer.dtype))
     return Inverses(*ones)
 
 

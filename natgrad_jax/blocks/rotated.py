@@ -7,18 +7,10 @@ from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
-from natgrad_jax.algebra.eigenbasis import (
-    Basis,
-    damped_solve,
-    eigenbasis,
-    into,
-    mean_squares,
-    rotated,
-    standard,
-    warm_eigenbasis,
-)
-from natgrad_jax.algebra.moments import example_moments
+from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, mean_squares, standard, turned, warm_eigenbasis
+from natgrad_jax.algebra.moments import moments_in
 from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
+from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, squares, sums
 from natgrad_jax.base import Array, Evidence, Layer, Scalar
 from natgrad_jax.blocks.kronecker import identities, split_damping
 from natgrad_jax.layers.rows import gradient_matrix, input_moment, input_rows, output_rows, total
@@ -32,8 +24,8 @@ class Rotated(NamedTuple):
     """What is applied: moments in a basis.
 
     Attributes:
-        basis: U [S, I, I] and V [S, O, O].
-        scale: the average of the second moments in the basis [S, I, O].
+        basis: U [S, I, I] and V [S, O, O], or fewer columns.
+        scale: the average of the second moments in the basis [S, I, O], with one for the rest of a truncated side.
         traces: of A and G [S], which say how "pi" and "even" split the damping; None for "exact".
     """
 
@@ -42,20 +34,21 @@ class Rotated(NamedTuple):
     traces: tuple[Array, Array] | None
 
 
-def identity(layer: Layer, most: int | None, split: Split) -> Rotated:
+def identity(layer: Layer, kept: Kept, split: Split) -> Rotated:
     """The basis that changes nothing, with no moments yet.
 
     Args:
         layer: the layer.
-        most: as `kronecker.identities` takes it.
+        kept: as `kronecker.identities` takes it.
         split: as `solve` takes it.
 
     Returns:
         An operator; applied, it divides by the damping.
     """
     traces = None if split == "exact" else (jnp.ones(layer.stack, layer.dtype), jnp.ones(layer.stack, layer.dtype))
-    scale = averages.empty(layer.stack, layer.shape, layer.dtype)
-    return Rotated(standard(*identities(layer, most)), scale, traces)
+    basis = standard(*identities(layer, kept))
+    scale = averages.empty(layer.stack, tuple(map(coordinates, basis, layer.shape)), layer.dtype)
+    return Rotated(basis, scale, traces)
 
 
 def refreshed(inputs: Factor, outputs: Factor, old: Rotated, estimator: Estimator, refresh: Refresh) -> Rotated:
@@ -116,6 +109,21 @@ def followed(inputs: Factor, outputs: Factor, old: Rotated) -> Rotated:
     return old._replace(traces=(trace(inputs), trace(outputs)))
 
 
+def turn(inputs: Factor, outputs: Factor, old: Rotated) -> Array:
+    """How far the basis is from the eigenvectors of a pair: the greater of the two sides; 1 if nothing is measured yet.
+
+    Args:
+        inputs: A [S, I, I].
+        outputs: G [S, O, O].
+        old: the operator.
+
+    Returns:
+        From 0 to 1, [S].
+    """
+    found = jnp.maximum(turned(old.basis.inputs, inputs), turned(old.basis.outputs, outputs))
+    return jnp.where(old.scale.weight > 0, found, 1)
+
+
 def solve(operator: Rotated, gradient: Array, damping: Scalar, split: Split) -> Array:
     """The gradient over the damped scale, in the basis.
 
@@ -136,20 +144,24 @@ def solve(operator: Rotated, gradient: Array, damping: Scalar, split: Split) -> 
     scale = averages.mean(operator.scale)
     if operator.traces is None or split == "exact":
         return damped_solve(operator.basis, scale, gradient, damping)
-    tops = [jnp.where(top > 0, top, 1)[..., None] for top in operator.traces]
-    rows, columns = jnp.sum(scale, axis=-1) / tops[1], jnp.sum(scale, axis=-2) / tops[0]
-    x, y = split_damping(Diagonal(rows), Diagonal(columns), damping, split)
-    cross = x[..., None, None] * columns[..., None, :] + y[..., None, None] * rows[..., :, None]
+    tops = [jnp.where(top > 0, top, 1)[..., None, None] for top in operator.traces]
+    sizes = gradient.shape[-2:]
+    rows = sums(scale, operator.basis, sizes, axes=(1,)) / tops[1]  # [S, I, 1]
+    columns = sums(scale, operator.basis, sizes, axes=(0,)) / tops[0]
+    mean_rows = sums(rows, operator.basis, sizes, axes=(0,))[..., 0] / sizes[0]
+    mean_columns = sums(columns, operator.basis, sizes, axes=(1,))[..., 0] / sizes[1]
+    x, y = split_damping(Diagonal(mean_rows), Diagonal(mean_columns), damping, split)
+    cross = x[..., None, None] * columns + y[..., None, None] * rows
     return damped_solve(operator.basis, scale + cross, gradient, x * y)
 
 
 def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
     if evidence.cotangents is None:  # g = identity: F = A (x) I
         moment = input_moment(layer, evidence, full=basis.inputs is not None)
-        return jnp.broadcast_to(mean_squares(basis.inputs, moment)[..., None], (*layer.stack, *layer.shape))
-    rows = rotated(input_rows(layer, evidence), basis.inputs)
-    columns = rotated(output_rows(layer, evidence), basis.outputs)
-    return example_moments(rows, columns) / total(evidence, rows.shape[-3])
+        found = mean_squares(basis.inputs, moment)[..., None]
+        return jnp.broadcast_to(found, (*found.shape[:-1], coordinates(basis.outputs, layer.shape[-1])))
+    rows, columns = input_rows(layer, evidence), output_rows(layer, evidence)
+    return moments_in(basis, rows, columns) / total(evidence, rows.shape[-3])
 
 
 def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
@@ -159,4 +171,4 @@ def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
             f"The evidence for layer {layer.name!r} has no `count`, which the estimator 'minibatch' needs; take the "
             "evidence from `capture.value_and_grad`."
         )
-    return jnp.mean(into(basis, gradient) ** 2, axis=-3) / evidence.count
+    return jnp.mean(squares(gradient, basis), axis=-3) / evidence.count

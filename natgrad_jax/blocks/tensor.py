@@ -5,47 +5,47 @@ A tensor X [S, n_1, ..., n_k] is a parameter array seen by `layers.views`; its u
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages, stacks
+from natgrad_jax.algebra import averages, truncated
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.modes import contraction, partial_trace, product
 from natgrad_jax.algebra.moments import second_moment
-from natgrad_jax.algebra.stacks import Diagonal, Factor
-from natgrad_jax.base import WIDEST, Array, Evidence, Layer, Scalar
+from natgrad_jax.algebra.stacks import Factor
+from natgrad_jax.algebra.truncated import Kept, Moment, form
+from natgrad_jax.base import Array, Evidence, Layer, Scalar
 from natgrad_jax.layers.rows import gradient_matrix, partial_traces, total
 
 Estimator = Literal["minibatch", "per_example"]
 
 
-def empty(layer: Layer, most: int | None) -> Average:
+def empty(layer: Layer, kept: Kept) -> Average:
     """An average of no contractions yet: one factor for each mode, all under one weight.
 
     Args:
         layer: of kind "tensor".
-        most: as `identities` takes it.
+        kept: as `identities` takes it.
 
     Returns:
-        An average of weight 0, of a tuple of [S, n_i, n_i], or `Diagonal`s.
+        An average of weight 0, of a tuple of [S, n_i, n_i], `Diagonal`s, or `Truncated` ones.
     """
-    return averages.of_zeros(identities(layer, most), layer.stack, layer.dtype)
+    return averages.of_zeros(identities(layer, kept), layer.stack, layer.dtype)
 
 
-def identities(layer: Layer, most: int | None) -> tuple[Factor, ...]:
+def identities(layer: Layer, kept: Kept) -> tuple[Factor, ...]:
     """Identity matrices in the place of the factors, each in a buffer of its own.
 
     Args:
         layer: of kind "tensor".
-        most: the largest size of a mode of which the whole factor is kept; None for `WIDEST`.
+        kept: what a mode keeps.
 
     Returns:
-        For each mode [S, n_i, n_i], or a `Diagonal`.
+        For each mode [S, n_i, n_i], a `Diagonal`, or `Truncated`.
     """
-    widest = WIDEST if most is None else most
-    return tuple(stacks.identity(layer.stack, size, layer.dtype, full=size <= widest) for size in layer.shape)
+    return tuple(truncated.identity(layer.stack, size, layer.dtype, kept) for size in layer.shape)
 
 
 def contractions(
@@ -55,7 +55,7 @@ def contractions(
     *,
     estimator: Estimator = "minibatch",
     whiten: Sequence[Factor] | None = None,
-) -> tuple[Factor, ...]:
+) -> tuple[Any, ...]:
     """The second moments in every mode that one batch shows, averaged over draws.
 
     "minibatch": G_(i) G_(i)^T / W of the gradient G summed over the batch. "per_example": E[D_(i) D_(i)^T], D the
@@ -71,19 +71,20 @@ def contractions(
             measured; the result is then divided by the product of their sizes. None for the gradient as it is.
 
     Returns:
-        For each mode [S, n_i, n_i], or a `Diagonal` [S, n_i].
+        For each mode [S, n_i, n_i], or a `Diagonal` [S, n_i]; its products where they take fewer flops.
     """
-    full = [not isinstance(factor, Diagonal) for factor in average.total]
+    forms = [form(factor) for factor in average.total]
+    full = [whole for whole, _ in forms]
     if estimator == "per_example" and evidence.cotangents is not None:
         return _of_examples(layer, evidence, evidence.cotangents, full)
     gradient, weight = draws(layer, evidence)
     found = []
-    for mode, form in enumerate(full):
+    for mode, (whole, rank) in enumerate(forms):
         seen = gradient
         if whiten is not None:
             others = [None if other == mode else factor for other, factor in enumerate(whiten)]
             seen = product(gradient, (None, *others)) * (layer.shape[mode] / prod(layer.shape)) ** 0.5
-        found.append(contraction(seen, mode + 1, len(full) + 1, form))  # the draws are a mode in front
+        found.append(contraction(seen, mode + 1, len(full) + 1, whole, rank))  # the draws are a mode in front
     return _over(tuple(found), weight)
 
 
@@ -115,5 +116,10 @@ def _of_examples(
     return (*found, outputs)
 
 
-def _over(factors: tuple[Factor, ...], count: Scalar) -> tuple[Factor, ...]:
-    return tuple(jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), factor) for factor in factors)
+def _over(factors: tuple[Any, ...], count: Scalar) -> tuple[Any, ...]:
+    def over(factor):
+        if isinstance(factor, Moment):
+            return factor.over(count)
+        return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), factor)
+
+    return tuple(map(over, factors))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from natgrad_jax.algebra import rows as of_rows
 from natgrad_jax.algebra.moments import gradient_moments, paired_moments, pooled_moment, second_moment
 from natgrad_jax.algebra.rows import OneHot, Rows
-from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, per_stack, trace
+from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, scaled, trace
+from natgrad_jax.algebra.truncated import Moment
 from natgrad_jax.base import Array, Evidence, Layer, Matrix, Scalar, Use
 from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import example_weights
@@ -51,7 +52,9 @@ def output_rows(layer: Layer, evidence: Evidence) -> Array:
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-2)
 
 
-def input_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand") -> Factor:
+def input_moment(
+    layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand", rank: int | None = None
+) -> Any:
     """A, the weighted mean over examples of sum_t a a^T; of (sum_t a) (sum_t a)^T if positions are pooled.
 
     Args:
@@ -59,9 +62,10 @@ def input_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: S
         evidence: what a batch says about it.
         full: whether to form the matrix, or only its diagonal.
         sharing: "expand", or "reduce" for pooled positions.
+        rank: vectors that it is wanted for; None for the matrix itself.
 
     Returns:
-        [S, I, I], or a `Diagonal` [S, I].
+        [S, I, I], or a `Diagonal` [S, I]; its products where they take fewer flops.
     """
     rows = input_rows(layer, evidence)
     examples = rows.shape[-3]
@@ -75,10 +79,12 @@ def input_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: S
     flat = of_rows.over_leading(rows, (*rows.shape[:-3], examples * positions))
     if weights is not None:
         weights = jnp.broadcast_to(weights, (examples, positions)).reshape(-1).astype(flat.dtype)
-    return _divided(second_moment(flat, weights, full), total(evidence, examples))
+    return _divided(second_moment(flat, weights, full, rank), total(evidence, examples))
 
 
-def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand") -> Factor:
+def output_moment(
+    layer: Layer, evidence: Evidence, full: bool = True, sharing: Sharing = "expand", rank: int | None = None
+) -> Any:
     """G, the weighted mean over draws, examples and positions of g g^T; I if g is the identity.
 
     If positions are pooled, the mean over draws and examples of (mean_t g) (mean_t g)^T.
@@ -88,9 +94,10 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: 
         evidence: what a batch says about it.
         full: whether to form the matrix, or only its diagonal.
         sharing: "expand", or "reduce" for pooled positions.
+        rank: vectors that it is wanted for; None for the matrix itself.
 
     Returns:
-        [S, O, O], or a `Diagonal` [S, O].
+        [S, O, O], or a `Diagonal` [S, O]; its products where they take fewer flops.
     """
     columns = layer.shape[-1]
     if evidence.cotangents is None:
@@ -107,7 +114,7 @@ def output_moment(layer: Layer, evidence: Evidence, full: bool = True, sharing: 
     else:
         count = jnp.sum(jnp.broadcast_to(weights, (examples, positions)))
     flat = rows.reshape(rows.shape[:-4] + (draws * examples * positions, columns))
-    return _divided(second_moment(flat, full=full), draws * count)
+    return _divided(second_moment(flat, full=full, rank=rank), draws * count)
 
 
 def input_moment_action(layer: Layer, evidence: Evidence, vector: Array) -> Array:
@@ -166,8 +173,8 @@ def partial_traces(
         outputs = output_moment(layer, evidence, full[1], pooled)
         spread = trace(inputs)
         return (
-            jax.tree.map(lambda leaf: leaf * layer.shape[-1], inputs),
-            jax.tree.map(lambda leaf: leaf * per_stack(spread, leaf), outputs),
+            scaled(inputs, jnp.full_like(spread, layer.shape[-1])),
+            scaled(outputs, spread),
         )
     rows, columns = paired_rows(layer, evidence, sharing)
     moments = paired_moments if sharing == "expand" else gradient_moments
@@ -289,4 +296,6 @@ def _pooled(rows: Array, evidence: Evidence, *, mean: bool) -> Array:
 
 def _divided(moment: Any, count: Scalar) -> Any:
     """A moment over its count; of an empty batch, zero."""
+    if isinstance(moment, Moment):
+        return moment.over(jnp.where(count > 0, count, 1).astype(moment.trace.dtype))
     return jax.tree.map(lambda leaf: leaf / jnp.where(count > 0, count, 1).astype(leaf.dtype), moment)

@@ -10,8 +10,10 @@ and counted. A batch of weight zero changes neither statistics nor what is measu
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax.numpy as jnp
+from jax import lax
 
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.lift.evidence import is_empty
@@ -29,6 +31,7 @@ from natgrad_jax.lift.state import (
     layers_of,
     when,
 )
+from natgrad_jax.lift.turns import in_turn, turns
 
 EvidenceOf = Callable[[], Mapping[str, Evidence]]
 
@@ -51,8 +54,8 @@ def advance(
     count = state.count
     statistics_due = due(count, schedule.statistics_every)
     refresh_due = due(count, schedule.refresh_every)
-    if schedule.early_refresh:
-        refresh_due = _either(refresh_due, _both(count < schedule.refresh_every, statistics_due))
+    early = _both(count < schedule.refresh_every, statistics_due) if schedule.early_refresh else False
+    refresh_due = _either(refresh_due, early)
 
     def observe(state, evidence):
         held = is_empty(evidence)
@@ -60,17 +63,27 @@ def advance(
             held = is_warm(state) | held
         return _followed(blocks, _observed(blocks, evidence, state, held=held))  # 1
 
-    def refresh(state, evidence=None):
+    def refresh_of(blocks, state, evidence=None):
         measured = state if evidence is None else _measured(blocks, evidence, state)
         held = evidence is not None and is_empty(evidence)
-        return _refreshed(blocks, damping, measured, count, state.operators, held)  # 2
+        return _refreshed(blocks, damping, measured, count, state.operators, held, schedule.tolerance)  # 2
+
+    refresh = partial(refresh_of, blocks)
+    if schedule.rolling:
+        order = turns(blocks, schedule)
+        groups = order.due(count, _either(count == 0, early))
+        refresh_due = groups[0] < groups[1]
+
+        def refresh(state, evidence=None):
+            return in_turn(order, groups, partial(refresh_of, evidence=evidence), state)
 
     if not any(block.method.rescale or block.method.measure for block in blocks):
         state = when(statistics_due, lambda state: observe(state, evidence_of()), state)
         return when(refresh_due, refresh, state)
 
     rescales = any(block.method.rescale for block in blocks)
-    rescale_due = _either(due(count, schedule.rescale_every), refresh_due) if rescales else refresh_due
+    own_due = due(count, schedule.rescale_every)
+    rescale_due = _either(own_due, refresh_due) if rescales else refresh_due
 
     def with_evidence(state):
         evidence = evidence_of()
@@ -79,7 +92,8 @@ def advance(
         state = when(refresh_due, lambda state: refresh(state, evidence), state)
         if not rescales:
             return state
-        return when(rescale_due, lambda state: _rescaled(blocks, evidence, state, former), state)  # 3
+        everywhere = own_due if schedule.rolling else True
+        return when(rescale_due, lambda state: _rescaled(blocks, evidence, state, former, everywhere), state)  # 3
 
     return when(_either(statistics_due, rescale_due), with_evidence, state)
 
@@ -125,27 +139,46 @@ def _refreshed(
     blocks: tuple[Block, ...],
     damping: Array,
     state: NaturalGradientState,
-    date: Array,
+    date_now: Array,
     former: Mapping[str, Dated],
     held: Array | bool = False,
+    tolerance: float | None = None,
 ) -> NaturalGradientState:
-    """Line 2; a layer whose refresh is not finite goes back to its former operator, and all where they are held."""
+    """Line 2; a layer whose refresh is not finite goes back to its former operator, and all where they are held.
+
+    With a tolerance, layers of one signature keep their bases where none of them has turned by more.
+    """
     method_of = {layer.name: method for layer, method in blocks}
     known = [layer for layer, _ in blocks if layer.is_known]
     values = {name: operator.value for name, operator in state.operators.items()}
+    kept: dict[str, Array] = {}
     if known:
-        refresh = method_of[known[0].name].refresh  # one method for all of them
-        values |= map_layers(
-            lambda layer, statistics, operator: refresh(layer, statistics, operator, damping.astype(layer.dtype)),
-            known,
-            state.statistics,
-            values,
-        )
-    fresh = {layer.name: Dated(values[layer.name], _dated(layer, date)) for layer, _ in blocks}
+        method = method_of[known[0].name]  # one for all of them
+
+        def refresh(layer, statistics, operator):
+            def afresh():
+                return method.refresh(layer, statistics, operator, damping.astype(layer.dtype))
+
+            if tolerance is None or method.turned is None:
+                return afresh(), jnp.zeros(layer.stack, bool)
+            stays = jnp.all(method.turned(layer, statistics, operator) <= tolerance)
+            return lax.cond(stays, lambda: operator, afresh), jnp.broadcast_to(stays, layer.stack)
+
+        found = map_layers(refresh, known, state.statistics, values)
+        values |= {name: value for name, (value, _) in found.items()}
+        kept = {name: stays for name, (_, stays) in found.items()}
+    fresh = {}
+    for layer, _ in blocks:
+        date, old = _dated(layer, date_now), state.operators[layer.name].date
+        date = jnp.where(kept[layer.name], old, date) if layer.name in kept else date
+        fresh[layer.name] = Dated(values[layer.name], date)
     fresh = _followed(blocks, state._replace(operators=fresh)).operators
     state = _kept_operators(blocks, fresh, former, state, held)
     done = 1 if held is False else jnp.where(held, 0, 1)
-    return state._replace(metrics=state.metrics._replace(refreshes=state.metrics.refreshes + done))
+    skipped = sum((jnp.sum(stays, dtype=jnp.int32) for stays in kept.values()), state.metrics.skipped_refreshes)
+    return state._replace(
+        metrics=state.metrics._replace(refreshes=state.metrics.refreshes + done, skipped_refreshes=skipped)
+    )
 
 
 def _rescaled(
@@ -153,13 +186,23 @@ def _rescaled(
     evidence: Mapping[str, Evidence],
     state: NaturalGradientState,
     former: Mapping[str, Dated],
+    everywhere: bool | Array = True,
 ) -> NaturalGradientState:
-    """Line 3; a layer without a finite scale goes back to before the refresh: a new basis is of no use without one."""
+    """Line 3; a layer without a finite scale goes back to before the refresh: a new basis is of no use without one.
+
+    Where it is not due everywhere, those layers have it that this step has refreshed.
+    """
     fresh, rescaled = dict(state.operators), []
     for layer, method in blocks:
         if method.rescale is not None:
-            old = state.operators[layer.name]
-            fresh[layer.name] = old._replace(value=method.rescale(layer, old.value, evidence[layer.name]))
+            old, rescale = state.operators[layer.name], method.rescale
+            needed = _either(everywhere, jnp.any(old.date == state.count))
+            value = when(
+                needed,
+                lambda value, layer=layer, rescale=rescale: rescale(layer, value, evidence[layer.name]),
+                old.value,
+            )
+            fresh[layer.name] = old._replace(value=value)
             rescaled.append(Block(layer, method))
     return _kept_operators(rescaled, fresh, former, state, is_empty(evidence))
 

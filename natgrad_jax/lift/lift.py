@@ -76,6 +76,9 @@ def lift(
         checks.number("decay", each, least=0, below=1, schedule=True)
     for name in ("statistics_every", "refresh_every", "rescale_every"):
         checks.period(name, getattr(schedule, name))
+    if schedule.rolling:
+        for name in ("statistics_every", "refresh_every"):
+            checks.static(name, getattr(schedule, name), "which layers take turns (`rolling`)")
 
     def blocks_of(tree: Any, decays: tuple[Scalar, ...]) -> tuple[Block, ...]:
         known, rest = method(*decays), diagonal(decays[0])
@@ -86,7 +89,7 @@ def lift(
         for layer, method in blocks_of(params, (0.0,) * len(decays)):
             statistics[layer.name], value = method.init(layer)
             operators[layer.name] = Dated(value, jnp.full(layer.stack, -1, jnp.int32))
-        zero = (jnp.zeros((), jnp.int32) for _ in range(5))
+        zero = (jnp.zeros((), jnp.int32) for _ in range(6))
         return NaturalGradientState(
             next(zero), statistics, operators, Metrics(*zero, damping=jnp.zeros((), jnp.float32))
         )

@@ -17,10 +17,11 @@ class Metrics(NamedTuple):
 
     Attributes:
         statistics: steps with statistics.
-        refreshes: steps with a refresh.
+        refreshes: steps with a refresh; of rolling ones, groups of layers.
         rejected_statistics: layers (each copy of a stack) whose statistics were not finite and were dropped, summed
             over steps.
         rejected_refreshes: the same for refreshes and rescalings.
+        skipped_refreshes: layers (each copy of a stack) that kept a basis which had hardly turned, summed over steps.
         damping: the damping used, float32.
     """
 
@@ -28,6 +29,7 @@ class Metrics(NamedTuple):
     refreshes: Array
     rejected_statistics: Array
     rejected_refreshes: Array
+    skipped_refreshes: Array
     damping: Array
 
 
@@ -67,12 +69,16 @@ class Schedule(NamedTuple):
         refresh_every: steps between refreshes.
         rescale_every: steps between rescalings; they also follow every refresh. Ignored by methods without one.
         early_refresh: whether to refresh at every statistics step until the first refresh period is over.
+        rolling: whether the layers take turns with their refreshes.
+        tolerance: a layer whose basis has turned by no more than this keeps it; None to refresh all.
     """
 
     statistics_every: Period
     refresh_every: Period
     rescale_every: Period = 1
     early_refresh: bool = False
+    rolling: bool = False
+    tolerance: float | None = None
 
 
 class Block(NamedTuple):

@@ -50,10 +50,10 @@ class EKFAC(Rescaled):
 
     def method(self, decay: Scalar, scale_decay: Scalar) -> Method:
         """The functions of one layer."""
-        most = self.max_factor_dim
+        kept = self.kept
 
         def init(layer):
-            return kronecker.empty(layer, most), rotated.identity(layer, most, self.split)
+            return kronecker.empty(layer, kept), rotated.identity(layer, kept, self.split)
 
         def observe(layer, pair, evidence):
             return kronecker.observe(layer, pair, evidence, decay, self.sharing)  # 1
@@ -73,7 +73,12 @@ class EKFAC(Rescaled):
             del layer
             return rotated.followed(*kronecker.means(pair), operator)
 
-        return Method(init, observe, refresh, apply, rescale, None if self.split == "exact" else follow)
+        def turned(layer, pair, operator):
+            del layer
+            return rotated.turn(*kronecker.means(pair), operator)
+
+        follows = None if self.split == "exact" else follow
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ import optax
 from natgrad_jax.algebra import averages, bfgs
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, einsum, matmul
+from natgrad_jax.algebra.truncated import Kept
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks.kronecker import identities
 from natgrad_jax.layers.rows import input_moment, input_moment_action, input_rows, mean_input, mean_output
@@ -176,7 +177,7 @@ class KBFGSOptimizer(Settings):
 
         def init(layer):
             rows, columns = layer.shape
-            inputs, outputs = identities(layer, max(rows, columns) if self.memory is None else rows)
+            inputs, outputs = identities(layer, Kept(max(rows, columns) if self.memory is None else rows))
             if self.memory is not None:
                 outputs = bfgs.no_pairs(layer.stack, self.memory, columns, layer.dtype)
             kept = layer.one_hot or self.hessian_action == "average"  # a diagonal always is

@@ -26,13 +26,13 @@ from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Method, Scalar
 from natgrad_jax.blocks import kronecker
 from natgrad_jax.layers.rows import Sharing
-from natgrad_jax.settings import Averaged, Completed, direction, optimizer
+from natgrad_jax.settings import Completed, Truncatable, direction, optimizer
 
 Split = Literal["pi", "even", "exact"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KFAC(Averaged):
+class KFAC(Truncatable):
     """The K-FAC direction, A^-1 dW G^-1 for every layer."""
 
     split: Annotated[
@@ -51,8 +51,8 @@ class KFAC(Averaged):
         """The functions of one layer."""
 
         def init(layer):
-            most = self.max_factor_dim
-            return kronecker.empty(layer, most), kronecker.identity(layer, most, self.split)
+            kept = self.kept
+            return kronecker.empty(layer, kept), kronecker.identity(layer, kept, self.split)
 
         def observe(layer, pair, evidence):
             return kronecker.observe(layer, pair, evidence, decay, self.sharing)  # 1, 1'

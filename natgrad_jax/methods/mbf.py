@@ -41,6 +41,7 @@ from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.modes import product
 from natgrad_jax.algebra.moments import second_moment
 from natgrad_jax.algebra.stacks import Diagonal, damped_inverse
+from natgrad_jax.algebra.truncated import Kept
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.around.graft import of_gradient
 from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
@@ -114,7 +115,9 @@ class MBF(OfTensors):
         """The functions of vectors that share a block: tensors [S, J, n] of J vectors each."""
 
         def init(layer):
-            _, identity = tensor.identities(layer, 0 if _is_vector(layer.geometry.source) else self.max_factor_dim)
+            _, identity = tensor.identities(
+                layer, Kept(0 if _is_vector(layer.geometry.source) else self.max_factor_dim)
+            )
             return averages.of_zeros(identity, layer.stack, layer.dtype), identity
 
         def observe(layer, blocks, evidence):

@@ -19,7 +19,6 @@ statistics are of the gradient of the mean loss of a batch, true labels and all.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -77,7 +76,7 @@ class Shampoo(OfCutTensors):
         """The functions of one tensor."""
 
         def init(layer):
-            return tensor.empty(layer, self.max_factor_dim), tensor.identities(layer, self.max_factor_dim)
+            return tensor.empty(layer, self.kept), tensor.identities(layer, self.kept)
 
         def couple(layer, factors, roots, evidence):
             found = tensor.contractions(layer, factors, evidence, whiten=roots)
@@ -87,7 +86,8 @@ class Shampoo(OfCutTensors):
             found = tensor.contractions(layer, factors, evidence)
             if self.accumulate == "average":
                 return averages.update(factors, found, decay)  # 1
-            return Average(jax.tree.map(jnp.add, factors.total, found), jnp.ones_like(factors.weight))
+            total = averages.combined(factors, found, (1, 1)).total
+            return Average(total, jnp.ones_like(factors.weight))
 
         def refresh(layer, factors, roots, damping):
             del roots

@@ -25,9 +25,11 @@ from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
-from natgrad_jax.algebra.eigenbasis import iterated
-from natgrad_jax.algebra.modes import product, reordered
-from natgrad_jax.algebra.stacks import Diagonal, eigh, matmul, transpose
+from natgrad_jax.algebra.eigenbasis import columns, moved
+from natgrad_jax.algebra.eigenbasis import turned as off_diagonal
+from natgrad_jax.algebra.modes import product
+from natgrad_jax.algebra.stacks import eigh
+from natgrad_jax.algebra.truncated import coordinates, filtered, squares, turn
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.around.control import Quadratic
 from natgrad_jax.base import Array, Method, Scalar
@@ -35,14 +37,22 @@ from natgrad_jax.blocks import tensor
 from natgrad_jax.blocks.rotated import Refresh
 from natgrad_jax.lift.state import Period, Schedule
 from natgrad_jax.lift.tensors import Statistics
-from natgrad_jax.settings import Completed, OfCutTensors, Size, Steps, direction_of_tensors, optimizer_of_tensors
+from natgrad_jax.settings import (
+    Completed,
+    OfCutTensors,
+    Size,
+    Steps,
+    Tolerance,
+    direction_of_tensors,
+    optimizer_of_tensors,
+)
 
 _WIDEST = 10_000
 _NOISE = 100  # roots of V below this many eps of the largest are rounding, and so is the gradient that they divide
 
 
 class Turned(NamedTuple):
-    """The Q_i [S, n_i, n_i] or None, and the average of V [S, n_1, ..., n_k] in them."""
+    """The Q_i [S, n_i, n_i], fewer columns, or None, and the average of V [S, n_1, ..., n_k] in them."""
 
     basis: tuple[Array | None, ...]
     scale: Average
@@ -68,6 +78,7 @@ class SOAP(OfCutTensors):
         "they ask for a larger damping, too.",
         Steps(),
     ] = 1
+    refresh_tolerance: Tolerance = None
     damping: Damping = 1e-16
     statistics: Statistics = "gradient"
     statistics_every: Period = 1
@@ -80,17 +91,21 @@ class SOAP(OfCutTensors):
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh)
+        return Schedule(
+            *(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh),
+            rolling=self.rolling,
+            tolerance=self.refresh_tolerance,
+        )
 
     def method(self, decay: Scalar) -> Method:
         """The functions of one tensor."""
 
         def init(layer):
             most = _WIDEST if self.max_factor_dim is None else self.max_factor_dim
-            most = most if len(layer.shape) > 1 else 0
-            identities = tensor.identities(layer, most)
-            basis = tuple(None if isinstance(side, Diagonal) else side for side in identities)
-            return tensor.empty(layer, most), Turned(basis, averages.empty(layer.stack, layer.shape, layer.dtype))
+            kept = self.kept._replace(most=most if len(layer.shape) > 1 else 0)
+            basis = tuple(map(columns, tensor.identities(layer, kept)))
+            shape = tuple(map(coordinates, basis, layer.shape))
+            return tensor.empty(layer, kept), Turned(basis, averages.empty(layer.stack, shape, layer.dtype))
 
         def observe(layer, factors, evidence):
             return averages.update(factors, tensor.contractions(layer, factors, evidence), decay)  # 1
@@ -101,27 +116,25 @@ class SOAP(OfCutTensors):
 
             def afresh():
                 basis = tuple(eigh(factor)[1] for factor in means)  # 2
-                turns = [_turn(before, after) for before, after in zip(old, basis, strict=True)]
+                turns = [None if new is None else turn(before, new) for before, new in zip(old, basis, strict=True)]
                 return basis, product(scale.total, turns)  # 3'
 
-            def moved():
+            def step():
                 basis, total = [], scale.total
                 for mode, (side, factor) in enumerate(zip(old, means, strict=True)):
-                    found, order = iterated(side, factor)  # 2
+                    found, total = moved(side, factor, total, mode - len(means))  # 2, 3
                     basis.append(found)
-                    total = total if order is None else reordered(total, mode, len(means), order)  # 3
                 return tuple(basis), total
 
             if self.refresh == "eigh":
                 basis, total = afresh()
             else:
-                basis, total = lax.cond(jnp.all(scale.weight > 0), moved, afresh)
+                basis, total = lax.cond(jnp.all(scale.weight > 0), step, afresh)
             return Turned(basis, scale._replace(total=total))
 
         def rescale(layer, operator, evidence):
             gradient, weight = tensor.draws(layer, evidence)
-            seen = product(gradient, (None, *operator.basis))
-            square = jnp.sum(seen**2, axis=len(layer.stack)) / weight
+            square = jnp.sum(squares(gradient, operator.basis), axis=len(layer.stack)) / weight
             return operator._replace(scale=averages.update(operator.scale, square, decay))  # 4
 
         def apply(layer, operator, gradient, damping):
@@ -132,15 +145,15 @@ class SOAP(OfCutTensors):
             if any(side is not None for side in basis):
                 largest = jnp.max(scale, axis=range(-len(basis), 0), keepdims=True)
                 floor = jnp.maximum(floor, (_NOISE * precision.eps) ** 2 * largest)
-            seen = product(gradient, basis) / jnp.sqrt(scale + jnp.maximum(damping, floor))
-            return product(seen, [side if side is None else transpose(side) for side in basis])  # 5
+            return filtered(gradient, basis, 1 / jnp.sqrt(scale + jnp.maximum(damping, floor)))  # 5
 
-        return Method(init, observe, refresh, apply, rescale)
+        def turned(layer, factors, operator):
+            del layer
+            means = averages.mean(factors)
+            found = [off_diagonal(*each) for each in zip(operator.basis, means, strict=True)]
+            return jnp.where(operator.scale.weight > 0, jnp.max(jnp.stack(found), axis=0), 1)
 
-
-def _turn(old: Array | None, new: Array | None) -> Array | None:
-    """The squared entries of Q^T Q', which carry a diagonal from the basis Q to Q'."""
-    return None if old is None or new is None else matmul(transpose(old), new) ** 2
+        return Method(init, observe, refresh, apply, rescale, turned=turned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,10 +64,10 @@ class TEKFAC(Rescaled):
 
     def method(self, decay: Scalar, scale_decay: Scalar) -> Method:
         """The functions of one layer."""
-        most = self.max_factor_dim
+        kept = self.kept
 
         def init(layer):
-            return kronecker.empty_traces(layer, most), rotated.identity(layer, most, self.split)
+            return kronecker.empty_traces(layer, kept), rotated.identity(layer, kept, self.split)
 
         def observe(layer, traces, evidence):
             return kronecker.observe_traces(layer, traces, evidence, decay, self.sharing)  # 1
@@ -88,7 +88,12 @@ class TEKFAC(Rescaled):
             del layer
             return rotated.followed(*kronecker.trace_restricted(traces), operator)
 
-        return Method(init, observe, refresh, apply, rescale, None if self.split == "exact" else follow)
+        def turned(layer, traces, operator):
+            del layer
+            return rotated.turn(*kronecker.trace_restricted(traces), operator)
+
+        follows = None if self.split == "exact" else follow
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
 
 
 def mean_eigenvalues(layers: Mapping[str, Layer], operators: Mapping[str, Rotated], damping: Array) -> dict[str, Array]:

@@ -27,11 +27,11 @@ from natgrad_jax.base import Layer, Method, Scalar
 from natgrad_jax.blocks import kronecker
 from natgrad_jax.blocks.kronecker import Split
 from natgrad_jax.layers.rows import Pairing
-from natgrad_jax.settings import Averaged, Completed, direction, optimizer
+from natgrad_jax.settings import Completed, Truncatable, direction, optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TKFAC(Averaged):
+class TKFAC(Truncatable):
     """The TKFAC direction, the inverse of the Kronecker product that has the partial traces of F, for every layer.
 
     The paper's T_FIM is `statistics_every`, its T_INV `refresh_every`.
@@ -54,13 +54,13 @@ class TKFAC(Averaged):
 
     def method(self, decay: Scalar) -> Method:
         """The functions of one layer."""
-        most = self.max_factor_dim
+        kept = self.kept
 
         def rule(layer: Layer) -> Split:
             return self.split or ("mean_eigenvalue" if layer.window else "even")
 
         def init(layer):
-            return kronecker.empty_traces(layer, most), kronecker.identity(layer, most, rule(layer))
+            return kronecker.empty_traces(layer, kept), kronecker.identity(layer, kept, rule(layer))
 
         def observe(layer, traces, evidence):
             return kronecker.observe_traces(layer, traces, evidence, decay, self.sharing)  # 1

@@ -37,6 +37,7 @@ import optax
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.modes import product
 from natgrad_jax.algebra.stacks import Factor, damped_inverse, per_stack, trace
+from natgrad_jax.algebra.truncated import Kept
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks import tensor
@@ -98,8 +99,8 @@ class TNT(OfTensors):
         """The functions of one tensor."""
 
         def init(layer):
-            most = self.max_factor_dim
-            return tensor.empty(layer, most), tensor.identities(layer, most)
+            kept = Kept(self.max_factor_dim)
+            return tensor.empty(layer, kept), tensor.identities(layer, kept)
 
         def observe(layer, factors, evidence):
             found = tensor.contractions(layer, factors, evidence, estimator=self.estimator)

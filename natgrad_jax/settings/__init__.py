@@ -9,7 +9,9 @@ from natgrad_jax.settings.shared import (
     OfCutTensors,
     OfTensors,
     Rescaled,
+    Tolerance,
     Transformation,
+    Truncatable,
 )
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "Settings",
     "Size",
     "Steps",
+    "Tolerance",
     "Transformation",
+    "Truncatable",
     "direction",
     "direction_of_tensors",
     "optimizer",

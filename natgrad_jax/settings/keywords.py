@@ -50,6 +50,14 @@ class Size(NamedTuple):
         checks.size(name, value, least=self.least)
 
 
+class Vectors(NamedTuple):
+    """A number of vectors, at least 1, or a share below 1."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse what it is not."""
+        checks.rank(name, value)
+
+
 class Fixed(NamedTuple):
     """A number that fixes what is computed, hence one of Python."""
 

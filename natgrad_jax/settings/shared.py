@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import optax
 
+from natgrad_jax.algebra.truncated import Kept, Rank
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, adaptive_damping
 from natgrad_jax.around.complete import complete
 from natgrad_jax.around.control import Length, Quadratic
@@ -15,12 +16,22 @@ from natgrad_jax.layers.views import Modes, in_modes, merged, view
 from natgrad_jax.lift.evidence import Scale
 from natgrad_jax.lift.lift import Strengths, lift
 from natgrad_jax.lift.state import Period, Schedule
+from natgrad_jax.lift.stored import stored
 from natgrad_jax.lift.tensors import Statistics, lift_tensors
-from natgrad_jax.settings.keywords import Mask, Number, Settings, Size, Steps
+from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, Steps, Vectors
 
 Transformation = optax.GradientTransformationExtraArgs
 Rate = ScalarOrSchedule | Length | None
 Smoothing = Callable[[Scalar], optax.GradientTransformation]
+StoredAs = Literal["bfloat16", "float16", "float32"]
+Tolerance = Annotated[
+    float | None,
+    "a layer keeps its eigenvectors where a refresh is due if they have hardly turned: if what is off the diagonal in "
+    "their coordinates is at most this share of the whole (roots of sums of squares; 0.1, say). That takes a product "
+    "instead of an eigendecomposition, and is counted in the metrics. None to refresh all.",
+    Fixed(Number(below=1)),
+]
+"""Of methods that measure second moments in a basis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +85,14 @@ class Direction(Settings):
         """
         raise NotImplementedError
 
+    def kept_method(self, *decays: Any) -> Method:
+        """The functions of one layer, with what is kept of it in the dtype that is asked for."""
+        return self.method(*decays)
+
     def lifted(self, layers: Layers) -> Transformation:
         """The direction for the layers of a model."""
         return lift(
-            self.method,
+            self.kept_method,
             layers,
             damping=self.given,
             decay=self.decays,
@@ -99,6 +114,11 @@ class Averaged(Direction):
         bool,
         "whether to refresh at every statistics step until the first refresh period is over; it steadies the start.",
     ] = True
+    rolling: Annotated[
+        bool,
+        "whether the layers take turns with their refreshes, balanced by the cubes of their sides, so that no step has "
+        "all of them; each is refreshed as often as without. At the first step, and at early refreshes, all are.",
+    ] = False
     max_factor_dim: Annotated[
         int | None,
         "a side wider than this (a vocabulary, say) keeps only the diagonal of its factor; None for 8192. Less bounds "
@@ -106,14 +126,45 @@ class Averaged(Direction):
         Size(0),
     ] = None
 
+    factor_dtype: Annotated[
+        StoredAs | None,
+        "of the statistics and of what is applied, between steps; what is computed of them is in that of the layer. "
+        '"bfloat16" halves what a method holds, and rounds every entry to three digits. None for that of the layer.',
+    ] = None
+
+    def kept_method(self, *decays: Any) -> Method:
+        """The functions of one layer, with what is kept of it in the dtype that is asked for."""
+        method = self.method(*decays)
+        return method if self.factor_dtype is None else stored(method, self.factor_dtype)
+
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, early_refresh=self.early_refresh)
+        return Schedule(
+            self.statistics_every, self.refresh_every, early_refresh=self.early_refresh, rolling=self.rolling
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rescaled(Averaged):
+class Truncatable(Averaged):
+    """Settings of directions whose factors can be truncated to their leading eigenvectors."""
+
+    rank: Annotated[
+        Rank | Literal["auto"] | None,
+        "eigenvectors that a side of a layer keeps, with one mean eigenvalue for the rest: a number, a share of its "
+        'size (0.1), or "auto", an eighth of it and 32 at least. What is kept and what a product takes then grow with '
+        "the size of a side instead of its square, a refresh with no cube. None for whole factors.",
+        Vectors(),
+    ] = None
+
+    @property
+    def kept(self) -> Kept:
+        """What a side keeps."""
+        return Kept(self.max_factor_dim, self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(Truncatable):
     """Settings of directions that measure second moments in an eigenbasis.
 
     Directions that the last batches did not show are divided by the damping alone: with small batches it must not be
@@ -136,6 +187,7 @@ class Rescaled(Averaged):
         'how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old ones, '
         'which is cheaper, after a first refresh by "eigh"; the scale is then kept, not begun anew.',
     ] = "eigh"
+    refresh_tolerance: Tolerance = None
     rescale_every: Annotated[
         Period, "steps between measurements of the scale; there is one after every refresh in any case.", Steps()
     ] = 10
@@ -149,7 +201,11 @@ class Rescaled(Averaged):
     @property
     def schedule(self) -> Schedule:
         """The periods."""
-        return Schedule(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh)
+        return Schedule(
+            *(self.statistics_every, self.refresh_every, self.rescale_every, self.early_refresh),
+            rolling=self.rolling,
+            tolerance=self.refresh_tolerance,
+        )
 
     @property
     def decays(self) -> tuple[ScalarOrSchedule, ScalarOrSchedule]:
@@ -192,7 +248,7 @@ class OfTensors(Averaged):
     def lifted(self, layers: Layers | None) -> Transformation:
         """The direction for the layers of a model, or for arrays of any model."""
         return lift_tensors(
-            self.method,
+            self.kept_method,
             self.see,
             layers,
             damping=self.given,
@@ -205,7 +261,7 @@ class OfTensors(Averaged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfCutTensors(OfTensors):
+class OfCutTensors(OfTensors, Truncatable):
     """Settings of directions that join short modes and cut long ones, in the units of the gradient of a batch."""
 
     kernels: Annotated[

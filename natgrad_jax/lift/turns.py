@@ -1,0 +1,102 @@
+"""Layers take turns with their refreshes, so that no step has them all.
+
+    1  groups <- the layers, the dearest first, each to the group that has the least to do     by n^3 of their sides
+    2  one step of a period for each group, spread over it
+    3  a step refreshes the groups from the first to the last that are due: one, none, or at the start all of them
+
+Each layer is refreshed once in `refresh_every` steps, as without turns, at a step of its own. The groups are branches
+of one `lax.switch` inside of a loop over those that are due: each refresh is compiled once, and a step without one
+computes nothing. When a group is due follows from the step count alone, so that no checkpoint has to say it.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from natgrad_jax.base import Array, Layer
+from natgrad_jax.lift.state import Block, Schedule
+
+
+class Turns(NamedTuple):
+    """Who refreshes when.
+
+    Attributes:
+        groups: the blocks of each turn.
+        steps: of each group the step of a period, ascending.
+        period: steps after which all have come round.
+    """
+
+    groups: tuple[tuple[Block, ...], ...]
+    steps: tuple[int, ...]
+    period: int
+
+    def due(self, count: Array, all_of_them: bool | Array) -> tuple[Array, Array]:
+        """The groups that are due at a step: those from the first up to the second number.
+
+        Args:
+            count: steps done.
+            all_of_them: whether all are.
+
+        Returns:
+            Two whole numbers, the same where none is due.
+        """
+        starts = [self.steps.index(step) if step in self.steps else 0 for step in range(self.period)]
+        lengths = [int(step in self.steps) for step in range(self.period)]
+        place = count % self.period
+        first = jnp.where(all_of_them, 0, jnp.array(starts)[place])
+        return first, jnp.where(all_of_them, len(self.groups), first + jnp.array(lengths)[place])
+
+
+def turns(blocks: Sequence[Block], schedule: Schedule) -> Turns:
+    """The turns of some blocks.
+
+    Args:
+        blocks: the layers with their methods.
+        schedule: with periods that are numbers of Python. A method that measures after a refresh has its turns at
+            steps with statistics, if the period of refreshes is a multiple of theirs.
+
+    Returns:
+        The turns. Blocks of no known layer, which have nothing to refresh, go with the first.
+    """
+    period, between = int(schedule.refresh_every), int(schedule.statistics_every)
+    measures = any(block.method.rescale or block.method.measure for block in blocks)
+    stride = between if measures and period % between == 0 else 1
+    known = [block for block in blocks if block.layer.is_known]
+    count = max(1, min(period // stride, len(known)))
+    groups: list[list[Block]] = [
+        [block for block in blocks if not block.layer.is_known],
+        *([] for _ in range(count - 1)),
+    ]
+    loads = [0] * count
+    for block in sorted(known, key=lambda block: -cost(block.layer)):  # 1
+        least = loads.index(min(loads))
+        groups[least].append(block)
+        loads[least] += cost(block.layer)
+    steps = tuple(index * (period // stride) // count * stride for index in range(count))  # 2
+    return Turns(tuple(map(tuple, groups)), steps, period)
+
+
+def cost(layer: Layer) -> int:
+    """What a refresh of a layer takes, in units of the flops of a factorisation: the cubes of its sides."""
+    return prod(layer.stack) * sum(size**3 for size in layer.shape)
+
+
+def in_turn(
+    found: Turns, due: tuple[Array, Array], refresh: Callable[[tuple[Block, ...], Any], Any], state: Any
+) -> Any:
+    """Line 3: the state with the groups refreshed that are due.
+
+    Args:
+        found: the turns.
+        due: the groups from the first up to the second number.
+        refresh: of some blocks: blocks, state -> state.
+        state: before.
+
+    Returns:
+        After.
+    """
+    branches = [lambda state, group=group: refresh(group, state) for group in found.groups]
+    return lax.fori_loop(*due, lambda index, state: lax.switch(index, branches, state), state)
