@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
@@ -27,7 +28,6 @@ from natgrad_jax.lift.state import (
     is_warm,
     kept_finite,
     layers_of,
-    when,
 )
 
 EvidenceOf = Callable[[], Mapping[str, Evidence]]

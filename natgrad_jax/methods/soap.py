@@ -21,10 +21,10 @@ from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.branches import either
 from natgrad_jax.algebra.eigenbasis import iterated
 from natgrad_jax.algebra.modes import product, reordered
 from natgrad_jax.algebra.stacks import Diagonal, eigh, matmul, transpose
@@ -99,12 +99,12 @@ class SOAP(OfCutTensors):
             del layer, damping
             means, (old, scale) = averages.mean(factors), operator
 
-            def afresh():
+            def afresh(means, old, scale):
                 basis = tuple(eigh(factor)[1] for factor in means)  # 2
                 turns = [_turn(before, after) for before, after in zip(old, basis, strict=True)]
                 return basis, product(scale.total, turns)  # 3'
 
-            def moved():
+            def moved(means, old, scale):
                 basis, total = [], scale.total
                 for mode, (side, factor) in enumerate(zip(old, means, strict=True)):
                     found, order = iterated(side, factor)  # 2
@@ -113,9 +113,9 @@ class SOAP(OfCutTensors):
                 return tuple(basis), total
 
             if self.refresh == "eigh":
-                basis, total = afresh()
+                basis, total = afresh(means, old, scale)
             else:
-                basis, total = lax.cond(jnp.all(scale.weight > 0), moved, afresh)
+                basis, total = either(jnp.all(scale.weight > 0), moved, afresh, means, old, scale)
             return Turned(basis, scale._replace(total=total))
 
         def rescale(layer, operator, evidence):
