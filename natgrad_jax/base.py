@@ -262,22 +262,25 @@ class Layers(Mapping[str, Layer]):
     def __str__(self) -> str:
         return report.coverage(self, WIDEST)
 
-    def bytes(self, tx: optax.GradientTransformation) -> int:
+    def bytes(self, tx: optax.GradientTransformation, params: Any = None) -> int:
         """How much memory the state of a transformation takes for these layers; nothing is computed.
 
         What `print(layers)` says of a layer is a pair of whole factors. Here the settings count: of a side that is
         wider than `max_factor_dim` a method holds the diagonal, and one that keeps rows or roots holds those.
 
         Args:
-            tx: a direction or a complete optimizer, made of these layers.
+            tx: a direction or a complete optimizer, made of these layers, or a wrapper around one.
+            params: the parameters; shapes suffice. Their dtypes count where a momentum is kept; None for that of
+                their curvature.
 
         Returns:
-            Bytes, for parameters in the dtype of their curvature.
+            Bytes.
         """
-        shapes = {
-            leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)
-            for layer in self.blocks
-            for leaf in layer.leaves
-        }
-        state = jax.eval_shape(tx.init, shapes)
+        if params is None:
+            params = {
+                leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)
+                for layer in self.blocks
+                for leaf in layer.leaves
+            }
+        state = jax.eval_shape(tx.init, params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
