@@ -275,19 +275,21 @@ class Layers(Mapping[str, Layer]):
     def __str__(self) -> str:
         return report.coverage(self, WIDEST)
 
-    def bytes(self, tx: optax.GradientTransformation) -> int:
+    def bytes(self, tx: optax.GradientTransformation, params: Any = None) -> int:
         """How much memory the state of a transformation takes for these layers; nothing is computed.
 
         What `print(layers)` says of a layer is a pair of whole factors. Here the settings count: of a side that is
         wider than `max_factor_dim` a method holds the diagonal, and one that keeps rows or roots holds those.
 
         Args:
-            tx: a direction or a complete optimizer, made of these layers.
+            tx: a direction or a complete optimizer, made of these layers, or a wrapper around one.
+            params: the parameters; shapes suffice. Their dtypes count where a momentum is kept; None for that of
+                their curvature.
 
         Returns:
-            Bytes, for parameters in the dtype of their curvature.
+            Bytes.
         """
-        return report.size(self._state(tx))
+        return report.size(self._state(tx, params))
 
     def report(self, tx: optax.GradientTransformation) -> str:
         """What the state of a transformation holds of each layer; nothing is computed.
@@ -301,9 +303,12 @@ class Layers(Mapping[str, Layer]):
         """
         return report.held(self._state(tx))
 
-    def _state(self, tx: optax.GradientTransformation) -> Any:
+    def _state(self, tx: optax.GradientTransformation, params: Any = None) -> Any:
         """The shapes of a state."""
-        leaves = ((leaf, layer.dtype) for layer in self.blocks for leaf in layer.leaves)
-        return jax.eval_shape(
-            tx.init, {leaf.address: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in leaves}
-        )
+        if params is None:
+            params = {
+                leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)
+                for layer in self.blocks
+                for leaf in layer.leaves
+            }
+        return jax.eval_shape(tx.init, params)

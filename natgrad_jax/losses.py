@@ -176,7 +176,9 @@ def _labels_or_distributions(outputs: Array, targets: Array) -> str | None:
 
 def _cross_entropy(outputs: Array, targets: Array) -> Array:
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        known = (targets >= 0) & (targets < outputs.shape[-1])
+        terms = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(known, targets, 0))
+        return terms * jnp.where(known, 1, jnp.nan).astype(terms.dtype)  # so that the gradient is no number, either
     return -jnp.sum(_zero_times(targets.astype(outputs.dtype), jax.nn.log_softmax(outputs)), axis=-1)
 
 
@@ -212,7 +214,8 @@ softmax_cross_entropy = Likelihood(
 )
 """Categorical: outputs are logits, targets integer labels [N, ...] or probabilities (one-hot) [N, ..., C].
 
-H = diag(p) - p p^T with p = softmax(z), R = diag(sqrt p) - p sqrt(p)^T.
+H = diag(p) - p p^T with p = softmax(z), R = diag(sqrt p) - p sqrt(p)^T. An integer label outside of 0, ..., C - 1 makes
+loss and gradient NaN, unless its weight is zero: what stands for "no label" needs that.
 """
 
 

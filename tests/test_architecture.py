@@ -16,6 +16,7 @@ ROOMS = (
     "checks",
     "losses",
     "algebra",
+    "algebra/branches",
     "algebra/stacks",
     "algebra/truncated",
     "algebra/averages",

@@ -32,6 +32,7 @@ import optax
 
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.around.model import change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, ScalarOrSchedule
 from natgrad_jax.lift import guards
@@ -237,14 +238,14 @@ def _tested(
     rise = 3 * jnp.abs(last.value) + 10 * jnp.finfo(jnp.float32).eps * state.first
     is_due = heard & (last.foretold != 0) & ~(value - last.value <= rise)
 
-    def test():
+    def test(_):
         start = trees.add(params, last.tree, -1.0)
         before = curvature.value(start)
         change = value - before + change_of_penalty(penalised, trees.add(params, last.tree, -0.5), last.tree)
         bad = jnp.isfinite(before) & ~(change <= 10 * jnp.abs(last.foretold))
         return ratio_of(change, last.foretold), bad
 
-    return jax.lax.cond(is_due, test, lambda: (state.ratio, jnp.array(False)))
+    return when(is_due, test, (state.ratio, jnp.array(False)))
 
 
 def _narrow(*numbers: Any) -> Iterator[Array]:

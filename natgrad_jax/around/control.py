@@ -24,6 +24,7 @@ import optax
 
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
 from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
@@ -141,7 +142,7 @@ def controlled(
         if rule:
             is_due = rule.is_due(count, state.ratio) & heard  # a batch of weight zero tests nothing
             test = partial(_tested, curvature, params, weights, penalised)
-            ratio, taken = jax.lax.cond(is_due, lambda: test(model(), step), lambda: (ratio, taken))  # 6
+            ratio, taken = when(is_due, lambda _: test(model(), step), (ratio, taken))  # 6
             strength = jnp.where(is_due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
         last = None if last is None else trees.select(taken & sound & heard, step, last)
         step = trees.select(taken & sound & heard, step, jax.tree.map(jnp.zeros_like, step))

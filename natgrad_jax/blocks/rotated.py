@@ -3,10 +3,10 @@
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.branches import either
 from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, mean_squares, standard, turned, warm_eigenbasis
 from natgrad_jax.algebra.moments import moments_in
 from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
@@ -68,19 +68,20 @@ def refreshed(inputs: Factor, outputs: Factor, old: Rotated, estimator: Estimato
     Returns:
         The new basis, and the average of the scale in it.
     """
-    _, scale, _ = old
+    given = (inputs, outputs, old.basis, old.scale)
 
-    def cold():
+    def cold(inputs, outputs, basis, scale):
+        del basis
         found, eigenvalues = eigenbasis(inputs, outputs)
         if estimator == "minibatch":
             return found, Average(eigenvalues, jnp.ones_like(scale.weight))
         return found, Average(jnp.zeros_like(scale.total), jnp.zeros_like(scale.weight))
 
-    def warm():
-        found, moved = warm_eigenbasis(old.basis, scale.total, inputs, outputs)
+    def warm(inputs, outputs, basis, scale):
+        found, moved = warm_eigenbasis(basis, scale.total, inputs, outputs)
         return found, scale._replace(total=moved)
 
-    basis, scale = cold() if refresh == "eigh" else lax.cond(jnp.all(scale.weight > 0), warm, cold)
+    basis, scale = cold(*given) if refresh == "eigh" else either(jnp.all(old.scale.weight > 0), warm, cold, *given)
     return old._replace(basis=basis, scale=scale)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
@@ -29,7 +30,6 @@ from natgrad_jax.lift.state import (
     is_warm,
     kept_finite,
     layers_of,
-    when,
 )
 from natgrad_jax.lift.turns import in_turn, turns
 

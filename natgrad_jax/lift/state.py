@@ -1,6 +1,6 @@
 """The state of a lifted method, its schedule, and what is asked of both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -154,8 +154,3 @@ def due(count: Array, every: Period) -> bool | Array:
         return True if every == 1 else count % every == 0
     every = jnp.asarray(every)
     return count % jnp.round(every.astype(jnp.float32)).astype(jnp.int32) == 0
-
-
-def when(is_due: bool | Array, function: Callable[[Any], Any], state: Any) -> Any:
-    """The function of the state where due; a branch only if that is not known beforehand."""
-    return function(state) if is_due is True else jax.lax.cond(is_due, function, lambda state: state, state)

@@ -18,6 +18,7 @@ import optax
 
 from natgrad_jax import checks
 from natgrad_jax.algebra import averages, trees
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Operator, Scalar, ScalarOrSchedule, Statistics
 from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.layers.parameter import widest
@@ -174,11 +175,9 @@ def lift_stepping(
             ends = _ends(blocks, params, evidence), _ends(blocks, there, again)
             return found, _learned(method_of, blocks, seen, ends, strengths, state, held)  # 3
 
-        is_due = due(count, statistics_every)
-        if is_due is True:
-            found, state = measured(state)
-        else:
-            found, state = jax.lax.cond(is_due, measured, lambda state: (stepped(state.operators), state), state)
+        found, state = when(
+            due(count, statistics_every), measured, state, otherwise=lambda state: (stepped(state.operators), state)
+        )
         metrics = state.metrics._replace(damping=strengths.damping.astype(jnp.float32))
         return found, state._replace(count=jnp.asarray(optax.safe_increment(count)), metrics=metrics)
 

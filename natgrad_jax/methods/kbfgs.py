@@ -33,12 +33,12 @@ Not here: H_0 = I scaled by the last pair; another A for dense layers than for c
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from natgrad_jax.algebra import averages, bfgs
 from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.algebra.stacks import Diagonal, Factor, damped_inverse, einsum, matmul
 from natgrad_jax.algebra.truncated import Kept
 from natgrad_jax.base import Array, Evidence, Layer, Layers, Scalar, ScalarOrSchedule
@@ -196,11 +196,12 @@ class KBFGSOptimizer(Settings):
             x, _ = _split(layer, evidence, strengths.damping, self.split)
             missing, old = (operator.started == 0) | layer.one_hot, operator.inputs
 
-            def made():
+            def made(old):
+                del old
                 kept = statistics.inputs
                 return damped_inverse(input_moment(layer, evidence) if kept is None else averages.mean(kept), x)
 
-            new = choose(missing, jax.lax.cond(jnp.any(missing), made, lambda: old), old)  # 2
+            new = choose(missing, when(jnp.any(missing), made, old), old)  # 2
             return operator._replace(inputs=new, started=jnp.ones_like(operator.started))
 
         def apply(layer, operator, matrix, strengths):

@@ -21,10 +21,10 @@ from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
+from natgrad_jax.algebra.branches import either
 from natgrad_jax.algebra.eigenbasis import columns, moved
 from natgrad_jax.algebra.eigenbasis import turned as off_diagonal
 from natgrad_jax.algebra.modes import product
@@ -114,12 +114,12 @@ class SOAP(OfCutTensors):
             del layer, damping
             means, (old, scale) = averages.mean(factors), operator
 
-            def afresh():
+            def afresh(means, old, scale):
                 basis = tuple(eigh(factor)[1] for factor in means)  # 2
                 turns = [None if new is None else turn(before, new) for before, new in zip(old, basis, strict=True)]
                 return basis, product(scale.total, turns)  # 3'
 
-            def step():
+            def step(means, old, scale):
                 basis, total = [], scale.total
                 for mode, (side, factor) in enumerate(zip(old, means, strict=True)):
                     found, total = moved(side, factor, total, mode - len(means))  # 2, 3
@@ -127,9 +127,9 @@ class SOAP(OfCutTensors):
                 return tuple(basis), total
 
             if self.refresh == "eigh":
-                basis, total = afresh()
+                basis, total = afresh(means, old, scale)
             else:
-                basis, total = lax.cond(jnp.all(scale.weight > 0), step, afresh)
+                basis, total = either(jnp.all(scale.weight > 0), step, afresh, means, old, scale)
             return Turned(basis, scale._replace(total=total))
 
         def rescale(layer, operator, evidence):

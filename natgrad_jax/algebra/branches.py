@@ -1,0 +1,116 @@
+"""Branches that stay branches where a user's `vmap` trains several members at once.
+
+`vmap` turns `lax.cond` into a select as soon as its predicate differs from member to member, and then both branches are
+computed at every step, though members that began together agree on what is due. So the predicate is asked whether it
+holds for any member; that answer is one for all, and what the branch gives is kept where it holds for the member.
+A branch is computed where one member needs it, and the values are those of a loop over the members.
+
+Without `vmap` these are `lax.cond`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from natgrad_jax.base import Array
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(predicate: Array) -> Array:
+    """The predicate; under `vmap` whether it holds for any member, which is not mapped."""
+    return predicate
+
+
+@_anywhere.def_vmap
+def _(size: int, batched: Any, predicate: Array) -> tuple[Array, bool]:
+    del size, batched
+    return _anywhere(jnp.any(predicate)), False
+
+
+@jax.custom_batching.custom_vmap
+def _here(predicate: Array) -> Array:
+    """True, a constant that the compiler removes; under `vmap` the predicate of each member."""
+    return jnp.ones_like(predicate)
+
+
+@_here.def_vmap
+def _(size: int, batched: Any, predicate: Array) -> tuple[Array, bool]:
+    del size, batched
+    return predicate, True
+
+
+def _itself(state: Any) -> Any:
+    return state
+
+
+def when(
+    predicate: bool | Array,
+    function: Callable[[Any], Any],
+    state: Any,
+    otherwise: Callable[[Any], Any] = _itself,
+) -> Any:
+    """The function of the state where the predicate holds; a branch only if that is not known beforehand.
+
+    Args:
+        predicate: a Python True, or a boolean without axes.
+        function: of the state; it may close over anything, and what it gives has the types of what `otherwise` gives.
+        state: a tree of arrays.
+        otherwise: what is given elsewhere, the state itself by default. It should cost little: members that need it
+            beside others that do not have both.
+
+    Returns:
+        What one of the two gives.
+    """
+    if predicate is True:
+        return function(state)
+
+    def moved(state):
+        here = _here(predicate)  # inside of the branch, where it is a constant
+        return jax.tree.map(lambda new, old: jnp.where(here, new, old), function(state), otherwise(state))
+
+    return lax.cond(_anywhere(predicate), moved, otherwise, state)
+
+
+def either(predicate: Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+    """One of two functions of the operands, both dear; under `vmap` both only where members differ.
+
+    Args:
+        predicate: a boolean without axes.
+        yes: where it holds. It closes over no array.
+        no: where it does not. It closes over no array.
+        *operands: trees of arrays.
+
+    Returns:
+        What one of the two gives.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(predicate, *operands):
+        return lax.cond(predicate, yes, no, *operands)
+
+    @one.def_vmap
+    def members(size, batched, predicate, *operands):
+        def spread(leaf, there):
+            return leaf if there else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
+
+        operands = jax.tree.map(spread, operands, tuple(batched[1:]))
+        yes_each, no_each = jax.vmap(yes), jax.vmap(no)
+        if not batched[0]:
+            found = either(predicate, yes_each, no_each, *operands)
+            return found, jax.tree.map(lambda _: True, found)
+
+        def some(predicate, *operands):
+            return jax.vmap(lambda here, new, old: jax.tree.map(lambda a, b: jnp.where(here, a, b), new, old))(
+                predicate, yes_each(*operands), no_each(*operands)
+            )
+
+        def not_all(predicate, *operands):
+            return either(jnp.any(predicate), some, lambda _, *operands: no_each(*operands), predicate, *operands)
+
+        found = either(jnp.all(predicate), lambda _, *operands: yes_each(*operands), not_all, predicate, *operands)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return one(predicate, *operands)
