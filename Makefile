@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover report test bench lint format
+.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover report test bench lint format docs
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -57,6 +57,9 @@ test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings
 bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 
+docs: $(VENV)/docs.stamp ## the documentation as a site in site/, without warnings; `make docs ARGS=serve` shows it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(GIVEN),build --strict)
+
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -69,6 +72,11 @@ format: $(VENV)/dev.stamp ## rewrite the files in the house's format
 $(VENV)/test.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp
