@@ -105,3 +105,14 @@ def test_the_table_of_layers_says_what_is_watched():
 def test_the_table_of_layers_is_that_of_its_script():
     made = table()
     assert made.table() == made.TABLE.read_text()
+
+
+def test_the_version_stands_in_the_package_and_is_cited():
+    said = re.search(r"^version: (.*)$", (HOUSE / "CITATION.cff").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", (HOUSE / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert said[1] == newest[1] == ng.__version__
+
+
+def test_every_find_is_in_the_list_of_findings():
+    listed = re.findall(r"^\| `(\w+\.sh)`", (HOUSE / "findings" / "README.md").read_text(), re.MULTILINE)
+    assert listed == sorted(path.name for path in HOUSE.glob("findings/*.sh"))
