@@ -9,53 +9,30 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover report test bench lint format
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover bench report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 GIVEN := $(if $(filter command line,$(origin ARGS)),$(ARGS))
 
+#: For users
+
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@awk '/^#:/ {print "\n" substr($$0, 4)} /^[a-z]+:.*##/ {sub(/:.*## /, "\t"); print "  " $$0}' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
 
-notebooks: $(VENV)/test.stamp ## the .ipynb of every notebook, and a copy that was run, pictures and all, in notebooks/rendered/
-	$(BIN)/python notebooks/render.py $(GIVEN)
-
-fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method are from those of the exact Fisher matrix; one table, one picture
-	$(BIN)/python -m experiments.fidelity $(GIVEN)
-
-control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
-	$(BIN)/python -m experiments.control $(GIVEN)
-
-defaults: $(VENV)/test.stamp ## every method with a learning rate alone, and with none; two tables
-	$(BIN)/python -m experiments.defaults $(GIVEN)
-
-race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
-
-autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
-
-tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
-	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
-
-classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
-
-crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
-
-report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
-	$(BIN)/python -m experiments.report $(GIVEN)
-
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
+docs: $(VENV)/docs.stamp ## the documentation as a site in site/, without warnings; `make docs ARGS=serve` shows it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(GIVEN),build --strict)
+
+notebooks: $(VENV)/test.stamp ## the .ipynb of every notebook, and a copy that was run, pictures and all, in notebooks/rendered/
+	$(BIN)/python notebooks/render.py $(GIVEN)
+
+#: For contributors
 
 lint: $(VENV)/dev.stamp ## style, docstrings against signatures, types
 	$(BIN)/ruff check
@@ -66,9 +43,52 @@ format: $(VENV)/dev.stamp ## rewrite the files in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+wheel: $(VENV)/test.stamp ## the package as a wheel in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+findings: ## what surprised us in JAX and Flax, each shown again in an environment of its own; needs the network
+	@for each in findings/*.sh; do echo "$$each"; bash "$$each" || exit 1; done
+
+#: Experiments; ARGS=--help shows the options of each
+
+autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
+
+classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
+
+tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
+	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
+
+race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
+
+control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
+	$(BIN)/python -m experiments.control $(GIVEN)
+
+defaults: $(VENV)/test.stamp ## every method with a learning rate alone, and with none; two tables
+	$(BIN)/python -m experiments.defaults $(GIVEN)
+
+fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method are from those of the exact Fisher matrix; one table, one picture
+	$(BIN)/python -m experiments.fidelity $(GIVEN)
+
+crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
+
+bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
+
+report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
+	$(BIN)/python -m experiments.report $(GIVEN)
+
 $(VENV)/test.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp

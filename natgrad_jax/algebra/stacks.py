@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Scalar
 
 HIGHEST = lax.Precision.HIGHEST
@@ -218,7 +219,7 @@ def cholesky_or_eigh(matrix: Array, damping: Array) -> tuple[Array, Array]:
     found = cholesky(plus_identity(matrix, damping))
     failed = ~jnp.isfinite(jnp.sum(jnp.diagonal(found, axis1=-2, axis2=-1), axis=-1))
 
-    def by_eigenvalues():
+    def by_eigenvalues(found):
         usable = jnp.where(failed[..., None, None], matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype))
         values, vectors = _eigh_stack(usable)
         root = jnp.swapaxes(vectors * jnp.sqrt(values + damping[..., None])[..., None, :], -1, -2)
@@ -226,7 +227,7 @@ def cholesky_or_eigh(matrix: Array, damping: Array) -> tuple[Array, Array]:
         signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(matrix.dtype)
         return jnp.where(failed[..., None, None], jnp.swapaxes(upper, -1, -2) * signs[..., None, :], found)
 
-    return lax.cond(jnp.any(failed), by_eigenvalues, lambda: found), failed
+    return when(jnp.any(failed), by_eigenvalues, found), failed
 
 
 def floored(damping: Scalar, size: Array) -> Array:

@@ -49,6 +49,9 @@ class AdaptiveDamping:
         change = jnp.where(ratio > 0.75, by, jnp.where(ratio >= 0.25, 1, 1 / by))
         return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
 
+    # After a bad test every step is tested until one is good. Where the loss is flat the damping falls far. Once the
+    # model is wrong, an untested step can do any damage: on the curves of `make autoencoder` K-FAC diverged at its
+    # fifteenth step; tested on, it is at 69 nats after ten epochs.
     def _moves_fast(self, count: Array, ratio: Array) -> Array:
         return (count < self.calibration) | (count > 0) & ~(ratio >= 0.25)
 

@@ -184,7 +184,7 @@ def automatic(
                 damping=damping, learning_rate=jnp.zeros((), jnp.float32), last=made, rejected=state.rejected + 1
             )
 
-        step, state = jax.lax.cond(bad, back, forward)  # 8
+        step, state = when(~bad, lambda _: forward(), None, otherwise=lambda _: back())  # 8
         return step, state._replace(count=jnp.asarray(optax.safe_increment(state.count)), ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,8 @@
-"""SPRING: a momentum for directions that see few examples."""
+"""SPRING: a momentum for directions that see few examples.
+
+It wraps a direction: (F + damping)^-1 (gradient + weight damping last) needs of a method only that it is linear. So it
+serves every method, and the state of a layer holds no momentum.
+"""
 
 from typing import Any, NamedTuple
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax.numpy as jnp
-from jax import lax
 
 from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Evidence, Layer
@@ -162,7 +161,7 @@ def _refreshed(
             if tolerance is None or method.turned is None:
                 return afresh(), jnp.zeros(layer.stack, bool)
             stays = jnp.all(method.turned(layer, statistics, operator) <= tolerance)
-            return lax.cond(stays, lambda: operator, afresh), jnp.broadcast_to(stays, layer.stack)
+            return when(~stays, lambda _: afresh(), operator), jnp.broadcast_to(stays, layer.stack)
 
         found = map_layers(refresh, known, state.statistics, values)
         values |= {name: value for name, (value, _) in found.items()}
