@@ -165,7 +165,7 @@ def test_the_damping_falls_after_a_good_ratio_and_rises_after_a_bad_one_or_nan(r
     rule = ng.adaptive_damping(1.0, factor=0.5**0.25, every=4, calibration=2, calibration_factor=0.1, least=0.3, most=3)
     bounds = {0.5: 0.3, 1: 1.0, 2: 3.0}[factor]  # by 10, and then the bounds
     for count, before, moved in ((8, 1.0, factor), (0, 1.0, bounds), (8, 0.1, bounds), (8, np.nan, bounds)):
-        found = rule.adapted(*map(jnp.asarray, (1.0, before, ratio, count)))
+        found = rule.adapted(*map(jnp.asarray, (1.0, before, ratio, count, count < 2)))
         np.testing.assert_allclose(found, moved, rtol=1e-6)
 
 
@@ -176,7 +176,20 @@ def test_the_damping_falls_after_a_good_ratio_and_rises_after_a_bad_one_or_nan(r
 )
 def test_a_step_is_tested_in_its_turn_and_after_a_bad_test(count, ratio, due):
     rule = ng.adaptive_damping(1.0, every=4, calibration=2)
-    assert bool(rule.is_due(jnp.asarray(count), jnp.asarray(ratio))) == due
+    assert bool(rule.is_due(*map(jnp.asarray, (count, ratio, count < 2)))) == due
+
+
+def test_the_first_bad_test_ends_the_calibration():
+    """Ten steps with the ratios of their tests: the damping falls by halves up to the bad one, then in its turn."""
+    rule = ng.adaptive_damping(1.0, every=5, factor=0.9, calibration=10, calibration_factor=0.5)
+    count, damping, before, calibrating, path = 0, jnp.float32(1.0), jnp.float32(jnp.nan), jnp.array(True), []
+    for count, ratio in enumerate([1.0, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0]):
+        if rule.is_due(jnp.asarray(count), before, calibrating):
+            damping = rule.adapted(damping, before, jnp.asarray(ratio), jnp.asarray(count), calibrating)
+            before = jnp.float32(ratio)
+        calibrating = rule.calibrates(jnp.asarray(count), before, calibrating)
+        path.append(float(damping))
+    np.testing.assert_allclose(path, [0.5, 0.25, 0.5, 0.25, 0.25, 0.25 * 0.9**5, 0.25 * 0.9**5], rtol=1e-6)
 
 
 def controlled_steps(rule, learning_rate="quadratic", steps=6, where="mlp", **settings):
@@ -257,7 +270,7 @@ def test_steps_between_tests_leave_damping_and_ratio_as_they_are():
 def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitude():
     def last_loss(calibration):
         rule = ng.adaptive_damping(1e4, every=20, calibration=calibration, calibration_factor=0.1)
-        _, losses, _ = controlled_steps(rule, learning_rate=1.0, steps=15, momentum=None, refresh_every=1)
+        _, losses, _ = controlled_steps(rule, steps=15, momentum=None, refresh_every=1)
         return losses[-1]
 
     assert last_loss(15) < 0.5 * last_loss(0)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from natgrad_jax.base import Array, ScalarOrSchedule
 
+_GOOD, _BAD = 0.75, 0.25  # ratios above the one, below the other
+
 
 @dataclass(frozen=True)
 class AdaptiveDamping:
@@ -15,7 +17,7 @@ class AdaptiveDamping:
         initial: damping of the first step.
         factor: by which the damping falls in a step where the model is good, to the power of `every` when tested.
         every: steps between tests.
-        calibration: number of first steps that are tested each, with `calibration_factor`.
+        calibration: number of first steps that are tested each, with `calibration_factor`, up to the first bad test.
         calibration_factor: by which the damping falls or rises in each of them, and in each that follows a bad test.
         least: lower bound of the damping.
         most: upper bound of the damping.
@@ -29,11 +31,15 @@ class AdaptiveDamping:
     least: float
     most: float
 
-    def is_due(self, count: Array, ratio: Array) -> Array:
-        """Whether the step of this count is tested: in its turn, or because the ratio of the last test was bad."""
-        return self._moves_fast(count, ratio) | (count % self.every == 0)
+    def is_due(self, count: Array, ratio: Array, calibrating: Array) -> Array:
+        """Whether a step is tested: in its turn, while calibrating, or because the ratio of the last test was bad."""
+        return self._moves_fast(count, ratio, calibrating) | (count % self.every == 0)
 
-    def adapted(self, damping: Array, before: Array, ratio: Array, count: Array) -> Array:
+    def calibrates(self, count: Array, ratio: Array, calibrating: Array) -> Array:
+        """Whether the step after this one is of the calibration, too, given the ratio of this one's test."""
+        return calibrating & (count + 1 < self.calibration) & (ratio >= _BAD)
+
+    def adapted(self, damping: Array, before: Array, ratio: Array, count: Array, calibrating: Array) -> Array:
         """The damping after a test.
 
         Args:
@@ -41,19 +47,21 @@ class AdaptiveDamping:
             before: the ratio of the last test.
             ratio: change of the loss over the change that the model foretold; NaN where either is not finite.
             count: of the step, int32.
+            calibrating: whether the step is of the calibration.
 
         Returns:
             A smaller damping for a ratio above 3/4, a larger one for a ratio below 1/4 or NaN, within the bounds.
         """
-        by = jnp.where(self._moves_fast(count, before), self.calibration_factor, self.factor**self.every)
-        change = jnp.where(ratio > 0.75, by, jnp.where(ratio >= 0.25, 1, 1 / by))
+        fast = self._moves_fast(count, before, calibrating)
+        by = jnp.where(fast, self.calibration_factor, self.factor**self.every)
+        change = jnp.where(ratio > _GOOD, by, jnp.where(ratio >= _BAD, 1, 1 / by))
         return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
 
     # After a bad test every step is tested until one is good. Where the loss is flat the damping falls far. Once the
     # model is wrong, an untested step can do any damage: on the curves of `make autoencoder` K-FAC diverged at its
     # fifteenth step; tested on, it is at 69 nats after ten epochs.
-    def _moves_fast(self, count: Array, ratio: Array) -> Array:
-        return (count < self.calibration) | (count > 0) & ~(ratio >= 0.25)
+    def _moves_fast(self, count: Array, ratio: Array, calibrating: Array) -> Array:
+        return calibrating | (count > 0) & ~(ratio >= _BAD)
 
 
 Damping = ScalarOrSchedule | AdaptiveDamping
@@ -80,8 +88,8 @@ def adaptive_damping(
 
     as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is that of kfac-jax. The first `calibration`
     steps are tested each and move the damping by `calibration_factor`, so that its start need not be known to an order
-    of magnitude; and so is every step after a test with a bad rho or NaN, until one is good again. A tested step that
-    raises the loss of its own batch, or makes it NaN, is not taken.
+    of magnitude; the first bad rho or NaN among them ends that. Every step after such a test is tested, too, until one
+    is good again. A tested step that raises the loss of its own batch, or makes it NaN, is not taken.
 
     It goes with `learning_rate="quadratic"`. Beside a given learning rate it is no trust region: of short steps the
     model is right at every damping. A small batch tests a step on the very examples that it was made for, so that the
@@ -91,7 +99,7 @@ def adaptive_damping(
         initial: damping of the first step.
         factor: by which the damping falls per step while the model is good, in (0, 1); it rises by the inverse.
         every: steps between tests; a test costs one forward pass.
-        calibration: number of first steps that are tested each; 0 for none.
+        calibration: number of first steps that are tested each, unless a test is bad before; 0 for none.
         calibration_factor: by which the damping falls in each of these, and after a bad test, in (0, 1); it rises by
             the inverse.
         least: lower bound of the damping.

@@ -48,6 +48,7 @@ class ControlState(NamedTuple):
         momentum: of the last step, the weight of the step before it.
         ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
         rejected: steps that were not taken, since a test found the loss risen or they were not finite, int32.
+        calibrating: whether the next step is of the calibration, whose steps are tested each.
         last: the last step that was taken, a tree like the parameters; None without momentum.
         direction: state of the direction.
     """
@@ -58,6 +59,7 @@ class ControlState(NamedTuple):
     momentum: Array
     ratio: Array
     rejected: Array
+    calibrating: Array
     last: Any
     direction: Any
 
@@ -103,6 +105,7 @@ def controlled(
             count=jnp.zeros((), jnp.int32),
             **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
             rejected=jnp.zeros((), jnp.int32),
+            calibrating=jnp.array(rule is not None and rule.calibration > 0),
             last=None if momentum is None else jax.tree.map(jnp.zeros_like, params),
             direction=direction.init(params),
         )
@@ -138,12 +141,15 @@ def controlled(
         step = trees.scaled(u, weights[0])  # 5
         step = step if last is None else trees.add(step, last, weights[1])
         ratio, taken, heard = state.ratio, jnp.array(True), says(curvature)
+        calibrating = state.calibrating
         sound = guards.finite(step, 0, by_diagonal=False)
         if rule:
-            is_due = rule.is_due(count, state.ratio) & heard  # a batch of weight zero tests nothing
+            is_due = rule.is_due(count, state.ratio, calibrating) & heard  # a batch of weight zero tests nothing
             test = partial(_tested, curvature, params, weights, penalised)
             ratio, taken = when(is_due, lambda _: test(model(), step), (ratio, taken))  # 6
-            strength = jnp.where(is_due, rule.adapted(strength, state.ratio, ratio, count), strength)  # 7
+            adapted = rule.adapted(strength, state.ratio, ratio, count, calibrating)
+            strength = jnp.where(is_due, adapted, strength)  # 7
+            calibrating = jnp.where(heard, rule.calibrates(count, ratio, calibrating), calibrating)
         last = None if last is None else trees.select(taken & sound & heard, step, last)
         step = trees.select(taken & sound & heard, step, jax.tree.map(jnp.zeros_like, step))
         return step, ControlState(
@@ -153,6 +159,7 @@ def controlled(
             momentum=weights[1].astype(jnp.float32),
             ratio=ratio,
             rejected=state.rejected + (~(taken & sound)).astype(jnp.int32),
+            calibrating=calibrating,
             last=last,
             direction=inner,
         )
