@@ -58,7 +58,8 @@ def capture(
         axis_name: of the axis of `jax.pmap` or `jax.shard_map` over which a batch is spread by hand. Loss, gradient and
             curvature are then those of the batch of all replicas, the same on each, and labels are drawn independently;
             do not average the gradient again. `outputs` and `updated` stay those of the replica. `layers` is called
-            outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name.
+            outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name. ()
+            where each replica is a training by itself: it has to be said where JAX keeps no count of what they share.
         jacobian: "rows": the gradients of the examples are those of the rows of the layers. "examples": the model is
             watched one example at a time. For TENGraD every parameter then counts, also of no known layer, and for all
             methods derivatives by the inputs (the residual of a differential equation) are uses of the layers: primal,
