@@ -121,6 +121,11 @@ class Watch:
         Returns:
             The evaluation.
         """
+        if self.problem.objective is None or self.problem.labels == "true":
+            checks.array("targets", targets, "an array of labels, one for each example")
+        if weights is not None:
+            checks.array("weights", weights, "an array of numbers, one for each example or position")
+        checks.key(key)
         if self.axis_name is None:
             refuse_unsaid()
         if not self.axis_name:

@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
@@ -152,6 +153,11 @@ class Capture:
 
     def _called(self, variables: Mapping[str, Any], inputs: Inputs) -> tuple[Model, Inputs]:
         """The model as a function of its parameters and its other collections, and what that is called with."""
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"`variables` is {checks.shown(variables)}; expected the mapping that `model.init` returned, and the "
+                "inputs behind it."
+            )
         if "params" not in variables:
             raise ValueError(
                 f'`variables` has the collections {sorted(variables)} but no "params"; pass what `model.init` returned.'
