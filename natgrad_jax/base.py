@@ -288,6 +288,9 @@ class Layers(Mapping[str, Layer]):
 
         Returns:
             Bytes.
+
+        Raises:
+            TypeError: if `tx` is no transformation.
         """
         return report.size(self._state(tx, params))
 
@@ -305,6 +308,8 @@ class Layers(Mapping[str, Layer]):
 
     def _state(self, tx: optax.GradientTransformation, params: Any = None) -> Any:
         """The shapes of a state."""
+        if not hasattr(tx, "init"):
+            raise TypeError(f"`tx` is {tx!r}; expected a transformation, such as `ng.kfac(0.1, layers)`.")
         if params is None:
             params = {
                 leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)

@@ -42,7 +42,9 @@ def number(
     if isinstance(value, jax.core.Tracer):
         return
     if not _is_number(value):
-        raise TypeError(f"`{name}` is {value!r}; expected {bounds}{', or a function of the step count' * schedule}.")
+        raise TypeError(
+            f"`{name}` is {shown(value)}; expected {bounds}{', or a function of the step count' * schedule}."
+        )
     if not least <= float(value) < below:
         raise ValueError(f"`{name}` is {value}; expected {bounds}.")
 
@@ -168,7 +170,53 @@ def layers(value: Any, *, optional: bool = False) -> None:
     """
     if not isinstance(value, Layers) and not (optional and value is None):
         expected = "what `capture.layers(variables, x)` returns" + ", or None" * optional
-        raise TypeError(f"`layers` is {value!r}; expected {expected}.")
+        raise TypeError(f"`layers` is {shown(value)}; expected {expected}.")
+
+
+def array(name: str, value: Any, expected: str) -> None:
+    """Refuse what is no array of numbers and cannot be made one.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+        expected: in words.
+
+    Raises:
+        TypeError: if it is None, words, or a tree.
+    """
+    kind = getattr(value, "dtype", None)
+    try:
+        kind = np.asarray(value).dtype if kind is None else kind
+    except ValueError:  # a list of lists of several lengths
+        kind = np.dtype(object)
+    if getattr(kind, "kind", "V") in "OUSMm":
+        raise TypeError(f"`{name}` is {shown(value)}; expected {expected}.")
+
+
+def key(value: Any) -> None:
+    """Refuse what is neither None nor a key of JAX.
+
+    Args:
+        value: what the user gave as `key`.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    kind = getattr(value, "dtype", None)
+    typed = kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
+    if value is not None and not (typed or (kind == np.uint32 and value.ndim > 0)):
+        raise TypeError(f"`key` is {shown(value)}; expected a key, `jax.random.key(seed)`, a new one at each step.")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written, a function by its name, or what it is if that is long."""
+    if callable(value) and hasattr(value, "__name__") and not isinstance(value, type):
+        return f"the function {value.__name__}"
+    written = repr(value)
+    return written if len(written) <= _LONG and "\n" not in written else f"of type {type(value).__name__}"
+
+
+_LONG = 80
 
 
 def _is_number(value: Any) -> bool:

@@ -101,7 +101,7 @@ class Likelihood:
         outputs, targets = wide(outputs), jnp.asarray(targets)
         weights = None if weights is None else wide(jnp.asarray(weights))
         terms = self.terms(present(outputs, weights), present(targets, weights))
-        total = total_weight(weights, len(outputs)).astype(terms.dtype)
+        total = total_weight(weights, outputs.shape[0]).astype(terms.dtype)
         if weights is not None:
             terms = terms * spread(weights, terms.ndim).astype(terms.dtype)
         return self.share(outputs) * jnp.sum(terms) / jnp.where(total > 0, total, 1)

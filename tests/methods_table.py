@@ -180,7 +180,7 @@ class ConvNet(nn.Module):
         x = nn.Conv(4, (3, 3), strides=2, **both)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, **both)(x))
         x = nn.relu(nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, **both)(x))
-        return nn.Dense(3, use_bias=False, **both)(x.reshape(len(x), -1))
+        return nn.Dense(3, use_bias=False, **both)(x.reshape(x.shape[0], -1))
 
 
 class Task(NamedTuple):

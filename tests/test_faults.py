@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from methods_table import ALL_NAMES, batch_of, lifted, of_the_lifting, row, settings_of, task
 
 import natgrad_jax as ng
@@ -230,3 +231,75 @@ def test_steps_that_choose_themselves_take_none_of_a_batch_that_is_not_finite_or
         if t in (7, 10):
             assert carry[1].rejected == before[1].rejected + 1
     assert all_finite(carry[0]) and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+@pytest.mark.parametrize("method", ["ekfac per_example", pytest.param("soap", marks=pytest.mark.full)])
+def test_an_eigendecomposition_that_fails_costs_that_layer_its_refresh(method, monkeypatch):
+    sound = jax.lax.linalg.eigh
+
+    def failing(matrix, **settings):  # of the only layer with three outputs
+        return [leaf * jnp.where(matrix.shape[-1] == 3, jnp.nan, 1) for leaf in sound(matrix, **settings)]
+
+    monkeypatch.setattr(jax.lax.linalg, "eigh", failing)
+    tx = row(method).scale_by(PROBLEM.layers, damping=0.1)
+    x, y, key = batch_of(PROBLEM, 0)
+
+    @jax.jit
+    def step(state):
+        out = PROBLEM.capture.value_and_grad({"params": START}, x, y, key=key)
+        return tx.update(out.grad, state, START, curvature=out.curvature)
+
+    updates, state = step(tx.init(START))
+    dates = {name: int(jnp.max(operator.date)) for name, operator in lifted(state).operators.items()}
+    assert {date for name, date in dates.items() if name.startswith("Dense_2") and "bias" not in name} == {-1}
+    assert dates[next(name for name in dates if name.startswith("Dense_0"))] == 0
+    assert lifted(state).metrics.rejected_refreshes >= 1
+    assert all_finite((updates, state))
+
+
+LONG = 10_000
+
+
+@cache
+def long_run(method):
+    """State of a tiny layer after 10^4 steps on rows drawn at random, their scale wandering, and those rows."""
+    layer, decay = nn.Dense(2), 0.95
+    watched = ng.linen.capture(layer, ng.losses.squared_error, labels="true")
+    variables = layer.init(jax.random.key(0), jnp.ones((4, 3)))
+    layers = watched.layers(variables, jnp.ones((4, 3)))
+    settings = {"statistics_every": 1, "refresh_every": 1, "damping": 1e-3, "decay": decay}
+    tx = row(method).scale_by(layers, **{k: v for k, v in settings.items() if k in settings_of(method)})
+    params = variables["params"]
+
+    def step(state, t):
+        key = jax.random.fold_in(jax.random.key(1), t)
+        x = jax.random.normal(key, (4, 3)) * jnp.exp(3 * jnp.sin(t / 300))
+        y = jax.random.normal(jax.random.fold_in(key, 1), (4, 2))
+        out = watched.value_and_grad(variables, x, y)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]))
+        return state, (x, finite)
+
+    state, (rows, finite) = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(LONG)))(tx.init(params))
+    return lifted(state), np.asarray(rows, np.float64), bool(finite.all()), decay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("kfac pi", "ekfac qr pi") else pytest.param(name, marks=pytest.mark.full) for name in ALL_NAMES],
+)
+def test_ten_thousand_random_steps_lose_nothing(method):
+    state, rows, finite, decay = long_run(method)
+    assert finite and all_finite(state) and state.count == LONG
+    assert state.metrics.rejected_statistics == 0 and getattr(state.metrics, "rejected_refreshes", 0) == 0
+    if method == "kfac pi":  # the average is that of float64, and its weight is one
+        there = np.concatenate([rows, np.ones((LONG, 4, 1))], -1)
+        squares = np.einsum("tni,tnj->tij", there, there) / 4
+        weights = (1 - decay) * decay ** np.arange(LONG)[::-1]
+        kept = state.statistics["Dense"].inputs
+        np.testing.assert_allclose(kept.total / kept.weight, np.tensordot(weights, squares, 1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kept.weight, 1, rtol=1e-4)
+    if method == "ekfac qr pi":  # ten thousand turns of a basis leave it one
+        basis = state.operators["Dense"].value.basis.inputs
+        np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)

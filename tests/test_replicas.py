@@ -132,7 +132,14 @@ try:
     trained("checked", one, tx, variables)
 except ValueError as error:
     errors["said"] = str(error)
-errors["without a name"] = distance(("unchecked",), (captures_of := pair())[:1] * 2, tx, variables)
+for how in ("unchecked", "pmap"):
+    try:
+        trained(how, one, tx, variables)
+    except ValueError as error:
+        errors["said under " + how] = str(error)
+each = ng.linen.capture(problem.capture.model, likelihood, labels="true", axis_name=())
+errors["without a name"] = distance(("unchecked",), (each, each), tx, variables)
+errors["members"] = trained("pmap", each, tx, variables)[2]
 print(json.dumps(errors))
 """
 
@@ -166,6 +173,14 @@ def test_c13_two_replicas_train_like_one_device(name):
 @pytest.mark.slow
 def test_c13_without_a_name_two_replicas_do_not_train_like_one_device():
     assert errors()["without a name"]["unchecked"][0] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unchecked", "pmap"])
+def test_where_nothing_tells_whether_replicas_share_a_batch_it_has_to_be_said(how):
+    said = errors()[f"said under {how}"]
+    assert "The replicas of the axis 'batch'" in said and "drift apart" in said and "axis_name=()" in said
+    assert errors()["members"] > 0.01  # each trained by itself
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_nothing_is_held_after_a_call():
 
 def test_the_recipes_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {}
     for block in blocks:
         exec(compile(block, "docs/wrappers.md", "exec"), names)

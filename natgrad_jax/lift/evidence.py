@@ -126,9 +126,14 @@ def lazy(
 
 
 def _check(layer: Layer, evidence: Evidence) -> None:
-    """Refuse an evidence whose shapes are not those of the layer."""
+    """Refuse what is no evidence, or one whose shapes are not those of the layer."""
     if is_joint(layer):  # its members were compared one by one
         return
+    if not isinstance(evidence, Evidence):
+        raise TypeError(
+            f"`curvature` has for {layer.name!r} a {type(evidence).__name__}; expected `Evidence`, as "
+            "`out.curvature()` gives it."
+        )
     gradient = evidence.gradient
     if not KINDS[layer.kind].input_rows and (gradient is None or evidence.count is None):
         raise ValueError(f"The evidence for {layer.name!r}, a parameter of no layer, needs `gradient` and `count`.")

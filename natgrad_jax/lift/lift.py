@@ -133,6 +133,11 @@ def lift(
 def to_matrices(layers: tuple[Layer, ...], tree: Any) -> dict[str, Array]:
     """The leaves of a tree as one matrix [S, I, O] for each layer, {name: matrix}."""
     leaves = addresses.flatten(tree)
+    if layers and not leaves:
+        raise ValueError(
+            f"`updates` is of type {type(tree).__name__} and has no arrays; expected the gradient, a tree like the "
+            "parameters: `tx.update(out.grad, state, params, curvature=out.curvature)`."
+        )
     return {
         layer.name: to_matrix(layer, {leaf.role: leaves[leaf.address] for leaf in layer.leaves}) for layer in layers
     }

@@ -15,6 +15,11 @@ def check(state: Any, expected: Any) -> None:
     Raises:
         ValueError: with the name of the first leaf that does not fit.
     """
+    if not isinstance(state, type(expected)):
+        raise ValueError(
+            f"The state is of type {type(state).__name__}; expected {type(expected).__name__}, as `tx.init(params)` "
+            "makes it."
+        )
     found = _named(state)
     left_out = tuple(name for name, leaf in found.items() if leaf is None)
     for name, leaf in _named(expected).items():

@@ -129,7 +129,7 @@ def bias_of(fact: Parameter, value: Result, sizes: Shape, output: Shape, columns
     for axis, atoms in enumerate(value.arrangement.axes):
         if sizes[axis] == 1:
             continue
-        inside = [any(lo <= atom.stride and atom.stride * atom.size <= hi for lo, hi in spans) for atom in atoms]
+        inside = [any(lo <= atom.stride < hi and atom.stride * atom.size <= hi for lo, hi in spans) for atom in atoms]
         if axis not in there:
             if any(inside) or not all(_outside(atom, spans) for atom in atoms):
                 return None

@@ -73,7 +73,11 @@ class Mask(NamedTuple):
     """A tree of booleans, or a function of the parameters that makes one."""
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse what a schedule of the step count has become."""
+        """Refuse a word, and what a schedule of the step count has become."""
+        if isinstance(value, str):
+            raise TypeError(
+                f"`{name}` is {value!r}; expected a tree of booleans like the parameters, or a function of these."
+            )
         if isinstance(value, (bool, np.bool_, jax.Array)):
             raise TypeError(
                 f"`{name}` is {value!r}; expected a tree of booleans like the parameters, or a function of these. "

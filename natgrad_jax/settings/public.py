@@ -143,7 +143,10 @@ def _public(settings: Any, name: str, first: Told) -> Any:
     completes = "learning_rate" in first
 
     def made(*args: Any, **kwargs: Any) -> Transformation:
-        given = dict(signature.bind(*args, **kwargs).arguments)
+        try:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise TypeError(f"`{name}`: {error}; it takes {', '.join(signature.parameters)}.") from None
         layers = given.pop("layers", None)
         rate = given.pop("learning_rate", None)
         if not completes:

@@ -21,7 +21,7 @@ from natgrad_jax.watch.examples import watch_examples
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
-from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, share_of
+from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, refuse_unsaid, share_of
 from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
 
@@ -66,7 +66,7 @@ class Watch:
         exclude: layers to treat as unknown.
         microbatches: into how many pieces a batch is cut.
         verify: whether `layers` compares what it found with autodiff.
-        axis_name: of the replicas that a batch is spread over by hand; None for one that is here.
+        axis_name: of the replicas that a batch is spread over by hand; () for none, None where that was not said.
         unexplained: {layer: why} of those that it found to be seen wrongly.
     """
 
@@ -121,7 +121,14 @@ class Watch:
         Returns:
             The evaluation.
         """
+        if self.problem.objective is None or self.problem.labels == "true":
+            checks.array("targets", targets, "an array of labels, one for each example")
+        if weights is not None:
+            checks.array("weights", weights, "an array of numbers, one for each example or position")
+        checks.key(key)
         if self.axis_name is None:
+            refuse_unsaid()
+        if not self.axis_name:
             return self._evaluate(model, inputs, targets, key, weights)
         axis, count = self.axis_name, bound(self.axis_name)
         if key is None and self._labels(model, inputs) == "exact":
@@ -149,7 +156,7 @@ class Watch:
         """Those of the batch that is here."""
         if self.microbatches == 1:
             forward = self._replica(self._forward(model, inputs.args, inputs.kwargs))
-            share = None if self.axis_name is None else partial(share_of, axis=self.axis_name)
+            share = partial(share_of, axis=self.axis_name) if self.axis_name else None
             return common.evaluate(self.problem, forward, model.params, targets, weights, key, share)
 
         def forward_of(args, state, number):
@@ -163,7 +170,7 @@ class Watch:
 
     def _replica(self, forward: Forward) -> Forward:
         """With probes of this replica alone, whose cotangents are then not summed over all."""
-        if self.axis_name is None:
+        if not self.axis_name:
             return forward
         return forward._replace(probes=own(forward.probes, self.axis_name))
 
@@ -193,14 +200,15 @@ def asked(
     if not (axis_name is None or isinstance(axis_name, str) or _are_names(axis_name)):
         raise TypeError(
             f"`axis_name` is {axis_name!r}; expected the name that `jax.pmap(..., axis_name=...)` or the mesh of "
-            "`jax.shard_map` gives the axis of the replicas, a tuple of such names, or None."
+            "`jax.shard_map` gives the axis of the replicas, a tuple of such names, () where each replica is a "
+            "training by itself, or None."
         )
     excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     return Watch(problem, excluded, microbatches, verify, axis_name)
 
 
 def _are_names(names: Any) -> bool:
-    return isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in names)
+    return isinstance(names, tuple) and all(isinstance(name, str) for name in names)
 
 
 def called(inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:

@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
@@ -58,7 +59,8 @@ def capture(
         axis_name: of the axis of `jax.pmap` or `jax.shard_map` over which a batch is spread by hand. Loss, gradient and
             curvature are then those of the batch of all replicas, the same on each, and labels are drawn independently;
             do not average the gradient again. `outputs` and `updated` stay those of the replica. `layers` is called
-            outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name.
+            outside, on a batch of the size of all. Not for `jax.jit` with a sharded batch, which needs no name. ()
+            where each replica is a training by itself: it has to be said where JAX keeps no count of what they share.
         jacobian: "rows": the gradients of the examples are those of the rows of the layers. "examples": the model is
             watched one example at a time. For TENGraD every parameter then counts, also of no known layer, and for all
             methods derivatives by the inputs (the residual of a differential equation) are uses of the layers: primal,
@@ -151,6 +153,11 @@ class Capture:
 
     def _called(self, variables: Mapping[str, Any], inputs: Inputs) -> tuple[Model, Inputs]:
         """The model as a function of its parameters and its other collections, and what that is called with."""
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"`variables` is {checks.shown(variables)}; expected the mapping that `model.init` returned, and the "
+                "inputs behind it."
+            )
         if "params" not in variables:
             raise ValueError(
                 f'`variables` has the collections {sorted(variables)} but no "params"; pass what `model.init` returned.'

@@ -124,7 +124,7 @@ class Problem:
         if not isinstance(self.likelihood, Likelihood):
             known = ", ".join(f"ng.losses.{likelihood.name.split('(')[0]}" for likelihood in LIKELIHOODS)
             raise TypeError(
-                f"`likelihood` is {self.likelihood!r}; expected one of {known}, or a `losses.Likelihood`. "
+                f"`likelihood` is {checks.shown(self.likelihood)}; expected one of {known}, or a `losses.Likelihood`. "
                 "A loss that is no negative log-likelihood goes into `objective`."
             )
         if self.labels is not None:

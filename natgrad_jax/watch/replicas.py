@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra import trees
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.watch.microbatches import merged
 
@@ -106,6 +107,28 @@ def share_of(count: Array, axis: Axis) -> Array:
     count = own(count, axis)
     total = jax.lax.psum(count, axis)
     return count / jnp.where(total > 0, total, 1)
+
+
+def refuse_unsaid() -> None:
+    """Refuse replicas of which nobody said whether they share a batch.
+
+    Where `jax.shard_map` checks what differs along its axes, the types of gradient and evidence tell, and `lift`
+    compares them; `jax.pmap`, and `shard_map` without that check, keep no count of it.
+
+    Raises:
+        ValueError: inside of either.
+    """
+    unsaid = [
+        axis for axis in jax.sharding.get_abstract_mesh().manual_axes if not trees.differs(jax.lax.axis_index(axis))
+    ]
+    if unsaid:
+        names = unsaid[0] if len(unsaid) == 1 else tuple(unsaid)
+        raise ValueError(
+            f"The replicas of the axis {names!r} (of `jax.pmap`, or of `jax.shard_map` with `check_vma=False`) each "
+            "have examples of their own, and `axis_name` does not say whether these are one batch. If they are: "
+            '`jax.pmap(step, axis_name="batch")` and `capture(..., axis_name="batch")`, or else the replicas drift '
+            "apart. If each replica is a training by itself: `capture(..., axis_name=())`."
+        )
 
 
 def bound(axis: Axis) -> int:
