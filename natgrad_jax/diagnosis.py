@@ -74,11 +74,13 @@ class Diagnosis(Mapping[str, float]):
 def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, updates: Any = None) -> Diagnosis:
     """What the state of an optimizer says of each layer.
 
-    weight: how full its averages are, from 0 (nothing observed) to 1; statistics have no date. age: steps since the
-    step that made its operator. smallest, largest, condition: eigenvalues of its block, without damping, and the ratio
-    of the damped ones; of the factor of the widest range for a method whose block is no product of what it keeps.
-    damping_share: damping over damping plus mean eigenvalue. rejected: 1 if its last refresh was not finite and an
-    older operator serves. step: norm of the update over that of the parameters. Of a stack the worst copy is told.
+    Each layer has a row. A stack of copies shows its worst copy.
+
+    weight: how full its averages are, from 0 (nothing observed) to 1. age: steps since its operator was made.
+    smallest, largest: eigenvalues of its block, without damping; if the block is no product of what the method keeps,
+    of the factor with the widest range. condition: the ratio of the damped eigenvalues. damping_share: damping over
+    damping plus mean eigenvalue. rejected: 1 if its last refresh was not finite and an older operator serves. step:
+    norm of the update over norm of the parameters.
 
     >>> import jax, jax.numpy as jnp, natgrad_jax as ng
     >>> params = {"w": jnp.ones((4, 3))}
@@ -227,17 +229,17 @@ def _cause(row: Mapping[str, float]) -> str:
     """Line 3."""
     share, condition = row.get("damping_share"), row.get("condition")
     if row.get("weight") == 0 or ("weight" not in row and "age" not in row):
-        return "nothing was observed yet: its first statistics are ahead, or all of them were not finite"
+        return "nothing was observed yet: its first statistics are still to come, or none was finite"
     if row.get("rejected"):
-        return "its last refresh was not finite, an older one serves: raise `damping`, look at the scale of its inputs"
+        return "its last refresh was not finite, so an older one serves: raise `damping`, check the scale of its inputs"
     if row.get("largest") == 0:
         return "no gradient reaches it: dead units, or a head that the likelihood does not read; `exclude` it"
     if row.get("largest", 0) > _HUGE:
         return "its inputs or gradients are huge: normalise the inputs, or use float64"
     if share is not None and share > _DROWNED:
-        return "the damping is larger than almost all of its curvature, steps are those of gradient descent: lower it"
+        return "the damping is larger than almost all of its curvature, as in gradient descent: lower it"
     if condition is not None and condition > 1 / _NOISE:
-        return "its small eigenvalues are below what float32 tells from zero: raise `damping`"
+        return "float32 cannot tell its small eigenvalues from zero: raise `damping`"
     if row.get("step", 0) > 1:
         return "its step is longer than its parameters: lower the learning rate, raise `damping`, or set `kl_clip`"
     return ""

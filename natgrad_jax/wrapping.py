@@ -9,11 +9,11 @@ import optax
 def wrapped(
     wrapper: Callable[[optax.GradientTransformation], Any], tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer in a wrapper that drops or refuses extra arguments, which reach it nevertheless.
+    """Pass extra arguments to an optimizer inside a wrapper that drops or refuses them.
 
-    `optax.lookahead`, `optax.contrib.sam` and `optax.contrib.split_real_and_imaginary` refuse `curvature`, and
+    `optax.lookahead`, `optax.contrib.sam` and `optax.contrib.split_real_and_imaginary` refuse `curvature`.
     `optax.MultiSteps(...).gradient_transformation()` in a chain drops it. Here the wrapper sees a transformation
-    without extra arguments, and what is given to `update` is held beside it while it is called.
+    without extra arguments. The arguments of `update` reach the optimizer directly.
 
     >>> import jax, jax.numpy as jnp, natgrad_jax as ng
     >>> params = {"w": jnp.ones((4, 3))}

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_named():
     huge = huge._replace(variables={"params": {**params, "Dense_0": small}})
     assert "are huge" in cause_of("Dense_0", lambda layers: at_once(layers, 1e8), huge)
     narrow = _problem(plain.capture.model, plain.x.at[..., 1:].multiply(1e-5))
-    assert "below what float32 tells" in cause_of("Dense_0", lambda layers: at_once(layers, 1e-12), narrow)
+    assert "float32 cannot tell" in cause_of("Dense_0", lambda layers: at_once(layers, 1e-12), narrow)
 
     def long(layers):
         return optax.chain(at_once(layers), optax.scale(1e3))

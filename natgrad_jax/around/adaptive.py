@@ -11,7 +11,7 @@ _GOOD, _BAD = 0.75, 0.25  # ratios above the one, below the other
 
 @dataclass(frozen=True)
 class AdaptiveDamping:
-    """A damping that follows how well the quadratic model foretells the loss; made by `adaptive_damping`.
+    """A damping that follows how well the quadratic model predicts the loss; made by `adaptive_damping`.
 
     Attributes:
         initial: damping of the first step.
@@ -45,7 +45,7 @@ class AdaptiveDamping:
         Args:
             damping: before.
             before: the ratio of the last test.
-            ratio: change of the loss over the change that the model foretold; NaN where either is not finite.
+            ratio: change of the loss over the change that the model predicted; NaN where either is not finite.
             count: of the step, int32.
             calibrating: whether the step is of the calibration.
 
@@ -86,14 +86,15 @@ def adaptive_damping(
         damping <- factor^every damping     if rho > 3/4
         damping <- factor^-every damping    if rho < 1/4 or rho is NaN
 
-    as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is that of kfac-jax. The first `calibration`
-    steps are tested each and move the damping by `calibration_factor`, so that its start need not be known to an order
-    of magnitude; the first bad rho or NaN among them ends that. Every step after such a test is tested, too, until one
-    is good again. A tested step that raises the loss of its own batch, or makes it NaN, is not taken.
+    as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is kfac-jax's. Each of the first
+    `calibration` steps is tested and moves the damping by `calibration_factor`. So you need not know the initial
+    damping to an order of magnitude. The first bad rho or NaN ends this calibration. Each step after a test with a bad
+    rho or NaN is tested, too, until one is good. A tested step that raises the loss of its own batch, or makes it NaN,
+    is rejected.
 
-    It goes with `learning_rate="quadratic"`. Beside a given learning rate it is no trust region: of short steps the
-    model is right at every damping. A small batch tests a step on the very examples that it was made for, so that the
-    damping falls too far; `least` then holds it, at 0.001 to 0.1 in `experiments/control.py`.
+    Use it with `learning_rate="quadratic"`. With a given learning rate it is no trust region: for short steps the model
+    is right at every damping. Small batches break it: a step is tested on the examples that it was made for, so the
+    damping falls too far. `least` bounds it then, at 0.001 to 0.1 in `experiments/control.py`.
 
     Args:
         initial: damping of the first step.

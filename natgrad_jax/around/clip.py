@@ -40,8 +40,8 @@ def clip_by_kl(
 ) -> optax.GradientTransformationExtraArgs:
     """Shorten a direction so that a step along it moves the model's distribution by at most a given amount.
 
-    As in the K-FAC of the TENGraD authors and, under the name of norm constraint, in kfac-jax: before momentum, with
-    <g, u> over all parameters. Where <g, u> is not positive there is no divergence to bound, and nothing is clipped.
+    The TENGraD authors' K-FAC does so, and kfac-jax as its norm constraint. It acts before the momentum, with <g, u>
+    over all parameters. Where <g, u> is not positive there is no divergence to bound, and nothing is clipped.
 
     Args:
         direction: a `scale_by_*` transformation; it must see the gradient itself.

@@ -33,8 +33,8 @@ def graft(
 ) -> optax.GradientTransformationExtraArgs:
     """Give a direction the length of another optimizer's update.
 
-    As in the Shampoo of Anil, Gupta, Koren, Regan and Singer (2020), https://arxiv.org/abs/2002.09018, where the length
-    of each parameter array is that of a diagonal method: settings tuned for Adam carry over.
+    A learning rate tuned for the other optimizer, Adam for instance, carries over. The Shampoo of Anil, Gupta, Koren,
+    Regan and Singer (2020), https://arxiv.org/abs/2002.09018, does so for each parameter array.
 
     >>> tx = graft(optax.scale(4.0), optax.sgd(1.0))
     >>> updates, _ = tx.update({"a": jnp.array([3.0, 4.0])}, tx.init({"a": jnp.zeros(2)}))

@@ -30,9 +30,9 @@ def spring(
 
         u <- (F + damping I)^-1 (gradient + weight damping u)
 
-    minimises u^T F u / 2 - gradient^T u + damping / 2 |u - weight u_last|^2: what the batch says nothing about is kept
-    from the steps before, and only that. Goldshlager, Abrahamsen and Lin (2024), https://arxiv.org/abs/2401.10190, for
-    whom the weight is 0.99 beside a bound on the length of the step; with weight 0 it is the direction itself.
+    minimises u^T F u / 2 - gradient^T u + damping / 2 |u - weight u_last|^2. So the direction keeps from earlier steps
+    exactly what the batch says nothing about. With weight 0 it is the direction itself. Goldshlager, Abrahamsen and Lin
+    (2024), https://arxiv.org/abs/2401.10190, take 0.99 and bound the length of the step.
 
     Args:
         direction: a `scale_by_*` transformation that is linear in the gradient.

@@ -48,11 +48,10 @@ def observe(
 def refresh(tx: optax.GradientTransformation, state: Any, evidence: Any = None, params: Tree | None = None) -> Any:
     """Make the operators afresh from the statistics; rebuild those that `without_operators` left out.
 
-    A rebuilt state goes on bit for bit as the whole one would where an operator is a function of the statistics that
-    it was made of: K-FAC, TKFAC, TNT, MBF and Shampoo, as long as no statistics were taken since the last refresh, the
-    damping is that of the last refresh, and none was rejected. EKFAC, TEKFAC, SOAP and TENGraD hold what a batch
-    measured: give one, and they go on from there. The coupled Shampoo and the warm refresh ("qr") depend on the
-    operators before. K-BFGS learned its operators from its steps.
+    K-FAC, TKFAC, TNT, MBF and Shampoo then continue bit for bit, if there were no statistics since the last refresh, if
+    the damping is that of the last refresh, and if no refresh was rejected. EKFAC, TEKFAC, SOAP and TENGraD hold what a
+    batch measured: give one, and they continue from there. The coupled Shampoo and the warm refresh ("qr") depend on
+    their earlier operators. K-BFGS learned its operators from its steps.
 
     Args:
         tx: a lifted method, or a transformation with one in it.
@@ -70,7 +69,7 @@ def refresh(tx: optax.GradientTransformation, state: Any, evidence: Any = None, 
 
 
 def without_operators(state: Any) -> Any:
-    """The state without what `refresh` can make again: half of its bytes, or less, in a checkpoint.
+    """The state without its operators, for a checkpoint of half the bytes or less; `refresh` makes them again.
 
     Args:
         state: of a lifted method, or of a transformation with one in it.
@@ -99,8 +98,8 @@ def warm_start(
 ) -> Any:
     """Fill the statistics with the running mean over a pass of data, before training.
 
-    A loop over `observe`. The average so made counts as one full old value afterwards; TNT, Shampoo and K-BFGS leave it
-    as it is in their first step. As in the experiments of Goldfarb, Ren and Bahamou.
+    It is a loop over `observe`, as in the experiments of Goldfarb, Ren and Bahamou. Later updates treat the average as
+    one full old value. TNT, Shampoo and K-BFGS leave it unchanged in their first step.
 
     Args:
         tx: a lifted method, or a chain with one in it.

@@ -38,8 +38,8 @@ from natgrad_jax.settings import Completed, Rescaled, direction, optimizer
 class EKFAC(Rescaled):
     """The EKFAC direction, U [(U^T dW V) / (scale + damping)] V^T for every layer.
 
-    Directions that the last batches did not show are divided by the damping alone: with small batches it must not be
-    too small. A side wider than `max_factor_dim` keeps its own coordinates.
+    Directions that the last batches did not show are divided by the damping alone. So do not take it too small with
+    small batches. A side wider than `max_factor_dim` keeps its own coordinates.
     """
 
     sharing: Annotated[

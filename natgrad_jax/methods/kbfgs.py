@@ -88,12 +88,12 @@ class Learned(NamedTuple):
 class KBFGSOptimizer(Settings):
     """K-BFGS, K-BFGS(L) or KF-QN-CNN, complete: what it learns from is its own step.
 
-    `capture` with `labels="true"`, as in the papers: then a step costs one evaluation of the batch more, at the new
-    parameters, and nothing else. With `"sampled"` labels both evaluations have those drawn at the old parameters, and
-    the pair is of the loss with these. The pair never has the penalty in it. What stands behind this
-    transformation and changes its step (clipping, say) does no harm to the pair, which is then of a step that was not
-    taken; `kl_clip` shortens the step inside, and the pair is of that. `update` needs `params`, and
-    `out.curvature` itself: a mapping of evidence cannot be measured again.
+    Capture with `labels="true"`, as the papers do. A step then costs one more evaluation of the batch, at the new
+    parameters, and nothing else. With `"sampled"` labels both evaluations use the labels drawn at the old parameters,
+    and the pair is of their loss. The pair never contains the penalty. A transformation behind this one, such as
+    clipping, may change the step: the pair is then of a step that was not taken, which does no harm. `kl_clip` shortens
+    the step inside, and the pair is of the short step. `update` needs `params`, and `out.curvature` itself: a mapping
+    of evidence cannot be measured again.
 
     Damping 0.3 beside a learning rate of 0.3, `decay` and momentum 0.9, `weight_decay=1e-5` and, if any, `memory=100`
     are those of the authors' demonstration on an autoencoder (https://github.com/renyiryry/kbfgs_neurips2020_public),

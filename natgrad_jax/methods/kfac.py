@@ -74,7 +74,7 @@ class KFACOptimizer(Completed, KFAC):
 
     Damping 0.03, decay 0.95, momentum 0.9, inverses every 100 steps and weight decay added to the preconditioned
     gradient are the K-FAC baseline in the experiments of the TENGraD authors (https://github.com/saeedsoori/k-fac).
-    Theirs takes statistics every 20 steps, here twice as often, and clips the step: `kl_clip=1e-2` on its command line.
+    They take statistics every 20 steps, we every 10. They clip the step with `kl_clip=1e-2`, we with 1e-3.
     """
 
     damping: Damping = 0.03

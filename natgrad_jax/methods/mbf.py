@@ -58,8 +58,8 @@ Vectors = Literal["diagonal", "smoothed_rms"]
 class MBF(OfTensors):
     """The mini-block direction, (F_b + damping I)^-1 for every block of every parameter array.
 
-    Without layers a dense kernel does not know its bias, which is a vector by itself, and every array of three axes or
-    more is the kernel of a convolution.
+    Without layers a dense kernel and its bias are separate arrays, and every array of three axes or more counts as the
+    kernel of a convolution.
     """
 
     dense: Annotated[

@@ -41,8 +41,8 @@ Graft = Literal["sgd", "rmsprop", "adam"]
 class Shampoo(OfCutTensors):
     """The Shampoo direction, dW x_1 P_1 ... x_k P_k for every parameter array.
 
-    The damping is added to the factors, in the units of the squared gradient; it is never less than 1e-6 of the largest
-    eigenvalue of a factor (float32).
+    The damping is added to the factors, in the units of the squared gradient. In float32 it is at least 1e-6 of the
+    largest eigenvalue of a factor.
     """
 
     exponent: Annotated[
@@ -106,7 +106,7 @@ class ShampooOptimizer(Completed, Shampoo):
     """Shampoo with heavy-ball momentum in FRONT of the direction and decoupled weight decay behind.
 
     The defaults are the baseline of the experiments with TNT, for convolutional nets; with its autoencoders it took
-    statistics at every step and refreshed every 20, without `early_refresh`. As it is mostly used today:
+    statistics at every step and refreshed every 20, without `early_refresh`. Most use it today as
 
         shampoo(1e-3, damping=1e-12, decay=0.999, graft_to="adam", merge=1024, block_size=1024, statistics_every=1,
                 refresh_every=20)

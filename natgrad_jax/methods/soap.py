@@ -63,8 +63,9 @@ class SOAP(OfCutTensors):
     """The SOAP direction: what comes in, over the root of the gradient's second moments, in the eigenbasis of Shampoo.
 
     The damping is added to the second moments under the root, in the units of the squared gradient. With statistics of
-    the curvature, each `rescale_every` costs a backward pass; where drawn labels have no gradient, that of the true
-    ones is divided by the root of the damping alone: 1e-16 is then far too small. What has but one mode is a vector.
+    the curvature each `rescale_every` costs a backward pass. Where drawn labels have no gradient, the gradient of the
+    true ones is divided by the root of the damping alone: 1e-16 is then far too small. An array of one mode is a
+    vector.
     """
 
     refresh: Annotated[
@@ -161,8 +162,8 @@ class SOAPOptimizer(Completed, SOAP):
     """SOAP: the bias-corrected average of the gradient, its direction, decoupled weight decay, the learning rate.
 
     Decay, momentum and period are those of the paper's code, which has a learning rate of 3e-3 and a weight decay of
-    0.01. As with Adam, and unlike with the methods that divide by a curvature, every coordinate moves by about the
-    learning rate; it does so from the first step on, hence a warm-up.
+    0.01. As with Adam, every coordinate moves by about the learning rate, unlike with methods that divide by a
+    curvature. So do the first steps: use a warm-up.
     """
 
     momentum: Scalar | Quadratic | None = 0.95

@@ -81,8 +81,8 @@ class TKFAC(Truncatable):
 class TKFACOptimizer(Completed, TKFAC):
     """TKFAC with heavy-ball momentum and decoupled weight decay.
 
-    The paper's momentum is the same heavy ball behind the preconditioner. Its table of settings is not public: the
-    defaults are those of `kfac`, so that the two can be compared.
+    The paper has the same heavy ball behind the preconditioner. Its table of settings is not public. The defaults are
+    those of `kfac`, so that you can compare the two.
     """
 
     damping: Damping = 0.03

@@ -106,21 +106,21 @@ _RATE = {
     "learning_rate": (
         Rate,
         None,
-        "step size, or its schedule. None: length, averaging and damping of the steps are found while training "
-        '(`automatic`). "quadratic": what minimises the quadratic model of the batch (`controlled`), with momentum '
-        '"quadratic" and `adaptive_damping()` where nothing else is said. "search": what has the least loss among many '
-        "lengths, for all the data in a batch.",
+        "step size, or its schedule. None: the optimizer finds length, averaging and damping of its steps while "
+        'training (`automatic`). "quadratic": the minimiser of the quadratic model of the batch (`controlled`), with '
+        'momentum "quadratic" and `adaptive_damping()` where nothing else is said. "search": the length of least loss '
+        "among many, for all the data in a batch.",
     )
 }
 _PLAIN_RATE = {"learning_rate": (ScalarOrSchedule, inspect.Parameter.empty, "step size, or its schedule.")}
-_LAYERS = {"layers": (Layers, inspect.Parameter.empty, "from `capture.layers`.")}
-_BEHIND = {"layers": (Layers, None, "from `capture.layers`; they are needed.")}
+_LAYERS = {"layers": (Layers, inspect.Parameter.empty, "what `capture.layers` returns.")}
+_BEHIND = {"layers": (Layers, None, "what `capture.layers` returns; required.")}
 _ARRAYS = {
     "layers": (
         Layers | None,
         None,
-        "from `capture.layers`; without them the shapes of the parameter arrays are all that is known: the groups of a "
-        "convolution are then not told apart, and the copies of a scanned layer are a mode.",
+        "what `capture.layers` returns. Without layers the method knows only the shapes of the parameter arrays. It "
+        "then does not separate the groups of a convolution, and the copies of a scanned layer are a mode.",
     )
 }
 _EXAMPLE = """

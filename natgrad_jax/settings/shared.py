@@ -40,17 +40,20 @@ class Direction(Settings):
 
     damping: Annotated[
         Damping,
-        "strength in the units of F, the Fisher block of one example; its schedule, if a function. More is safer and "
-        "closer to the gradient, divided by the damping; in a short run it is worth tuning first.",
+        "strength in the units of F, the Fisher block of one example, or its schedule. A larger damping is safer: the "
+        "direction tends to the gradient, divided by the damping. In a short run, tune it first.",
         Number(schedule=True),
     ]
     decay: Annotated[
         ScalarOrSchedule,
-        "weight of the old value in the averages. Nearer to 1 for small batches, less where the curvature moves fast.",
+        "weight of the old value in the averages. Take it near 1 for small batches, smaller where the curvature "
+        "changes fast.",
         Number(below=1, schedule=True),
     ] = 0.95
     refresh_every: Annotated[
-        Period, "steps between refreshes of what is applied. Fewer steps follow the curvature, at their cost.", Steps()
+        Period,
+        "steps between refreshes of the operator. Fewer steps follow the curvature more closely and cost more.",
+        Steps(),
     ] = 100
 
     @property
@@ -107,12 +110,13 @@ class Averaged(Direction):
 
     statistics_every: Annotated[
         Period,
-        "steps between statistics, each of which costs a backward pass where they are of the curvature.",
+        "steps between statistics. Statistics of the curvature cost a backward pass.",
         Steps(),
     ] = 10
     early_refresh: Annotated[
         bool,
-        "whether to refresh at every statistics step until the first refresh period is over; it steadies the start.",
+        "whether to refresh at every statistics step until the first refresh period is over. Otherwise the statistics "
+        "of the first batch alone serve for that long.",
     ] = True
     rolling: Annotated[
         bool,
@@ -121,8 +125,8 @@ class Averaged(Direction):
     ] = False
     max_factor_dim: Annotated[
         int | None,
-        "a side wider than this (a vocabulary, say) keeps only the diagonal of its factor; None for 8192. Less bounds "
-        "memory and the time of a refresh, which grow with its square and its cube.",
+        "a side wider than this, such as a vocabulary, keeps only the diagonal of its factor; None for 8192. The "
+        "memory of a factor grows with the square of its side, the time of a refresh with the cube.",
         Size(0),
     ] = None
 
@@ -173,9 +177,9 @@ class Rescaled(Truncatable):
 
     split: Annotated[
         rotated.Split,
-        'how the damping enters: "exact" (the paper\'s): added to the scale; "pi" or "even": as in `scale_by_kfac`, '
-        "with the cross terms that the damping of two factors has. They hold back the directions that one side says "
-        "little about, and train deep autoencoders in fewer steps.",
+        'how the damping enters. "exact", as in the paper: added to the scale. "pi" or "even": as in `scale_by_kfac`, '
+        "with the cross terms of two damped factors. These shorten directions in which one side has little curvature, "
+        "and train deep autoencoders in fewer steps.",
     ] = "exact"
     estimator: Annotated[
         rotated.Estimator,
@@ -184,12 +188,12 @@ class Rescaled(Truncatable):
     ] = "per_example"
     refresh: Annotated[
         rotated.Refresh,
-        'how the eigenvectors are found. "eigh": afresh; "qr": by one step of orthogonal iteration from the old ones, '
-        'which is cheaper, after a first refresh by "eigh"; the scale is then kept, not begun anew.',
+        'how the eigenvectors are computed. "eigh": from scratch. "qr": by one step of orthogonal iteration from the '
+        'old ones, after a first refresh by "eigh". It is cheaper, and keeps the scale instead of starting it again.',
     ] = "eigh"
     refresh_tolerance: Tolerance = None
     rescale_every: Annotated[
-        Period, "steps between measurements of the scale; there is one after every refresh in any case.", Steps()
+        Period, "steps between measurements of the scale. There is also one after every refresh.", Steps()
     ] = 10
     scale_decay: Annotated[
         ScalarOrSchedule | None,
@@ -219,16 +223,16 @@ class OfTensors(Averaged):
 
     damping: Annotated[
         Damping,
-        "strength in the units of the statistics: those of F, the Fisher block of one example, or of the squared "
-        "gradient of a batch, which shrinks as the batch grows; its schedule, if a function. More is safer and closer "
-        "to the gradient; in a short run it is worth tuning first.",
+        "strength in the units of the statistics, or its schedule. The units are those of F, the Fisher block of one "
+        "example, or of the squared gradient of a batch, which shrinks as the batch grows. A larger damping is safer "
+        "and closer to the gradient. In a short run, tune it first.",
         Number(schedule=True),
     ]
     statistics: Annotated[
         Statistics,
-        '"curvature": from the labels of the capture, sampled by default; "gradient": from the gradient itself, true '
-        "labels and all: `curvature` is then not needed, nor asked if it is there. Where something stands in front of "
-        "the direction, give `update` the gradient as its extra argument `gradient`.",
+        'what the statistics are of. "curvature": gradients of the labels of the capture, sampled by default. '
+        '"gradient": the gradient itself, with the true labels; `curvature` is then not needed. If a transformation '
+        "stands in front of the direction, pass the gradient to `update` as `gradient=`.",
     ] = "curvature"
 
     @property
@@ -274,8 +278,8 @@ class OfCutTensors(OfTensors, Truncatable):
     ] = None
     block_size: Annotated[
         int | None,
-        "modes longer than this are cut into blocks, each with factors of its own; None to cut none. 1024 or so bounds "
-        "the time of a refresh.",
+        "modes longer than this are cut into blocks, each with its own factors; None to cut none. 1024 bounds the time "
+        "of a refresh.",
         Size(),
     ] = None
 
@@ -295,14 +299,14 @@ class Completed(Settings):
 
     momentum: Annotated[
         Scalar | Quadratic | None,
-        "weight of the old value in the momentum, behind the direction unless it is said to stand in front; "
-        '"quadratic": what minimises the quadratic model of the loss; None for none.',
+        "weight of the old value in the momentum, which stands behind the direction unless the first lines say "
+        'otherwise. "quadratic": the minimiser of the quadratic model of the loss. None for none.',
         Number(below=1),
     ] = 0.9
     weight_decay: Annotated[
         ScalarOrSchedule | None,
-        "strength of decoupled weight decay, or of an l2 penalty of the loss if the step is controlled; None for none, "
-        "else `update` needs `params`.",
+        "strength of decoupled weight decay; of an l2 penalty if the step is controlled. `update` then needs `params`. "
+        "None for none.",
         Number(schedule=True),
     ] = None
     weight_decay_mask: Annotated[
@@ -311,9 +315,9 @@ class Completed(Settings):
 
     kl_clip: Annotated[
         Scalar | None,
-        "bound of `clip_by_kl` on how far a step may move the model: the largest product of gradient and direction "
-        "times the squared learning rate. With the default no learning rate from 1e-3 to 1 diverged in our trials; the "
-        "scripts of the TENGraD authors have 1e-2. A loss that sums many outputs wants more. None for none.",
+        "bound of `clip_by_kl` on how far a step may move the model: on the product of gradient and direction times "
+        "the squared learning rate. With 1e-3 no learning rate from 1e-3 to 1 diverged in our trials; the scripts of "
+        "the TENGraD authors have 1e-2. A loss that sums many outputs needs a larger bound. None for none.",
         Number(),
     ] = 1e-3
 
