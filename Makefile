@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover report test bench lint format
+.PHONY: help demo notebooks fidelity control defaults race autoencoder tune classify crossover pinn report test bench lint format
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -47,6 +47,9 @@ classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every m
 
 crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
+
+pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
+	$(BIN)/python -m experiments.pinn $(GIVEN)
 
 report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
 	$(BIN)/python -m experiments.report $(GIVEN)
