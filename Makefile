@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover bench report
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover pinn bench report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -59,6 +59,9 @@ classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every m
 
 tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
 	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
+
+pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
+	$(BIN)/python -m experiments.pinn $(GIVEN)
 
 race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
