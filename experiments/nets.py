@@ -104,6 +104,33 @@ class ThreeStages(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
+class Transformer(nn.Module):
+    """A language model: tables of tokens and positions, layers of causal attention and of two dense layers, logits.
+
+    Normalisation stands in front of what it feeds; attention is made of dense layers, four of them each.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    tokens: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Tokens [N, T] -> logits of the next one [N, T, tokens]."""
+        length, size = x.shape[1], self.width // self.heads
+        h = nn.Embed(self.tokens, self.width)(x) + nn.Embed(length, self.width)(jnp.arange(length))
+        hidden = jnp.tril(jnp.ones((length, length), bool))
+        for _ in range(self.layers):
+            z = nn.LayerNorm()(h)
+            q, k, v = (nn.Dense(self.width)(z).reshape(*x.shape, self.heads, size) for _ in range(3))
+            scores = jnp.einsum("nthd,nshd->nhts", q, k) / size**0.5
+            seen = jnp.einsum("nhts,nshd->nthd", nn.softmax(jnp.where(hidden, scores, -1e9)), v)
+            h = h + nn.Dense(self.width)(seen.reshape(h.shape))
+            h = h + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(h))))
+        return nn.Dense(self.tokens)(nn.LayerNorm()(h))
+
+
 class ResNet(nn.Module):
     """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
 

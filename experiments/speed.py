@@ -1,11 +1,12 @@
 """What do a step, its compilation and its memory cost, in units of Adam's on the same model?
 
-Two models: the MNIST autoencoder of the papers (784-1000-500-250-30-250-500-1000-784, ReLU, batch 500) and a small
-convolutional network (16, 32 and 64 channels, strides 1, 2 and 2, dense head, 28 x 28, batch 128). The inputs are
-noise: a step costs the same on noise. Every method of the package, SGD with momentum and, where it can be imported
-(its release wants jax <= 0.9.1), kfac-jax with fixed settings; each with statistics at every step and a refresh at
-every 10th, and with statistics at every 10th and a refresh at every 100th. What EKFAC, TEKFAC and SOAP measure in their
-basis goes with the statistics; TENGraD takes its statistics where it refreshes, K-BFGS refreshes nothing.
+Three models: the MNIST autoencoder of the papers (784-1000-500-250-30-250-500-1000-784, ReLU, batch 500), a small
+convolutional network (16, 32 and 64 channels, strides 1, 2 and 2, dense head, 28 x 28, batch 128), and, where it is
+asked for, a transformer (4 layers of 256, vocabulary 8,192, context 128, 8 sequences). The inputs are noise: a step
+costs the same on noise. Every method of the package, SGD with momentum and, where it can be imported (its release wants
+jax <= 0.9.1), kfac-jax with fixed settings; each with statistics at every step and a refresh at every 10th, and with
+statistics at every 10th and a refresh at every 100th. What EKFAC, TEKFAC and SOAP measure in their basis goes with the
+statistics; TENGraD takes its statistics where it refreshes, K-BFGS refreshes nothing. "rank" is `rank="auto"`.
 
 Each method is made, measured and dropped in one process with an Adam of its own, and all figures are over this Adam's,
 so that a busy machine spoils both alike:
@@ -18,6 +19,9 @@ so that a busy machine spoils both alike:
     peak      bytes that the compiled step needs at once by XLA's account: arguments, outputs and scratch, less what an
               output takes over from an argument. The branches share their scratch, so it is that of the dearest,
               whether or not a step takes it. LAPACK's own workspace on a CPU is not in it.
+    p95       of single steps over two periods, the 95th percentile over the median: what a refresh costs the step that
+              has it. Each of them waits for its end.
+    program   lines of the compiled program, in XLA's text.
 
 Of kfac-jax, which owns its loop and its programs, only step and held.
 
@@ -64,7 +68,7 @@ class Config:
 
     Attributes:
         output: folder of the records and of the picture.
-        models: "autoencoder", "cnn", or "tiny", a dense net of a few units.
+        models: "autoencoder", "cnn", "transformer", or "tiny", a dense net of a few units.
         methods: names as in the table or as in the package; none for all. Adam is always measured.
         rounds: pairs of blocks, Adam's and the method's.
         block: least steps of a block.
@@ -110,6 +114,7 @@ def measure(name: str, given: Problem, method: Method, config: Config) -> dict[s
     def over(one: float | None, other: float | None) -> float | None:
         return finite(one / other, 3) if one and other else None
 
+    singles = sorted(runner.block(1) for _ in range(max(40, 2 * method.period)))
     return {
         "model": name,
         "method": method.name,
@@ -126,6 +131,9 @@ def measure(name: str, given: Problem, method: Method, config: Config) -> dict[s
         "held": over(runner.held, base.held),
         "peak_bytes": runner.peak,
         "peak": over(runner.peak, base.peak),
+        "p95": over(float(np.percentile(singles, 95)), statistics.median(singles)),
+        "program_lines": runner.lines,
+        "program": over(runner.lines, base.lines),
     }
 
 
@@ -172,6 +180,8 @@ FIGURES = {
     "memory": ("memory: held between steps (dark) / peak (light)", ("held", "peak")),
 }
 """Panels: their titles, and the ratios in each."""
+LATER = {"p95": "p95 / median", "program_lines": "program lines", "program": "x Adam"}
+"""Columns of figures that older records do not have."""
 COLORS = ("#1f5f99", "#a9c4de")
 
 
@@ -188,6 +198,9 @@ def table(records: Records) -> Table:
         result.add_column(heading, justify="right")
     for heading in ("peak MB", "x Adam"):
         result.add_column(heading, justify="right")
+    later = [name for name in LATER if any(record.get(name) for record in records)]
+    for name in later:
+        result.add_column(LATER[name], justify="right")
     before = None
     for record in records:
         if before not in (None, record["model"]):
@@ -203,6 +216,7 @@ def table(records: Records) -> Table:
             *(shown(record["milliseconds"]), shown(record["step"]), spread),
             *(shown(record["compile_seconds"]), shown(record["compile"])),
             *(cell for name in megabytes for cell in (shown(megabytes[name]), shown(record[name]))),
+            *(shown(record.get(name)) for name in later),
         )
     return result
 

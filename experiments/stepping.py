@@ -85,6 +85,9 @@ METHODS = (
     *ours("K-FAC, adaptive", ng.kfac, **ADAPTIVE),
     *ours("TKFAC", ng.tkfac),
     *ours("EKFAC", ng.ekfac),
+    *ours("K-FAC, rank", ng.kfac, rank="auto"),
+    *ours("EKFAC, rank", ng.ekfac, rank="auto"),
+    *ours("K-FAC, rolling", ng.kfac, rolling=True),
     *ours("TEKFAC", ng.tekfac),
     *ours("TENGraD", ng.tengrad),
     *ours("K-BFGS", ng.kbfgs, labels="true"),
@@ -112,9 +115,11 @@ class Problem:
         return self.model.apply({"params": params}, inputs)
 
 
+TOKENS = 8192
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "autoencoder": (nets.Autoencoder((1000, 500, 250, 30)), (500, 784)),
     "cnn": (nets.ThreeStages((16, 32, 64)), (128, 28, 28, 1)),
+    "transformer": (nets.Transformer(layers=4, width=256, heads=4, tokens=TOKENS), (8, 128)),
     "tiny": (nets.TanhNet((8,)), (16, 12)),
 }
 """A model and the shape of its inputs."""
@@ -123,11 +128,15 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def problem(name: str, seed: int) -> Problem:
     """The model of that name with a batch of noise."""
     model, shape = MODELS[name]
-    x = jax.random.uniform(jax.random.key(seed), shape)
+    if name == "transformer":
+        x = jax.random.randint(jax.random.key(seed), shape, 0, TOKENS)
+    else:
+        x = jax.random.uniform(jax.random.key(seed), shape)
     params = jax.jit(model.init)(jax.random.key(seed), x)["params"]
     if name == "autoencoder":
         return Problem(model, ng.losses.sigmoid_binary_cross_entropy, x, x, params)
-    return Problem(model, ng.losses.softmax_cross_entropy, x, jnp.arange(len(x)) % 10, params)
+    y = jnp.roll(x, -1, axis=1) if name == "transformer" else jnp.arange(len(x)) % 10
+    return Problem(model, ng.losses.softmax_cross_entropy, x, y, params)
 
 
 def program(method: Method, given: Problem, setting: Setting) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
@@ -172,6 +181,7 @@ class Runner:
         seconds: of tracing, lowering and compiling.
         held: bytes of parameters and state.
         peak: bytes that the compiled step needs at once; None where the backend does not say.
+        lines: of the compiled program, in XLA's text.
     """
 
     def __init__(self, method: Method, given: Problem, setting: Setting):
@@ -186,6 +196,7 @@ class Runner:
         self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._carry, *self._fixed, self._key).compile()
         self.seconds: float | None = time.perf_counter() - start
         self.peak = peak(self._step.memory_analysis())
+        self.lines: int | None = (self._step.as_text() or "").count("\n")
         self.block(1)
 
     def block(self, steps: int) -> float:
@@ -238,7 +249,7 @@ class Peer:
         self._state = self._optimizer.init(self._params, self._key, self._batch)
         self.block(1)
         self.held = size((self._params, self._state))
-        self.seconds = self.peak = None
+        self.seconds = self.peak = self.lines = None
 
     def block(self, steps: int) -> float:
         """Seconds of so many steps."""

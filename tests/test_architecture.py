@@ -29,6 +29,7 @@ ROOMS = (
     "algebra/bfgs",
     "algebra/trees",
     "layers/arrays",
+    "layers/pieces",
     "layers/dense",
     "layers/conv",
     "layers/embed",

@@ -13,7 +13,8 @@ from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
 from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, squares, sums
 from natgrad_jax.base import Array, Evidence, Layer, Scalar
 from natgrad_jax.blocks.kronecker import identities, split_damping
-from natgrad_jax.layers.rows import gradient_matrix, input_moment, input_rows, output_rows, total
+from natgrad_jax.layers.pieces import summed
+from natgrad_jax.layers.rows import example_count, gradient_matrix, input_moment, input_rows, output_rows, total
 
 Estimator = Literal["per_example", "minibatch"]
 Refresh = Literal["eigh", "qr"]
@@ -161,8 +162,11 @@ def _per_example(layer: Layer, basis: Basis, evidence: Evidence) -> Array:
         moment = input_moment(layer, evidence, full=basis.inputs is not None)
         found = mean_squares(basis.inputs, moment)[..., None]
         return jnp.broadcast_to(found, (*found.shape[:-1], coordinates(basis.outputs, layer.shape[-1])))
-    rows, columns = input_rows(layer, evidence), output_rows(layer, evidence)
-    return moments_in(basis, rows, columns) / total(evidence, rows.shape[-3])
+
+    def of_piece(part):
+        return moments_in(basis, input_rows(layer, part), output_rows(layer, part))
+
+    return summed(of_piece, layer, evidence) / total(evidence, example_count(layer, evidence))
 
 
 def _minibatch(layer: Layer, basis: Basis, evidence: Evidence) -> Array:

@@ -13,6 +13,7 @@ from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, scaled, trace
 from natgrad_jax.algebra.truncated import Moment
 from natgrad_jax.base import Array, Evidence, Layer, Matrix, Scalar, Use
 from natgrad_jax.layers import KINDS
+from natgrad_jax.layers.pieces import examples_at_a_time, summed
 from natgrad_jax.losses import example_weights
 
 Sharing = Literal["expand", "reduce"]
@@ -67,19 +68,27 @@ def input_moment(
     Returns:
         [S, I, I], or a `Diagonal` [S, I]; its products where they take fewer flops.
     """
+    if examples_at_a_time(layer, evidence) is not None:
+        rank = None  # the matrix of a piece is what is summed
+    found = summed(lambda part: _input_sum(layer, part, full, sharing, rank), layer, evidence)
+    return _divided(found, total(evidence, example_count(layer, evidence)))
+
+
+def _input_sum(layer: Layer, evidence: Evidence, full: bool, sharing: Sharing, rank: int | None) -> Any:
+    """A before it is divided by the weight of the examples."""
     rows = input_rows(layer, evidence)
     examples = rows.shape[-3]
     if sharing == "reduce":
         if isinstance(rows, OneHot):
             weights = jnp.ones(examples) if evidence.weights is None else example_weights(evidence.weights)
             there = of_rows.scaled(rows, _there(rows, evidence))
-            return _divided(pooled_moment(there, weights.astype(rows.dtype), full), total(evidence, examples))
+            return pooled_moment(there, weights.astype(rows.dtype), full)
         rows = _pooled(rows, evidence, mean=False)
     weights, positions = _row_weights(evidence, rows.shape[-2]), rows.shape[-2]
     flat = of_rows.over_leading(rows, (*rows.shape[:-3], examples * positions))
     if weights is not None:
         weights = jnp.broadcast_to(weights, (examples, positions)).reshape(-1).astype(flat.dtype)
-    return _divided(second_moment(flat, weights, full, rank), total(evidence, examples))
+    return second_moment(flat, weights, full, rank)
 
 
 def output_moment(
@@ -176,9 +185,9 @@ def partial_traces(
             scaled(inputs, jnp.full_like(spread, layer.shape[-1])),
             scaled(outputs, spread),
         )
-    rows, columns = paired_rows(layer, evidence, sharing)
     moments = paired_moments if sharing == "expand" else gradient_moments
-    return _divided(moments(rows, columns, full), total(evidence, rows.shape[-3]))
+    found = summed(lambda part: moments(*paired_rows(layer, part, sharing), full), layer, evidence)
+    return _divided(found, total(evidence, example_count(layer, evidence)))
 
 
 def paired_rows(layer: Layer, evidence: Evidence, sharing: Pairing = "example") -> tuple[Rows, Array]:
@@ -200,6 +209,11 @@ def paired_rows(layer: Layer, evidence: Evidence, sharing: Pairing = "example") 
     if isinstance(rows, OneHot):
         return of_rows.scaled(rows, _there(rows, evidence)), jnp.broadcast_to(mean, columns.shape)
     return _pooled(rows, evidence, mean=False), mean
+
+
+def example_count(layer: Layer, evidence: Evidence) -> int:
+    """N of an evidence with inputs."""
+    return jax.eval_shape(lambda evidence: input_rows(layer, evidence), evidence).shape[-3]
 
 
 def total(evidence: Evidence, examples: int) -> Scalar:

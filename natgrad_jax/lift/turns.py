@@ -5,19 +5,19 @@
     3  a step refreshes the groups from the first to the last that are due: one, none, or at the start all of them
 
 Each layer is refreshed once in `refresh_every` steps, as without turns, at a step of its own. The groups are branches
-of one `lax.switch` inside of a loop over those that are due: each refresh is compiled once, and a step without one
-computes nothing. When a group is due follows from the step count alone, so that no checkpoint has to say it.
+that hold their own operators alone: each refresh is compiled once, and a step computes those that are due. Which these
+are follows from the step count alone, so that no checkpoint has to say it.
 """
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
+from natgrad_jax.algebra.branches import when
 from natgrad_jax.base import Array, Layer
-from natgrad_jax.lift.state import Block, Schedule
+from natgrad_jax.lift.state import Block, NaturalGradientState, Schedule
 
 
 class Turns(NamedTuple):
@@ -85,8 +85,11 @@ def cost(layer: Layer) -> int:
 
 
 def in_turn(
-    found: Turns, due: tuple[Array, Array], refresh: Callable[[tuple[Block, ...], Any], Any], state: Any
-) -> Any:
+    found: Turns,
+    due: tuple[Array, Array],
+    refresh: Callable[[tuple[Block, ...], NaturalGradientState], NaturalGradientState],
+    state: NaturalGradientState,
+) -> NaturalGradientState:
     """Line 3: the state with the groups refreshed that are due.
 
     Args:
@@ -98,5 +101,15 @@ def in_turn(
     Returns:
         After.
     """
-    branches = [lambda state, group=group: refresh(group, state) for group in found.groups]
-    return lax.fori_loop(*due, lambda index, state: lax.switch(index, branches, state), state)
+    for index, group in enumerate(found.groups):
+        names = [block.layer.name for block in group]
+
+        def refreshed(part, group=group, names=names, state=state):
+            operators, metrics = part
+            new = refresh(group, state._replace(operators={**state.operators, **operators}, metrics=metrics))
+            return {name: new.operators[name] for name in names}, new.metrics
+
+        here = (due[0] <= index) & (index < due[1])
+        operators, metrics = when(here, refreshed, ({name: state.operators[name] for name in names}, state.metrics))
+        state = state._replace(operators={**state.operators, **operators}, metrics=metrics)
+    return state
