@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from natgrad_jax.algebra import arranged
 from natgrad_jax.algebra.arranged import Arrangement, addresses
-from natgrad_jax.base import Layer, Layers, Leaf
+from natgrad_jax.base import UNSEEN, Layer, Layers, Leaf
 from natgrad_jax.layers.parameter import dtype_of, parameter
 from natgrad_jax.program.products import Found, Product
+from natgrad_jax.watch.parts import of_whole, side_by_side
 from natgrad_jax.watch.reading import Call, Seen, read
 
 
@@ -68,7 +69,7 @@ def recognise(
     rest = []
     for address, leaf in leaves.items():
         if address not in taken:
-            unused = "" if address in found.used else "the likelihood does not see it"
+            unused = "" if address in found.used else UNSEEN
             rest.append(parameter(address, leaf.shape, dtype_of(leaf), notes.get(address, unused)))
     return Layers(tuple(known), tuple(rest), examples, draws), calls
 
@@ -118,6 +119,9 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         if isinstance(seen, str):
             return seen
         found.append(seen)
+    found = of_whole(found)
+    if isinstance(found, str):
+        return found
     first = found[0]
     for place, seen in enumerate(found):
         if (seen.kernel, seen.stack) == (first.kernel, first.stack) and (seen.kind == "conv") == (first.kind == "conv"):
@@ -125,9 +129,10 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         turned = arranged.transposed(seen.kernel, (*range(len(seen.stack)), len(seen.stack) + 1, len(seen.stack)))
         if seen.kind != "dense" or first.kind == "conv" or (turned, seen.stack) != (first.kernel, first.stack):
             return "its products see it as different matrices"
-        use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1))
+        part = seen.use.part and seen.use.part.turned()
+        use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1), part=part)
         found[place] = seen._replace(use=use)
-    return found
+    return side_by_side(found)
 
 
 def _biases(
