@@ -39,6 +39,8 @@ Operator = Any
 """What a method applies to a layer: a pytree whose arrays lead with the axes S."""
 
 
+UNSEEN = "the likelihood does not see it"
+"""The note of a parameter that the outputs of a call do not depend on."""
 WIDEST = 8192
 """The largest size of a side of which methods keep the whole factor, unless they are told another."""
 
@@ -60,6 +62,8 @@ class Use(NamedTuple):
         positions: T of this call.
         transposed: whether the matrix is used the other way round, outputs to inputs, as a tied table is.
         biased: whether the bias of the layer, if it has one, is added to the result; to that of a tangent it is not.
+        part: the `algebra.cuts.Block` of the matrix [S, I, O] that it uses, without the row of the bias; None for all.
+        beside: whether its rows stand in those of the use before it, in other columns or for other copies.
     """
 
     kind: str
@@ -67,6 +71,8 @@ class Use(NamedTuple):
     positions: int = 1
     transposed: bool = False
     biased: bool = True
+    part: Any = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Layer:
     @property
     def positions(self) -> int:
         """T, over all uses."""
-        return sum(use.positions for use in self.uses) or 1
+        return sum(use.positions for use in self.uses if not use.beside) or 1
 
     @property
     def module_axes(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
+import families
 import jax
 import jax.numpy as jnp
 import optax
@@ -194,7 +195,10 @@ class Task(NamedTuple):
 
 
 TASKS = ("mlp", "convnet")
+FAMILIES = tuple(families.NETS)
+"""Further nets, of the laws that no relative stands for on them."""
 _OTHERS = {
+    **{name: {} for name in FAMILIES},
     "mlp": {},
     "convnet": {},
     "mlp true labels": {"labels": "true"},
@@ -214,8 +218,8 @@ def task(name: str) -> Task:
 def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples: int = 8, width: int = 5) -> Task:
     dtype = jnp.dtype(dtype)
     # six outputs, so that no factor of "dense" has several null vectors: any basis of these were as good as another
-    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(6)}
-    shape = (6, 6, 2) if model == "convnet" else (width,)
+    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(6), **families.NETS}
+    shape = {"convnet": (6, 6, 2), **families.SHAPES}.get(model, (width,))
     keys = jax.random.split(jax.random.key(7), 3)
     x = jax.random.normal(keys[0], (4, examples, *shape), dtype)
     y = jax.random.randint(keys[1], (4, examples), 0, 3)

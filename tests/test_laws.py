@@ -12,6 +12,7 @@ import optax
 import pytest
 from methods_table import (
     ALL_NAMES,
+    FAMILIES,
     NAMES,
     TASKS,
     direction,
@@ -36,8 +37,8 @@ EVERYWHERE = [
     pytest.param(name, where, marks=() if where == "mlp" or name in table.LIFTED else pytest.mark.full)
     for name in ALL_NAMES
     for where in TASKS
-]
-"""Every method on the net of dense layers, the representatives on the others."""
+] + [pytest.param(name, where, marks=pytest.mark.full) for where in FAMILIES for name in ALL_NAMES]
+"""Every method on the net of dense layers, the representatives on the convnet; with `-m full` all on all families."""
 ANY = NAMES[0]
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from products import rows_give_the_gradient_of_every_example
 from reference import normal
-from test_products import rows_give_the_gradient_of_every_example
 
 import natgrad_jax as ng
 

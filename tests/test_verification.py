@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from products import N
 from reference import normal
-from test_products import CASES, N
+from test_products import CASES
 
 import natgrad_jax as ng
 from natgrad_jax.layers.rows import input_rows, output_rows

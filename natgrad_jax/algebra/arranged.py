@@ -28,11 +28,28 @@ class Atom(NamedTuple):
     reverse: bool = False
 
 
+class Cut(NamedTuple):
+    """Where an axis of the flat source has been cut: which of its entries are there.
+
+    Attributes:
+        start: the first of them.
+        size: how many; 1 also where the axis has gone, as one entry of it was taken.
+        stride: how far apart they are in the source.
+        whole: how many the axis has.
+    """
+
+    start: int
+    size: int
+    stride: int
+    whole: int
+
+
 class Arranged(NamedTuple):
-    """One array, arranged: where it stands in the tree, and of which atoms each axis is made."""
+    """One array, arranged: where it stands in the tree, of which atoms each axis is made, and where it has been cut."""
 
     address: str
     axes: tuple[tuple[Atom, ...], ...]
+    cuts: tuple[Cut, ...] = ()
 
 
 class Joined(NamedTuple):
@@ -48,7 +65,9 @@ Arrangement = Arranged | Joined
 def source(address: str, shape: Sequence[int]) -> Arranged:
     """An array as it is."""
     strides = np.cumprod([1, *shape[:0:-1]])[::-1].tolist() if len(shape) else []
-    return Arranged(address, tuple(_atoms(Atom(size, stride)) for size, stride in zip(shape, strides, strict=True)))
+    return Arranged(
+        address, tuple(merged_atoms(Atom(size, stride)) for size, stride in zip(shape, strides, strict=True))
+    )
 
 
 def addresses(arrangement: Arrangement) -> tuple[str, ...]:
@@ -73,9 +92,9 @@ def shape(arrangement: Arrangement) -> Shape:
 def transposed(arrangement: Arrangement, order: Sequence[int]) -> Arrangement:
     """With its axes in another order."""
     if isinstance(arrangement, Joined):
-        moved = tuple(Arranged(part.address, _taken(part.axes, order)) for part in arrangement.parts)
+        moved = tuple(part._replace(axes=_taken(part.axes, order)) for part in arrangement.parts)
         return Joined(moved, list(order).index(arrangement.axis))
-    return Arranged(arrangement.address, _taken(arrangement.axes, order))
+    return arrangement._replace(axes=_taken(arrangement.axes, order))
 
 
 def flipped(arrangement: Arranged, axes: Sequence[int]) -> Arranged | None:
@@ -86,7 +105,7 @@ def flipped(arrangement: Arranged, axes: Sequence[int]) -> Arranged | None:
         tuple(atom._replace(reverse=not atom.reverse) for atom in axis) if index in axes else axis
         for index, axis in enumerate(arrangement.axes)
     ]
-    return Arranged(arrangement.address, tuple(turned))
+    return arrangement._replace(axes=tuple(turned))
 
 
 def joined(arrangements: Sequence[Arrangement], axis: int) -> Joined | None:
@@ -112,7 +131,7 @@ def reshaped(arrangement: Arrangement, sizes: Sequence[int]) -> Arrangement | No
         return _reshaped_jointly(arrangement, tuple(sizes))
     atoms = [atom for axis in arrangement.axes for atom in axis]
     axes = _regrouped(atoms, sizes)
-    return None if axes is None else Arranged(arrangement.address, axes)
+    return None if axes is None else arrangement._replace(axes=axes)
 
 
 def _regrouped(atoms: Sequence[Atom], sizes: Sequence[int]) -> tuple[tuple[Atom, ...], ...] | None:
@@ -132,7 +151,7 @@ def _regrouped(atoms: Sequence[Atom], sizes: Sequence[int]) -> tuple[tuple[Atom,
                 return None
             axis.append(atom)
             missing //= atom.size
-        axes.append(_atoms(*axis))
+        axes.append(merged_atoms(*axis))
     return tuple(axes)
 
 
@@ -156,7 +175,7 @@ def build(arrangement: Arrangement, arrays: Mapping[str, Array]) -> Array:
     """What comes out.
 
     Args:
-        arrangement: of arrays.
+        arrangement: of whole arrays.
         arrays: by address.
 
     Returns:
@@ -175,7 +194,7 @@ def take_apart(arrangement: Arrangement, array: Array, shapes: Mapping[str, Shap
     """The inverse of `build`.
 
     Args:
-        arrangement: of arrays.
+        arrangement: of whole arrays.
         array: what came out.
         shapes: of the arrays, by address.
 
@@ -209,7 +228,7 @@ def _order(arrangement: Arranged) -> tuple[list[Atom], list[int]]:
     return flat, sorted(range(len(flat)), key=lambda index: -flat[index].stride)
 
 
-def _atoms(*atoms: Atom) -> tuple[Atom, ...]:
+def merged_atoms(*atoms: Atom) -> tuple[Atom, ...]:
     """Neighbours that follow one another in the source as one; those of one entry gone."""
     found: list[Atom] = []
     for atom in atoms:

@@ -23,7 +23,7 @@ def _from_matrix(layer: Layer, matrix: Array) -> dict[str, Array]:
 
 
 def _input_rows(layer: Layer, use: Use, inputs: Array) -> OneHot:
-    size = layer.shape[0]
+    size = layer.shape[0] if use.part is None else use.part.sizes[-2]
     index = inputs.reshape(*inputs.shape[: len(layer.stack) + 1], -1).astype(jnp.int32)
     if use.geometry == "clip":
         index = jnp.clip(index, 0, size - 1)

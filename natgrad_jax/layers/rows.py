@@ -13,6 +13,7 @@ from natgrad_jax.algebra.stacks import Diagonal, Factor, einsum, scaled, trace
 from natgrad_jax.algebra.truncated import Moment
 from natgrad_jax.base import Array, Evidence, Layer, Matrix, Scalar, Use
 from natgrad_jax.layers import KINDS
+from natgrad_jax.layers.parts import placed_inputs, placed_outputs
 from natgrad_jax.layers.pieces import examples_at_a_time, summed
 from natgrad_jax.losses import example_weights
 
@@ -238,10 +239,12 @@ def _by_use(layer: Layer, evidence: Evidence, side: Literal["input_rows", "outpu
         )
     if any(use.transposed for use in uses):
         pairs = [_balanced(*_pair(layer, use, evidence, place)) for place, use in enumerate(uses)]
-        found = [pair[side == "output_rows"] for pair in pairs]
-        alike = len({type(rows) for rows in found}) == 1
-        return found if alike else [of_rows.written_out(rows) for rows in found]
-    return [getattr(KINDS[use.kind], side)(layer, use, call) for use, call in zip(uses, calls, strict=True)]
+        found: list[Any] = [pair[side == "output_rows"] for pair in pairs]
+        if len({type(rows) for rows in found}) > 1:
+            found = [of_rows.written_out(rows) for rows in found]
+    else:
+        found = [getattr(KINDS[use.kind], side)(layer, use, call) for use, call in zip(uses, calls, strict=True)]
+    return placed_inputs(layer, uses, found) if side == "input_rows" else placed_outputs(layer, uses, found)
 
 
 def _pair(layer: Layer, use: Use, evidence: Evidence, place: int) -> tuple[Rows, Array]:

@@ -6,7 +6,8 @@
     3  on a rescaling step:    operator <- rescale(operator, curvature())            inside a cond; methods that have it
 
 The curvature is called inside the branch, once for all lines. What comes out not finite is dropped layer by layer,
-and counted. A batch of weight zero changes neither statistics nor what is measured of it.
+and counted. A batch of weight zero changes neither statistics nor what is measured of it,
+and one that does not use a layer, since tasks take turns, changes nothing of that layer's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,8 @@ def advance(
     def refresh_of(blocks, state, evidence=None):
         measured = state if evidence is None else _measured(blocks, evidence, state)
         held = evidence is not None and is_empty(evidence)
-        return _refreshed(blocks, damping, measured, count, state.operators, held, schedule.tolerance)  # 2
+        used = blocks if evidence is None else _used(blocks, evidence)
+        return _refreshed(used, damping, measured, count, state.operators, held, schedule.tolerance)  # 2
 
     refresh = partial(refresh_of, blocks)
     if schedule.rolling:
@@ -101,8 +103,8 @@ def _observed(
     blocks: tuple[Block, ...], evidence: Mapping[str, Evidence], state: NaturalGradientState, held: Array | bool = False
 ) -> NaturalGradientState:
     """Line 1; a layer whose statistics are not finite keeps its own, and all keep theirs where they are held."""
-    new = {}
-    for layer, method in blocks:
+    new = dict(state.statistics)
+    for layer, method in _used(blocks, evidence):
         name, statistics = layer.name, state.statistics[layer.name]
         if method.couple is None:
             new[name] = method.observe(layer, statistics, evidence[name])
@@ -111,7 +113,12 @@ def _observed(
     return counted(state, *kept_finite(layers_of(blocks), new, state.statistics, held=held), held=held)
 
 
-def _followed(blocks: tuple[Block, ...], state: NaturalGradientState) -> NaturalGradientState:
+def _used(blocks: tuple[Block, ...], evidence: Mapping[str, Evidence]) -> list[Block]:
+    """The blocks that the batch says something of; those of tasks whose turn it is not keep what they have."""
+    return [block for block in blocks if block.layer.name in evidence]
+
+
+def _followed(blocks: Sequence[Block], state: NaturalGradientState) -> NaturalGradientState:
     """What operators have of the statistics for nothing."""
     operators = dict(state.operators)
     for layer, method in blocks:
@@ -127,7 +134,7 @@ def _measured(
 ) -> NaturalGradientState:
     """What operators are made of that no average holds."""
     operators = dict(state.operators)
-    for layer, method in blocks:
+    for layer, method in _used(blocks, evidence):
         if method.measure is not None:
             old = operators[layer.name]
             operators[layer.name] = old._replace(value=method.measure(layer, old.value, evidence[layer.name]))
@@ -135,7 +142,7 @@ def _measured(
 
 
 def _refreshed(
-    blocks: tuple[Block, ...],
+    blocks: Sequence[Block],
     damping: Array,
     state: NaturalGradientState,
     date_now: Array,
@@ -171,6 +178,7 @@ def _refreshed(
         date, old = _dated(layer, date_now), state.operators[layer.name].date
         date = jnp.where(kept[layer.name], old, date) if layer.name in kept else date
         fresh[layer.name] = Dated(values[layer.name], date)
+    fresh = {**state.operators, **fresh}
     fresh = _followed(blocks, state._replace(operators=fresh)).operators
     state = _kept_operators(blocks, fresh, former, state, held)
     done = 1 if held is False else jnp.where(held, 0, 1)
@@ -192,7 +200,7 @@ def _rescaled(
     Where it is not due everywhere, those layers have it that this step has refreshed.
     """
     fresh, rescaled = dict(state.operators), []
-    for layer, method in blocks:
+    for layer, method in _used(blocks, evidence):
         if method.rescale is not None:
             old, rescale = state.operators[layer.name], method.rescale
             needed = _either(everywhere, jnp.any(old.date == state.count))

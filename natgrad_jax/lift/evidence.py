@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra import trees
-from natgrad_jax.base import Array, Evidence, Layer, Layers
+from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.joint import is_joint
 from natgrad_jax.layers.rows import input_rows, output_rows
@@ -78,7 +78,12 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
 
 
 def lazy(
-    curvature: Any, layers: tuple[Layer, ...], *, optional: bool = False, gradient: Any = None
+    curvature: Any,
+    layers: tuple[Layer, ...],
+    *,
+    optional: bool = False,
+    gradient: Any = None,
+    partly: bool = False,
 ) -> Callable[[], Mapping[str, Evidence]]:
     """A function that gives the evidence of every block, its names and shapes compared to the layers.
 
@@ -87,6 +92,7 @@ def lazy(
         layers: those that need evidence.
         optional: whether there may be none, if the function is not called.
         gradient: of which the axes of `shard_map` that it differs along are compared; None for no comparison.
+        partly: whether layers that the batch does not use, as of tasks that take turns, may be left out.
 
     Returns:
         The function; it raises ValueError if the evidence is of other layers or shapes.
@@ -109,20 +115,52 @@ def lazy(
     def evidence_of():
         evidence = curvature() if callable(curvature) else curvature
         assert evidence is not None, "not called without one"
-        missing = [layer.name for layer in layers if layer.name not in evidence]
+        evidence = dict(evidence) | _of_parameters(layers, evidence, getattr(curvature, "layers", None))
+        idle = _unused(layers, getattr(curvature, "layers", None))
+        missing = [layer.name for layer in layers if layer.name not in evidence and layer.name not in idle]
         if missing:
             raise ValueError(f"`curvature` has no evidence for {missing}; it has {sorted(evidence)}. {_ADVICE}")
+        unused = [layer.name for layer in layers if layer.is_known and layer.name in idle]
+        if unused and not partly:
+            raise ValueError(
+                f"The batch does not use the layers {unused}, of which this method needs evidence at every step. Give "
+                "it batches that use all, or each task an optimizer of its own (`optax.partition`)."
+            )
+        found = {layer.name: evidence[layer.name] for layer in layers if not partly or layer.name not in idle}
         for layer in layers:
-            _check(layer, evidence[layer.name])
+            if layer.name in found:
+                _check(layer, found[layer.name])
         if gradient is not None and (axes := trees.differs(evidence) - trees.differs(gradient)):
             raise ValueError(
                 f"The gradient is the same on all replicas of {sorted(axes)}, but `curvature` is that of the examples "
                 "of each, with which they would drift apart. Let the capture join both: "
                 f"`capture(..., axis_name={min(axes)!r})`."
             )
-        return {layer.name: evidence[layer.name] for layer in layers}
+        return found
 
     return evidence_of
+
+
+def _of_parameters(
+    layers: tuple[Layer, ...], evidence: Mapping[str, Evidence], there: Layers | None
+) -> dict[str, Evidence]:
+    """The evidence of single parameters that are part of a layer of the batch: its gradient is all that is needed."""
+    owners = {} if there is None else {leaf.address: (layer, leaf) for layer in there.known for leaf in layer.leaves}
+    found = {}
+    for layer in layers:
+        if layer.is_known or layer.leaves[0].address not in owners:
+            continue
+        owner, leaf = owners[layer.leaves[0].address]
+        origin = evidence[owner.name]
+        gradient = None if origin.gradient is None else {"value": origin.gradient[leaf.role]}
+        found[layer.name] = Evidence(gradient=gradient, weights=origin.weights, count=origin.count)
+    return found
+
+
+def _unused(layers: tuple[Layer, ...], there: Layers | None) -> list[str]:
+    """The names of the blocks that the call which the evidence is of did not use, every array of them."""
+    unseen = set() if there is None else {layer.name for layer in there.rest if layer.note == UNSEEN}
+    return [layer.name for layer in layers if all(leaf.address in unseen for leaf in layer.leaves)]
 
 
 def _check(layer: Layer, evidence: Evidence) -> None:

@@ -101,7 +101,8 @@ def lift(
         decays_now = tuple(at_step(each, count) for each in decays)
         if request is not None:
             blocks = blocks_of(updates, _asked(request, decays_now))
-            evidence_of = evidences.lazy(curvature, layers_of(blocks), optional=not isinstance(request, Observe))
+            optional = not isinstance(request, Observe)
+            evidence_of = evidences.lazy(curvature, layers_of(blocks), optional=optional, partly=True)
             rule = state.metrics.damping if damping is None else damping
             strength_at = partial(_strength, rule, blocks)
             return updates, answer(request, blocks, None if curvature is None else evidence_of, strength_at, state)
@@ -112,7 +113,7 @@ def lift(
             )
         blocks = blocks_of(updates, decays_now)
         strength = _strength(damping, blocks, count)
-        evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates)
+        evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates, partly=True)
         state = advance(blocks, schedule, strength, evidence_of, state)
         operators = {name: operator.value for name, operator in state.operators.items()}
         known = {layer.name: layer for layer, _ in blocks if layer.is_known}

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 from natgrad_jax.algebra.arranged import (
     Arranged,
@@ -18,6 +19,7 @@ from natgrad_jax.algebra.arranged import (
     source,
     transposed,
 )
+from natgrad_jax.algebra.cuts import sliced
 from natgrad_jax.program.products import Level, Path
 
 
@@ -96,6 +98,36 @@ def moved(fact: Fact, equation: Any) -> Fact | None:
         if isinstance(fact, Parameter):
             return _spread(fact, options["broadcast_dimensions"], before, after)
     return None
+
+
+def pieces(fact: Parameter, equation: Any) -> list[Parameter | None] | None:
+    """What an equation leaves of a parameter that it cuts, for each of its results; None if it cuts none.
+
+    A piece is None where the place of its entries in the whole cannot be said.
+    """
+    name, options, sizes = equation.primitive.name, equation.params, equation.invars[0].aval.shape
+    starts = [0] * len(sizes)
+    if name == "slice" and all(step == 1 for step in options["strides"] or ()):
+        return [_piece(fact, options["start_indices"], equation.outvars[0].aval.shape)]
+    if name == "dynamic_slice" and all(isinstance(v, Literal) for v in equation.invars[1:]):
+        wanted = options["slice_sizes"]
+        given = [int(v.val) for v in equation.invars[1:]]
+        starts = [min(max(start, 0), size - want) for start, size, want in zip(given, sizes, wanted, strict=True)]
+        return [_piece(fact, starts, wanted)]
+    if name != "split":
+        return None
+    found: list[Parameter | None] = []
+    for v in equation.outvars:
+        found.append(_piece(fact, starts, v.aval.shape))
+        starts[options["axis"]] += v.aval.shape[options["axis"]]
+    return found
+
+
+def _piece(fact: Parameter, starts: Sequence[int], sizes: Sequence[int]) -> Parameter | None:
+    whole: Arranged | None = fact.arrangement if fact.axes is None and isinstance(fact.arrangement, Arranged) else None
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        whole = whole and sliced(whole, fact.hidden + axis, int(start), int(size))
+    return None if whole is None else fact._replace(arrangement=whole)
 
 
 def side_by_side(facts: Sequence[Fact | None], axis: int) -> Parameter | None:

@@ -1,8 +1,8 @@
 """Following the parameters of a traced function to what is done with them.
 
 A parameter is USED where it is one operand of a product: `dot_general`, a convolution, `gather`. On its way it may be
-moved (transposed, reshaped, cast, reversed, joined with others), through `jit`, `checkpoint`, `scan` and `cond`. What
-is added to the result of a product over all of its positions is its bias. Everything else is named.
+moved (transposed, reshaped, cast, reversed, cut, joined with others), through `jit`, `checkpoint`, `scan` and `cond`.
+What is added to the result of a product over all of its positions is its bias. Everything else is named.
 
 The axis of the examples is found by a second trace with twice as many: it is the one that has grown. Where it holds
 more than the examples (two views side by side, positions merged with examples) the order is followed; see `scenes`.
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.algebra.arranged import addresses, source
 from natgrad_jax.program import facts
 from natgrad_jax.program.axes import SIDES, columns_of, options_of
 from natgrad_jax.program.facts import Fact, Parameter, Result
 from natgrad_jax.program.liveness import INLINE, REMAT, body_of, live_inputs, live_outputs
-from natgrad_jax.program.products import Found, Level, Path, Product
+from natgrad_jax.program.products import Found, Level, Origin, Path, Product
 from natgrad_jax.program.scenes import Scene, Turns
 
 _WORDS = {
@@ -30,9 +30,8 @@ _WORDS = {
     "while": "used inside a while loop",
     "custom_jvp_call": "used inside a custom derivative rule",
     "custom_vjp_call": "used inside a custom derivative rule",
-    "slice": "cut before its product",
-    "dynamic_slice": "cut before its product",
-    "split": "cut before its product",
+    "slice": "cut with steps before its product",
+    "dynamic_slice": "cut at a place that is computed",
     "shard_map": "used inside a shard_map",
 }
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -86,10 +85,12 @@ class _Follower:
         wanted: Sequence[bool],
         path: Path,
         turns: tuple[Turns, ...],
+        origins: Sequence[Origin | None] = (),
     ) -> tuple[list[Fact | None], list[tuple[int, int] | None]]:
         """Follow a program: what is known of its inputs -> what is known of its outputs."""
         scene = Scene(program, twin, wanted, path, turns, self.examples, self.alone)
         scene.begin(known, orders)
+        scene.origins |= dict(zip(program.invars, origins, strict=False))
         for place, equation, other in scene.equations():
             name = equation.primitive.name
             rule = name in _CUSTOM and not any(isinstance(scene.fact(v), Parameter) for v in equation.invars)
@@ -110,6 +111,10 @@ class _Follower:
         given = [place for place, fact in enumerate(inputs) if isinstance(fact, Parameter)]
         if equation.primitive.name == "stop_gradient":
             return
+        first = inputs[0] if given == [0] else None
+        if isinstance(first, Parameter) and (cut := facts.pieces(first, equation)) is not None:
+            self.cut(scene, equation, first, cut)
+            return
         learned = self.result(scene, equation, inputs)
         if learned is None and given:
             learned = self.parameter(scene, path, equation, twin, inputs, given)
@@ -117,6 +122,14 @@ class _Follower:
             self.note(inputs, learned)
         elif learned is not None:
             scene.facts[equation.outvars[0]] = learned
+
+    def cut(self, scene: Scene, equation: Any, whole: Parameter, pieces: Facts) -> None:
+        """Keep the pieces of a parameter that are needed."""
+        for v, piece in zip(equation.outvars, pieces, strict=True):
+            if piece is not None:
+                scene.facts[v] = piece
+            elif v in scene.needed:
+                self.note([whole], "cut before its product in a way that is not followed")
 
     def note(self, inputs: Facts, reason: str) -> None:
         """Name how parameters enter otherwise."""
@@ -166,6 +179,7 @@ class _Follower:
             dtype=out.dtype,
             examples=scene.spread(equation.invars[place], twin and twin.invars[place]),
             examples_out=scene.spread(equation.outvars[0], twin and twin.outvars[0]),
+            reads=scene.origin(equation.invars[place]),
         )
         return facts.result(path, out.shape)
 
@@ -206,7 +220,8 @@ class _Follower:
         orders = [scene.order(v) for v in equation.invars]
         wanted = [v in scene.needed for v in equation.outvars]
         other = body_of(twin) if twin is not None else None
-        found, after = self.walk(body_of(equation), other, inside, orders, wanted, path, scene.turns)
+        origins = [None if isinstance(v, Literal) else scene.origin(v) for v in equation.invars]
+        found, after = self.walk(body_of(equation), other, inside, orders, wanted, path, scene.turns, origins)
         scene.facts |= {v: fact for v, fact in zip(equation.outvars, found, strict=True) if fact is not None}
         scene.orders |= {v: order for v, order in zip(equation.outvars, after, strict=True) if order is not None}
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from natgrad_jax.algebra.arranged import Arrangement, Shape
 
 Path = tuple[int, ...]
+Origin = tuple[Path, Any]
+"""A value of a program: the path of that program, and its variable there."""
 
 
 class Level(NamedTuple):
@@ -42,6 +44,7 @@ class Product(NamedTuple):
         examples: where they are in the other operand; None where that is not known.
         examples_out: where they are in the result.
         bias: what is added to the result over all its positions [stacked levels, batch axes, outputs]; None of nothing.
+        reads: the other operand, as a value: products with one origin read the same.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class Product(NamedTuple):
     examples: Spread | None
     examples_out: Spread | None
     bias: Arrangement | None = None
+    reads: Origin | None = None
 
 
 class Found(NamedTuple):

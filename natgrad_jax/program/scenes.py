@@ -12,7 +12,7 @@ from natgrad_jax.algebra.arranged import Shape
 from natgrad_jax.program.axes import Lookup, options_of
 from natgrad_jax.program.facts import Fact
 from natgrad_jax.program.liveness import live
-from natgrad_jax.program.products import Path, Spread
+from natgrad_jax.program.products import Origin, Path, Spread
 
 _SHUFFLES = (
     *("gather", "scatter", "scatter-add", "sort", "slice", "dynamic_slice", "dynamic_update_slice", "pad", "split"),
@@ -43,6 +43,7 @@ class Scene:
         alone: whether there is no twin at all: the function takes no other number of examples. Then the axis of the
             examples is the one of N entries, if there is one such axis.
         orders: (outer, inner) of values whose grown axis holds outer * N * inner entries.
+        origins: of values that came in from the program around, which they are there.
     """
 
     program: Jaxpr
@@ -54,6 +55,7 @@ class Scene:
     alone: bool = False
     facts: dict[Any, Fact] = field(default_factory=dict)
     orders: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    origins: dict[Any, Origin | None] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.twin is not None and not _alike(self.program, self.twin):
@@ -86,6 +88,12 @@ class Scene:
     def order(self, value: Any) -> tuple[int, int] | None:
         """(outer, inner) of a value."""
         return None if isinstance(value, Literal) else self.orders.get(value)
+
+    def origin(self, value: Any) -> Origin | None:
+        """The value, told from all others of all programs; None of a number."""
+        if isinstance(value, Literal):
+            return None
+        return self.origins.get(value) or (self.path, value)
 
     def is_read_once(self, value: Any) -> bool:
         """Whether nothing but one equation reads a value."""

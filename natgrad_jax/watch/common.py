@@ -379,7 +379,7 @@ def _pull_each(pullback: Callable[[Any], tuple[Tree, Tree]], seeds: Any) -> tupl
 def _from_rows(layer: Layer, evidence: Evidence) -> Evidence:
     """The evidence with its gradient as a product of rows, on a CPU, for kinds whose own gradient is slow there."""
     from_rows = KINDS[layer.kind].gradient
-    if from_rows is None:
+    if from_rows is None or any(use.part is not None for use in layer.uses):
         return evidence
 
     def as_it_is(evidence):  # in the dtype of the rows, as the other

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from natgrad_jax.algebra.rows import written_out
 from natgrad_jax.algebra.stacks import einsum
-from natgrad_jax.base import Array, Evidence, Layer, Layers, Use
+from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers, Use
 from natgrad_jax.layers.parameter import parameter
 from natgrad_jax.layers.rows import from_matrix, paired_rows
 from natgrad_jax.losses import example_weights
-from natgrad_jax.watch.recognise import UNSEEN
 
 SEVERAL = "not the same layer in all terms of the loss"
 

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 from natgrad_jax.algebra import arranged
 from natgrad_jax.algebra.arranged import Arrangement, addresses
-from natgrad_jax.base import Layer, Layers, Leaf
+from natgrad_jax.base import UNSEEN, Layer, Layers, Leaf
 from natgrad_jax.layers.parameter import dtype_of, parameter
 from natgrad_jax.program.products import Found, Product
+from natgrad_jax.watch.parts import of_whole, side_by_side
 from natgrad_jax.watch.reading import Call, Seen, read
-
-UNSEEN = "the likelihood does not see it"
-"""The note of a parameter that is not used."""
 
 
 class Exceptions(NamedTuple):
@@ -121,6 +119,9 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         if isinstance(seen, str):
             return seen
         found.append(seen)
+    found = of_whole(found)
+    if isinstance(found, str):
+        return found
     biased = [seen for seen in found if seen.bias is not None and {each.kind for each in found} == {"dense"}]
     first = (biased or found)[0]  # a bias says which side is that of the outputs
     for place, seen in enumerate(found):
@@ -129,9 +130,10 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         turned = arranged.transposed(seen.kernel, (*range(len(seen.stack)), len(seen.stack) + 1, len(seen.stack)))
         if seen.kind != "dense" or first.kind == "conv" or (turned, seen.stack) != (first.kernel, first.stack):
             return "its products see it as different matrices"
-        use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1))
+        part = seen.use.part and seen.use.part.turned()
+        use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1), part=part)
         found[place] = seen._replace(use=use)
-    return found
+    return side_by_side(found)
 
 
 def _biases(

@@ -4,8 +4,8 @@ The rows of all uses of a layer give its gradient, the sum over rows of a g^T. W
 layer was seen wrongly: something is done with the parameter that no product shows. Compared are both, at perturbed
 parameters and for random cotangents of the outputs, so that nothing is zero by chance.
 
-The outputs of one example have a cotangent of zero. Where a layer still has cotangents in the rows of that example, the
-outputs of others depend on them: behind the layer examples are mixed.
+The outputs of one example have a cotangent of zero. Where the rows of that example still have a gradient, the outputs
+of others depend on them: behind the layer examples are mixed.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     Attributes:
         apart: how far the rebuilt gradient is from that of autodiff, relative to its length; about the rounding of its
             dtype where all is seen, NaN where the gradient is no number.
-        leaked: length of the gradients of rows of the example that has no cotangent, over the mean one of the others.
+        leaked: length of the products of the rows of the example that has none, over the mean one of the others.
     """
 
     apart: Array
@@ -176,12 +176,11 @@ def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     pairs = [(there[role], leaf[0].astype(there[role].dtype)) for role, leaf in evidence.gradient.items()]
     apart = sum(jnp.sum(jnp.square(mine - theirs)) for mine, theirs in pairs)
     length = jnp.sum(jnp.stack([jnp.sum(jnp.square(theirs)) for _, theirs in pairs]))
-    columns = (
-        jnp.sum(jnp.square(output_rows(layer, evidence)), axis=-1)
-        * lengths(input_rows(layer, evidence))[..., None, :, :]
-    )
-    examples = columns.shape[-2]
-    whole, own = jnp.sum(columns), jnp.sum(columns[..., silent, :])
+    columns = jnp.sum(jnp.square(output_rows(layer, evidence)), axis=-1)
+    rows = lengths(input_rows(layer, evidence))  # of a use the other way round the cotangents are here
+    products = columns * rows[..., None, :, :]
+    examples = products.shape[-2]
+    whole, own = jnp.sum(products), jnp.sum(products[..., silent, :])
     others = (whole - own) / max(examples - 1, 1)
     leaked = jnp.sqrt(own / jnp.maximum(others, jnp.finfo(others.dtype).tiny)) if examples > 1 else jnp.zeros(())
     return Measured(jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)), leaked)
