@@ -41,6 +41,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
 
+import itertools
 import time
 
 import jax
@@ -48,6 +49,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import nnx
 from scipy.special import xlogy
 from sklearn.datasets import load_digits
 
@@ -216,6 +218,54 @@ if reached.any():
 # to where Adam ends at about the same time, somewhat sooner or somewhat later. What lies below is for EKFAC alone, in a run of this length. An
 # eigendecomposition weighs a lot next to the gradient of a net this small, and little next to that of a large one.
 #
+# ## The same in Flax NNX
+#
+# A model of NNX holds its parameters itself, and `nnx.Optimizer` its optimizer. The five lines are the same five; what the gradient
+# and the state of a model are in NNX, they are here, so the loop is the one that Flax teaches. This twin starts from the numbers
+# from which the net above started, and sees the same batches.
+
+
+# %%
+class Twin(nnx.Module):
+    def __init__(self, rngs):
+        pixels = x.shape[-1]
+        sizes = (pixels, *WIDTHS, pixels)
+        self.layers = nnx.List([nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(sizes)])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            x = x if layer.out_features == min(WIDTHS) else nnx.tanh(x)
+        return self.layers[-1](x)
+
+
+twin = Twin(nnx.Rngs(0))
+for number, layer in enumerate(twin.layers):
+    layer.kernel[...], layer.bias[...] = (start[f"Dense_{number}"][name] for name in ("kernel", "bias"))
+
+watched = ng.nnx.capture(twin, ng.losses.sigmoid_binary_cross_entropy)  # 1
+found = watched.layers(twin, x[:BATCH])  # 2
+settings = {"damping": falling, "statistics_every": 5, "rescale_every": 5, "refresh_every": 50}
+optimizer = nnx.Optimizer(twin, ng.ekfac(schedule(0.07), found, **settings), wrt=nnx.Param)  # 3
+
+
+@nnx.jit
+def nnx_step(model, optimizer, batch, key):
+    out = watched.value_and_grad(model, batch, batch, key=key)  # 4
+    optimizer.update(model, out.grad, curvature=out.curvature)  # 5
+
+
+random = np.random.default_rng(0)
+for t in range(STEPS // 10):
+    batch = x[random.permutation(len(x))[:BATCH]]
+    nnx_step(twin, optimizer, batch, jax.random.fold_in(jax.random.key(1), t))
+
+loss = ng.losses.sigmoid_binary_cross_entropy(twin(x), x) - floor
+there = by_ekfac[2][by_ekfac[0] == STEPS // 10]
+print(f"after {STEPS // 10} steps: {loss:.3f} in NNX", *[f"and {each:.3f} in linen" for each in there])
+print(f"{len(found)} layers, as many as above, and {len(found.rest)} parameters outside of them")
+
+# %% [markdown]
 # ## Where to go from here
 #
 # * Nothing to tune: `ng.ekfac("quadratic", layers, momentum="quadratic", damping=ng.adaptive_damping(), split="pi")` chooses learning rate,

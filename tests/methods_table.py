@@ -1,4 +1,4 @@
-"""The table of all methods, and the small problems for the laws. A new method adds ONE row to `METHODS`.
+"""The table of all methods, and what the laws do with them. A new method adds ONE row to `METHODS`.
 
 One that is a complete optimizer and nothing else, since it learns from its own step, adds it to `COMPLETE`. Its
 direction is the step over the learning rate. The laws that call `update` as a training step does, with parameters and
@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
-import families
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import linen as nn
+from tasks import Task, kept, task
 
 import natgrad_jax as ng
 
@@ -157,77 +156,6 @@ ALL_NAMES = NAMES + tuple(row.name for row in COMPLETE)
 SETTINGS = {"damping": 0.03, "decay": 0.9, "statistics_every": 2, "refresh_every": 4, "early_refresh": False}
 
 
-class MLP(nn.Module):
-    """Three dense layers, two of them of one shape."""
-
-    dtype: Any = jnp.float32
-    width: int = 5
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.tanh(nn.Dense(self.width, dtype=self.dtype, param_dtype=self.dtype)(x))
-        return nn.Dense(3, dtype=self.dtype, param_dtype=self.dtype)(x)
-
-
-class ConvNet(nn.Module):
-    """A convolution and a grouped one, a normalisation (parameters of no known layer), a dense layer."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, train=True):
-        both = {"dtype": self.dtype, "param_dtype": self.dtype}
-        x = nn.Conv(4, (3, 3), strides=2, **both)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, **both)(x))
-        x = nn.relu(nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, **both)(x))
-        return nn.Dense(3, use_bias=False, **both)(x.reshape(x.shape[0], -1))
-
-
-class Task(NamedTuple):
-    """A watched model and four batches: x [4, N, ...], integer labels y [4, N]."""
-
-    capture: Any
-    variables: Any
-    layers: ng.Layers
-    x: jax.Array
-    y: jax.Array
-
-
-TASKS = ("mlp", "convnet")
-FAMILIES = tuple(families.NETS)
-"""Further nets, of the laws that no relative stands for on them."""
-_OTHERS = {
-    **{name: {} for name in FAMILIES},
-    "mlp": {},
-    "convnet": {},
-    "mlp true labels": {"labels": "true"},
-    "mlp bfloat16": {"dtype": "bfloat16"},
-    "convnet bfloat16": {"dtype": "bfloat16"},
-    "mlp wide": {"examples": 1024, "width": 16},
-    "dense": {"labels": "true"},
-}
-
-
-@cache
-def task(name: str) -> Task:
-    """The problem of that name."""
-    return _task(name.split()[0], **_OTHERS[name])
-
-
-def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples: int = 8, width: int = 5) -> Task:
-    dtype = jnp.dtype(dtype)
-    # six outputs, so that no factor of "dense" has several null vectors: any basis of these were as good as another
-    nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(6), **families.NETS}
-    shape = {"convnet": (6, 6, 2), **families.SHAPES}.get(model, (width,))
-    keys = jax.random.split(jax.random.key(7), 3)
-    x = jax.random.normal(keys[0], (4, examples, *shape), dtype)
-    y = jax.random.randint(keys[1], (4, examples), 0, 3)
-    variables = nets[model].init(keys[2], x[0])
-    capture = ng.linen.capture(nets[model], ng.losses.softmax_cross_entropy, labels=labels)
-    return Task(capture, variables, capture.layers(variables, x[0]), x, y)
-
-
 LIFTED = ("kfac pi", "ekfac qr pi", "tnt", "tengrad", "kbfgs")
 """One row for each way in which a method is lifted: plain, rescaled in a branch, tensors, measured only, stepping."""
 
@@ -248,7 +176,7 @@ def build(method: str, where: str = "mlp", **settings: Any) -> Transformation:
     return row(method).scale_by(task(where).layers, **{**SETTINGS, **settings})
 
 
-direction = cache(build)
+direction = kept(build)
 """The same, but one object for one question, so that what was compiled for it is found again."""
 
 
@@ -295,10 +223,10 @@ def batch_of(problem: Task, t: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 def evaluate(problem: Task, params: Any, t: Any) -> Any:
     """Loss, gradient and curvature of step t."""
     x, y, key = batch_of(problem, t)
-    return problem.capture.value_and_grad({**problem.variables, "params": params}, x, y, key=key)
+    return problem.evaluate(params, x, y, key=key)
 
 
-@cache
+@kept
 def measured(where: str, t: int = 0) -> tuple[Any, Any]:
     """Gradient and evidence {name: Evidence} of step t at the first parameters."""
     problem = task(where)
@@ -307,7 +235,7 @@ def measured(where: str, t: int = 0) -> tuple[Any, Any]:
         out = evaluate(problem, params, t)
         return out.grad, out.curvature()
 
-    return jax.jit(measure)(problem.variables["params"])
+    return jax.jit(measure)(problem.params)
 
 
 def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> tuple[tuple[Any, Any], Record]:
@@ -321,7 +249,7 @@ def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> t
 
 def start(problem: Task, tx: Transformation) -> tuple[Any, Any]:
     """Parameters and state in buffers of their own."""
-    params = jax.tree.map(jnp.copy, problem.variables["params"])
+    params = jax.tree.map(jnp.copy, problem.params)
     return params, tx.init(params)
 
 
@@ -341,7 +269,7 @@ def trained(problem: Task, tx: Transformation, steps: int = 15) -> tuple[Any, ja
     return state, losses
 
 
-@cache
+@kept
 def _scanned(where: str, tx: Transformation, steps: int) -> Any:
     problem = task(where)
     run = jax.jit(lambda carry: jax.lax.scan(partial(step, problem, tx), carry, jnp.arange(steps)))

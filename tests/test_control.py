@@ -12,6 +12,7 @@ import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 from methods_table import NAMES, measured, of_the_lifting, row, task
+from tasks import MLP
 from watching import LIKELIHOODS, mlp
 
 import natgrad_jax as ng
@@ -238,7 +239,7 @@ def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
-    model = table.MLP()
+    model = MLP()
     problem = task("mlp")
     capture = ng.linen.capture(model, ng.losses.poisson)
     counts = jnp.ones((8, 3))

@@ -12,6 +12,7 @@ import pytest
 import reference
 from flax import linen as nn
 from reference import GATES, assert_differs, assert_equal, error, normal, random_params
+from tasks import MLP
 
 import natgrad_jax as ng
 
@@ -474,7 +475,7 @@ def test_a_step_changes_no_shape_and_no_dtype(where):
 
 def updated(problem, *, labels="true", curvature=None, params=True, **settings):
     """What tracing one update says."""
-    capture = ng.linen.capture(table.MLP(), ng.losses.softmax_cross_entropy, labels=labels)
+    capture = ng.linen.capture(MLP(), ng.losses.softmax_cross_entropy, labels=labels)
     tx = ng.kbfgs(0.1, problem.layers, **settings)
     variables = problem.variables
 

@@ -1,7 +1,7 @@
 """Laws that hold for every method of the table. Each has a negative control: a broken transformation that fails it."""
 
 import itertools
-from functools import cache, partial
+from functools import partial
 
 import chex
 import jax
@@ -10,11 +10,10 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
+import tasks
 from methods_table import (
     ALL_NAMES,
-    FAMILIES,
     NAMES,
-    TASKS,
     direction,
     evaluate,
     measured,
@@ -22,12 +21,13 @@ from methods_table import (
     scanned,
     start,
     step,
-    task,
     wrapped,
 )
+from tasks import FAMILIES, TASKS, task
 
 from natgrad_jax import addresses
 
+both_frameworks = tasks.both_frameworks
 every_method = pytest.mark.parametrize("method", NAMES)
 lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
@@ -124,7 +124,7 @@ def test_a_method_that_mixes_entries_is_not_positive_definite():
 # --- tracing, jit, scan, donation -------------------------------------------------------------------------------------
 
 
-@cache
+@table.kept
 def looped(tx):
     """Ten jitted, donated steps on the MLP: the last (params, state), the records, and how often a step was traced."""
     problem, traces, records = task("mlp"), [], []
@@ -189,7 +189,7 @@ def test_a_transformation_with_a_memory_in_python_disagrees_with_itself():
 
 def owns_its_buffers(where, tx):
     """No two arrays of the first state share memory, or donation would fail."""
-    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tx.init(task(where).variables["params"]))]
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tx.init(task(where).params))]
     assert len(set(pointers)) == len(pointers)
 
 
@@ -302,7 +302,7 @@ def test_statistics_at_every_step_fail_the_law_of_the_compiled_cost():
 def tends_to_the_gradient(build, rate, power=1.0):
     """damping^power * direction -> gradient, with 1 / damping (exact) or a root of it (factored damping); C54, C76."""
     problem = task("convnet")
-    params = problem.variables["params"]
+    params = problem.params
 
     @jax.jit
     def distance(damping):
@@ -345,11 +345,11 @@ def test_factored_damping_does_not_have_the_rate_of_exact_damping():
 def ignores_the_order_of_examples(tx):
     """The same examples in another order give the same update; C5."""
     problem = task("mlp true labels")
-    params = problem.variables["params"]
+    params = problem.params
 
     @jax.jit
     def direction_for(order):
-        out = problem.capture.value_and_grad(problem.variables, problem.x[0][order], problem.y[0][order])
+        out = problem.evaluate(problem.params, problem.x[0][order], problem.y[0][order])
         return tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0]
 
     forwards, backwards = jnp.arange(8), jnp.array([3, 7, 1, 0, 6, 2, 5, 4])

@@ -1,7 +1,5 @@
 """Laws of what goes in and out of every method: types, settings, counters, warm starts, guards; with controls."""
 
-from functools import cache
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,10 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
-from methods_table import TASKS, build, direction, measured, scanned, start, task, wrapped
+import tasks
+from methods_table import build, direction, measured, scanned, start, wrapped
 from sklearn.datasets import load_digits
+from tasks import TASKS, task
 from test_laws import (
     ANY,
     blockwise,
@@ -23,11 +23,13 @@ from test_laws import (
 
 import natgrad_jax as ng
 
+both_frameworks = tasks.both_frameworks
+
 
 def abstract_update(where, tx, **extra):
     """Shapes of the updates and of the new state, for the gradient and evidence of a problem."""
     gradient, evidence = measured(where)
-    state = jax.eval_shape(tx.init, task(where).variables["params"])
+    state = jax.eval_shape(tx.init, task(where).params)
     return state, *jax.eval_shape(lambda g, s, e: tx.update(g, s, curvature=e, **extra), gradient, state, evidence)
 
 
@@ -39,7 +41,7 @@ def keeps_types(where, tx):
     before, updates, after = abstract_update(where, tx)
     assert table.shapes(before) == table.shapes(after)
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after))
-    assert table.shapes(updates) == table.shapes(task(where).variables["params"])
+    assert table.shapes(updates) == table.shapes(task(where).params)
 
 
 @pytest.mark.slow
@@ -126,26 +128,23 @@ def test_filling_in_for_a_missing_layer_fails_the_law_of_names():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@cache
+@tasks.kept
 def digits():
-    """The digits that scikit-learn ships, an MLP 64-32-10, its first parameters and its layers."""
+    """The digits that scikit-learn ships, five batches of 300, and an MLP 64-32-10."""
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x[:1500] / 16, jnp.float32).reshape(5, 300, 64), jnp.asarray(y[:1500]).reshape(5, 300)
-    model = table.nn.Sequential([table.nn.Dense(32), table.nn.tanh, table.nn.Dense(10)])
-    capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy)
-    variables = model.init(jax.random.key(0), x[0])
-    return x, y, capture, variables, capture.layers(variables, x[0])
+    return tasks.watched(tasks.MLP(width=32, hidden=1, outputs=10), x, y, jax.random.key(0))
 
 
 def learns(optimizer):
     """Three passes over 1,500 real digits bring the loss below a third of where it started."""
-    x, y, capture, variables, layers = digits()
-    tx = optimizer(layers)
+    problem = digits()
+    tx = optimizer(problem.layers)
 
     def train(carry, t):
         params, state = carry
         key = jax.random.fold_in(jax.random.key(1), t)
-        out = capture.value_and_grad({"params": params}, x[t % 5], y[t % 5], key=key)
+        out = problem.evaluate(params, problem.x[t % 5], problem.y[t % 5], key=key)
         updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
         return (optax.apply_updates(params, updates), state), out.value
 
@@ -153,7 +152,7 @@ def learns(optimizer):
     def run(params):
         return jax.lax.scan(train, (params, tx.init(params)), jnp.arange(15))[1]
 
-    losses = run(variables["params"])
+    losses = run(problem.params)
     assert losses[-1] < losses[0] / 3
 
 
@@ -269,7 +268,7 @@ def test_a_count_that_starts_late_fails_the_law_of_the_calendar():
 
 def starts_with_the_mean(warm_start, tx):
     """After a pass, the statistics are the mean of what the batches say one by one, and nothing else has moved."""
-    params = task("mlp").variables["params"]
+    params = task("mlp").params
     stream = [measured("mlp", t)[1] for t in range(3)]
     state = warm_start(tx, tx.init(params), stream, params)
     singles = [warm_start(tx, tx.init(params), [evidence], params).statistics for evidence in stream]
@@ -297,7 +296,7 @@ def test_a_moving_average_instead_of_the_running_mean_fails_the_law_of_the_warm_
 
 @pytest.mark.slow
 def test_a_warm_start_inside_a_chain_moves_no_other_state():
-    params = task("mlp").variables["params"]
+    params = task("mlp").params
     tx = optax.chain(optax.trace(0.9), direction(ANY), optax.scale_by_schedule(lambda count: 0.1), optax.ema(0.9))
     cold = tx.init(params)
     warm = ng.warm_start(tx, cold, [measured("mlp", t)[1] for t in range(2)], params)

@@ -10,7 +10,8 @@ import optax
 import pytest
 import test_laws as laws
 import test_laws_of_state as state_laws
-from methods_table import TASKS, measured, task, wrapped
+from methods_table import measured, wrapped
+from tasks import TASKS, task
 
 import natgrad_jax as ng
 

@@ -242,11 +242,30 @@ def test_a_model_of_another_kind_is_sent_to_its_door():
         ng.linen.capture(fresh(), ng.losses.squared_error)
 
 
+def of_its_row(method):
+    """The complete optimizer of a row, with a refresh behind the third of six steps."""
+    return lambda layers: row(method).optimizer(0.05, layers, damping=0.3, statistics_every=2, refresh_every=4)
+
+
+def everything_adaptive(layers):
+    return ng.kfac("quadratic", layers, momentum="quadratic", damping=ng.adaptive_damping(0.3, every=4))
+
+
+SAVED = {
+    "ekfac per_example": of_its_row("ekfac per_example"),
+    "no learning rate": lambda layers: ng.kfac(layers=layers),
+}
+SAVED_TOO = {"everything adaptive": everything_adaptive} | {
+    name: of_its_row(name) for name in ALL_NAMES if name not in SAVED
+}
+
+
 @pytest.mark.slow
-def test_a_checkpoint_in_mid_interval_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("what", [*SAVED, *[pytest.param(what, marks=pytest.mark.full) for what in SAVED_TOO]])
+def test_a_checkpoint_in_mid_interval_goes_on_bit_for_bit(tmp_path, what):
     ocp = pytest.importorskip("orbax.checkpoint")
-    capture, layers = watched()
-    tx = ng.ekfac(0.05, layers, damping=0.3, statistics_every=2, refresh_every=4)
+    capture, layers = watched("true" if what == "kbfgs" else "sampled")
+    tx = (SAVED | SAVED_TOO)[what](layers)
 
     @nnx.jit
     def step(model, optimizer, key):

@@ -1,5 +1,7 @@
 """Every way of choosing a step trains an NNX model as it trains its linen twin."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +45,28 @@ def clipped(layers):
     return ng.kfac(0.5, layers, damping=0.1, kl_clip=1e-2)
 
 
+def automatic(layers):
+    return ng.kfac(layers=layers)
+
+
+def of_few_examples(layers):
+    return ng.tengrad(0.1, layers, damping=0.1, momentum="spring")
+
+
+def decayed(layers):
+    return ng.soap(0.05, layers, weight_decay=0.1)
+
+
 def plain(layers):
     return ng.ekfac(0.1, layers, damping=0.1)
 
 
 # {what: (optimizer, how it is kept, arguments that are donated, pieces of a batch, whether it starts warm)}
 OPTIONS = {
+    "no learning rate": (automatic, nnx.Optimizer, (), 1, False),
+    "no learning rate, model and optimizer in one": (automatic, nnx.ModelAndOptimizer, (0, 1), 1, False),
+    "momentum for few examples": (of_few_examples, nnx.Optimizer, (), 1, False),
+    "decoupled decay": (decayed, nnx.Optimizer, (), 1, False),
     "quadratic rate and momentum, adaptive damping": (quadratic, nnx.Optimizer, (), 1, False),
     "clipped by KL": (clipped, nnx.Optimizer, (), 1, False),
     "grafted": (grafted, nnx.Optimizer, (), 1, False),
@@ -58,6 +76,9 @@ OPTIONS = {
     "started warm": (plain, nnx.Optimizer, (), 1, True),
     "model and optimizer in one": (plain, nnx.ModelAndOptimizer, (), 1, False),
 }
+
+FULL = ("no learning rate, model and optimizer in one", "momentum for few examples", "decoupled decay")
+"""What others stand for."""
 
 
 def of_linen(params, make, pieces, warm):
@@ -81,7 +102,7 @@ def of_linen(params, make, pieces, warm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", OPTIONS)
+@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.full] * (what in FULL)) for what in OPTIONS])
 def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     make, kept, donated, pieces, warm = OPTIONS[what]
     model, traces = Net(nnx.Rngs(0)), []
@@ -108,3 +129,39 @@ def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), found, expected)
     assert len(traces) == 1
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, first)), strict=True))
+
+
+@pytest.mark.slow
+def test_twenty_donated_steps_are_one_trace_with_either_jit_and_end_alike():
+    capture = ng.nnx.capture(Net, ng.losses.softmax_cross_entropy)
+    traces = {"nnx": 0, "jax": 0}
+    tx = ng.kfac(0.05, capture.layers(Net(nnx.Rngs(0)), X), damping=0.1, statistics_every=2, refresh_every=5)
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def stateful(model, optimizer, key):
+        traces["nnx"] += 1
+        out = capture.value_and_grad(model, X, Y, key=key)
+        optimizer.update(model, out.grad, curvature=out.curvature)
+
+    model = Net(nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    params = jax.tree.map(jnp.copy, params)
+    state = tx.init(params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def functional(params, state, key):
+        traces["jax"] += 1
+        out = capture.value_and_grad(nnx.merge(graph, params), X, Y, key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(20):
+        given = jax.tree.leaves((nnx.state((model, optimizer)), params, state))
+        stateful(model, optimizer, jax.random.key(i))
+        params, state = functional(params, state, jax.random.key(i))
+        assert all(leaf.is_deleted() for leaf in given)
+    assert traces == {"nnx": 1, "jax": 1}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), nnx.state(model, nnx.Param), params
+    )

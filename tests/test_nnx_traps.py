@@ -110,6 +110,14 @@ def called(part, x):
     return part(x)
 
 
+def in_windows(m, x):
+    """Every two positions attend to each other; the examples are merged with the windows."""
+    x, whole = x.reshape(-1, 2, WIDTH), x.shape
+    query, key = jnp.split(m.a(x), 2, axis=-1)
+    scores = jax.nn.softmax(jnp.einsum("wtd,wsd->wts", query, key))
+    return m.b(jnp.einsum("wts,wsd->wtd", scores, x)).reshape(whole).sum(1)
+
+
 INNER = nnx.jit(called)
 STATE = nnx.StateAxes({nnx.Param: None, ...: nnx.Carry})
 CASES = {
@@ -183,6 +191,12 @@ CASES = {
         make=one_kernel,
     ),
     "rnn": lambda: case(lambda m, x: m.rnn(x).sum(1), "rnn/cell/dense_i rnn/cell/dense_h", x=(N, 5, WIDTH), rnn=rnn),
+    "attention in windows, whose projections are cut apart": lambda: case(
+        in_windows, "a/linear b/linear", x=(N, 4, WIDTH), a=Block, b=Block
+    ),
+    "an array that is no Variable": lambda: case(
+        lambda m, x: m.a(x) * m.scale, "a/linear", a=Block, scale=lambda rngs: nnx.data(jnp.arange(1.0, 1 + WIDTH))
+    ),
     "lists": lambda: case(
         lambda m, x: m.blocks[1](m.blocks[0](x)),
         "blocks/0/linear blocks/1/linear",
@@ -244,6 +258,17 @@ def test_a_loop_of_unknown_length_is_refused_as_its_gradient_is():
         nnx.grad(lambda model: model(normal(*X)).sum())(model)
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         ng.nnx.capture(model, ng.losses.squared_error, labels="true").value_and_grad(model, normal(*X), normal(*Y))
+
+
+def test_a_table_sharded_anew_on_its_way_is_left_to_the_diagonal_by_name_and_the_rest_is_watched():
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))):
+        place = jax.sharding.PartitionSpec("data", None)
+        model = net(lambda m, t: m.a(m.table.embedding[...].at[t].get(out_sharding=place)), a=linear, table=table)
+        capture = ng.nnx.capture(model, ng.losses.squared_error, labels="true")
+        layers = capture.layers(model, TOKENS)
+        assert list(layers) == ["a"] and "`reshard`" in layers.rest[0].note
+        out = nnx.jit(lambda model, y: capture.value_and_grad(model, TOKENS, y).grad)(model, normal(*Y))
+    assert jnp.any(out["table"]["embedding"][...] != 0)
 
 
 # What is traced, and how often ----------------------------------------------------------------------------------------

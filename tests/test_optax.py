@@ -9,7 +9,8 @@ import methods_table as table
 import numpy as np
 import optax
 import pytest
-from methods_table import ALL_NAMES, NAMES, TASKS, direction, measured, of_the_lifting, row, task
+from methods_table import ALL_NAMES, NAMES, direction, measured, of_the_lifting, row
+from tasks import TASKS, task
 
 import natgrad_jax as ng
 from natgrad_jax import addresses

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 from one_layer import tengrad_block
 from reference import assert_differs, assert_equal, damped, error, normal, targets
+from tasks import TASKS, ConvNet
 from watching import evidence_of, gradients, implied_blocks, mlp, pairs
 
 import natgrad_jax as ng
@@ -125,7 +126,7 @@ def test_c58_the_joint_direction_is_the_exact_damped_natural_gradient_of_the_who
 def test_the_joint_kernel_of_stacked_and_grouped_layers_is_that_of_all_copies():
     problem = table.task("convnet")
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), problem.variables)
-    capture = ng.linen.capture(table.ConvNet(jnp.float64), ng.losses.softmax_cross_entropy, labels="true")
+    capture = ng.linen.capture(ConvNet(jnp.float64), ng.losses.softmax_cross_entropy, labels="true")
     x, y = problem.x[0].astype(jnp.float64), problem.y[0]
     layers = capture.layers(wide, x)
     tx = ng.scale_by_tengrad(layers, damping=0.1, blocks="joint")
@@ -393,7 +394,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", table.TASKS)
+@pytest.mark.parametrize("where", TASKS)
 def test_a_joint_direction_keeps_the_laws(where):
     tx = VARIANTS["joint"](table.task(where).layers)
     laws.owns_its_buffers(where, tx)
@@ -469,7 +470,7 @@ def test_ief_refuses_curvature_of_other_labels():
 
 
 def test_the_report_tells_the_bytes_of_the_state():
-    for where in table.TASKS:
+    for where in TASKS:
         layers = table.task(where).layers
         state = jax.eval_shape(table.direction("tengrad", where).init, table.task(where).variables["params"])
         for layer in layers.known:

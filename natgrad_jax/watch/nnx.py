@@ -221,7 +221,7 @@ def _check(model: Any) -> None:
             f"`model` is of class {name}; expected a flax.nnx.Module, such as nnx.Linear(4, 3, rngs=...). "
             "For linen use `ng.linen.capture`, for a function `ng.capture`."
         )
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Variable)):
         for setting in ("hijax", "ref"):
             if variable.get_metadata().get(setting):
                 raise TypeError(

@@ -5,11 +5,12 @@ same and give columns of their own they are one product of the joint kernel, whe
 result; products of different copies stand beside one another, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 from natgrad_jax.algebra.arranged import Arranged, Arrangement, parts, shape
 from natgrad_jax.algebra.cuts import Block, whole
+from natgrad_jax.base import Array
 from natgrad_jax.watch.reading import Reading, Seen
 
 _UNCLEAR = "cut before its product in a way that is not followed"
@@ -62,8 +63,9 @@ def _of_whole(seen: Seen) -> Seen | str:
     )
 
 
-def _ahead(reading: Reading, count: int) -> Reading:
+def _ahead(reading: Callable[..., Array], count: int) -> Reading:
     """A reading with axes of copies in front, of which it has one."""
+    assert isinstance(reading, Reading), "what lifts one comes later"
     ones = (1,) * count
     wide = None if reading.wide is None else ones + reading.wide
     return reading._replace(shape=ones + reading.shape, wide=wide)
