@@ -17,7 +17,7 @@ import numpy as np
 from natgrad_jax import addresses, checks
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
-from natgrad_jax.algebra.stacks import Diagonal
+from natgrad_jax.algebra.stacks import Diagonal, Truncated
 from natgrad_jax.around.automatic import AutomaticState
 from natgrad_jax.around.control import ControlState
 from natgrad_jax.base import Layers
@@ -189,8 +189,9 @@ def _spectrum(statistics: Any, operator: Any, plain: bool) -> _Spectrum | None:
 
 
 def _factors(tree: Any) -> list[Any]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda item: isinstance(item, Diagonal))
-    return [leaf for leaf in leaves if isinstance(leaf, Diagonal) or _is_square(leaf)]
+    forms = (Diagonal, Truncated)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda item: isinstance(item, forms))
+    return [leaf for leaf in leaves if isinstance(leaf, forms) or _is_square(leaf)]
 
 
 def _is_square(leaf: Any) -> bool:
@@ -201,6 +202,9 @@ def _eigenvalues(factor: Any) -> np.ndarray:
     """[..., n] in double precision, not negative."""
     if isinstance(factor, Diagonal):
         return np.asarray(factor.entries, np.float64)
+    if isinstance(factor, Truncated):
+        (size, rank), rest = factor.vectors.shape[-2:], np.asarray(factor.rest, np.float64)[..., None]
+        return np.concatenate([factor.values, np.repeat(rest, size - rank, axis=-1)], axis=-1, dtype=np.float64)
     return np.maximum(np.linalg.eigvalsh(np.asarray(factor, np.float64)), 0)
 
 

@@ -218,6 +218,27 @@ def test_the_report_of_a_method_says_which_vectors_a_layer_keeps():
     assert "40, 30" in layers.report(ng.kfac(0.1, layers))
 
 
+@pytest.mark.parametrize("method", [ng.scale_by_kfac, ng.scale_by_tkfac, ng.scale_by_shampoo])
+def test_a_diagnosis_has_the_eigenvalues_of_truncated_factors(method):
+    layers = ng.capture(lambda p, x: x @ p["w"], ng.losses.squared_error).layers(
+        {"w": jnp.zeros((4, 3))}, jnp.zeros((2, 4))
+    )
+    state = method(layers, damping=0.1, rank=2).init({"w": jnp.zeros((4, 3))})
+
+    def filled(leaf):
+        if not isinstance(leaf, stacks.Truncated):
+            return jnp.ones_like(leaf)
+        return leaf._replace(values=jnp.array([2.0, 5.0]), rest=jnp.array(0.5))
+
+    full = jax.tree.map(filled, state.statistics, is_leaf=lambda leaf: isinstance(leaf, stacks.Truncated))
+    row = ng.diagnose(state._replace(statistics=full), layers)
+    power = 1 if method is ng.scale_by_shampoo else 2  # of a factor, or of the product of both
+    trace = 8.0 if method is ng.scale_by_tkfac else 1.0  # both traces share the root of that of the block
+    name = next(iter(state.statistics))
+    assert row[f"{name}/largest"] == pytest.approx(5.0**power / trace)
+    assert row[f"{name}/smallest"] == pytest.approx(0.5**power / trace)
+
+
 @pytest.mark.parametrize("wrong", [0, 1.0, -0.5, 2.5, "some", jnp.int32(3), True])
 def test_a_rank_that_is_none_is_refused_in_a_sentence(wrong):
     with pytest.raises((TypeError, ValueError), match="`rank` is"):
