@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover bench report
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover pinn bench report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -74,6 +74,9 @@ fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method ar
 
 crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
+
+pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
+	$(BIN)/python -m experiments.pinn $(GIVEN)
 
 bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)

@@ -27,7 +27,7 @@ from natgrad_jax.methods.tnt import scale_by_tnt, tnt
 from natgrad_jax.watch import linen, nnx
 from natgrad_jax.watch.doors import Inputs
 from natgrad_jax.watch.function import capture
-from natgrad_jax.watch.terms import terms
+from natgrad_jax.watch.terms import Terms, terms
 from natgrad_jax.wrapping import wrapped
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Method",
     "NaturalGradientState",
     "Schedule",
+    "Terms",
     "adaptive_damping",
     "automatic",
     "averaged",

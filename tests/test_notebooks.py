@@ -30,8 +30,8 @@ def cells(notebook):
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_there_are_three_notebooks():
-    assert NAMES == ["1_quickstart", "2_fisher", "3_race"]
+def test_there_are_four_notebooks():
+    assert NAMES == ["1_quickstart", "2_fisher", "3_race", "4_pinn"]
 
 
 @pytest.mark.parametrize("where", ["", "rendered"])

@@ -332,7 +332,7 @@ def test_spring_keeps_what_the_batch_says_nothing_about():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"momentum": "spring"}, {"momentum": "spring", "learning_rate": "quadratic"}])
+@pytest.mark.parametrize("settings", [{"momentum": "spring"}, {"momentum": "spring", "learning_rate": "search"}])
 def test_the_complete_optimizer_with_spring_learns(settings):
     rate = {"learning_rate": 0.1} | settings
     state_laws.learns(lambda layers: ng.tengrad(layers=layers, refresh_every=1, blocks="joint", **rate, kl_clip=None))
@@ -473,7 +473,7 @@ def test_the_report_tells_the_bytes_of_the_state():
         layers = table.task(where).layers
         state = jax.eval_shape(table.direction("tengrad", where).init, table.task(where).variables["params"])
         for layer in layers.known:
-            own = jax.tree.leaves(state.operators[layer.name].value._replace(strength=()))
+            own = jax.tree.leaves(state.operators[layer.name].value._replace(strength=(), fallbacks=()))
             total = sum(4 * leaf.size for leaf in own)
             shown = f"{total} B" if total < 1000 else f"{total / 1000:.1f} kB"
             assert any(layer.leaves[0].address in line and shown in line for line in str(layers).splitlines())

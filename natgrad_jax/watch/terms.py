@@ -11,7 +11,7 @@ The heads of one model are terms as well: the same function and batch, and anoth
 Equal parts of the program are computed once under `jax.jit`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,12 +29,14 @@ from natgrad_jax.watch.problem import Evaluation
 class Capture(Protocol):
     """What `ng.capture`, `ng.linen.capture` and `ng.nnx.capture` make."""
 
-    def layers(self, model: Any, *args: Any, **kwargs: Any) -> Layers:
-        """The layers on such inputs."""
+    @property
+    def layers(self) -> Callable[..., Layers]:
+        """Model, inputs -> the layers."""
         ...
 
-    def value_and_grad(self, model: Any, inputs: Any, targets: Any, **options: Any) -> Evaluation:
-        """Loss, gradient and curvature of a batch."""
+    @property
+    def value_and_grad(self) -> Callable[..., Evaluation]:
+        """Model, inputs, targets -> loss, gradient and curvature of a batch."""
         ...
 
 

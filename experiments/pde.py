@@ -1,0 +1,202 @@
+"""Differential equations with known solutions, as losses of two terms: the residual inside, and the values at the edge.
+
+Poisson in two and five dimensions and the heat equation in four have the solutions of Dangel, Müller and Zeinhofer
+(2024), https://arxiv.org/abs/2405.15603, and of Guzmán-Cordero, Dangel, Goldshlager and Zeinhofer (2025),
+https://arxiv.org/abs/2505.12149; Burgers' equation in one begins as a sine, and its solution is an integral of
+Cole and Hopf. Residuals are written as anybody would, by `jax.grad` and `jax.jvp`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import natgrad_jax as ng
+
+Name = Literal["poisson 2d", "poisson 5d", "heat 4+1d", "burgers 1+1d"]
+NAMES: tuple[Name, ...] = get_args(Name)
+VISCOSITY = 0.01 / np.pi
+
+
+class Equation(NamedTuple):
+    """A differential equation on a box; time, where there is one, is the first coordinate.
+
+    Attributes:
+        low, high: corners of the box.
+        residual: net, point -> what is to be zero.
+        solution: points [M, d] -> values [M].
+        widths: of the hidden layers of its net.
+        points: how many inside, and how many at the edge.
+        is_evolution: whether the first coordinate is time, whose end is no edge.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    residual: Callable[[Callable[[Any], Any], Any], Any]
+    solution: Callable[[Any], Any]
+    widths: tuple[int, ...]
+    points: tuple[int, int]
+    is_evolution: bool = False
+
+
+def laplacian(u: Callable[[Any], Any], x: Any, axes: tuple[int, ...]) -> Any:
+    """The sum of second derivatives along some axes, `jvp` of `jvp`."""
+
+    def second(v):
+        return jax.jvp(lambda y: jax.jvp(u, (y,), (v,))[1], (x,), (v,))[1]
+
+    return jnp.sum(jax.vmap(second)(jnp.eye(x.size, dtype=x.dtype)[jnp.array(axes)]))
+
+
+def _poisson(size: int, source: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any], Any], Any]:
+    return lambda u, x: laplacian(u, x, tuple(range(size))) + source(x)
+
+
+def _heat(u: Callable[[Any], Any], x: Any) -> Any:
+    return jax.grad(u)(x)[0] - laplacian(u, x, (1, 2, 3, 4)) / 4
+
+
+def _burgers(u: Callable[[Any], Any], x: Any) -> Any:
+    value, slope = jax.value_and_grad(u)(x)
+    return slope[0] + value * slope[1] - VISCOSITY * laplacian(u, x, (1,))
+
+
+def cole_hopf(points: Any, nodes: int = 100) -> Any:
+    """Burgers' equation from -sin(pi x), by Gauss and Hermite: points [M, 2] of time and place -> [M]."""
+    found, masses = np.polynomial.hermite.hermgauss(nodes)
+    time, place = np.maximum(np.asarray(points, float).T, [[1e-12], [-np.inf]])
+    where = place[:, None] - 2 * np.sqrt(VISCOSITY * time)[:, None] * found
+    bend = -np.cos(np.pi * where) / (2 * np.pi * VISCOSITY)
+    masses = masses * np.exp(bend - bend.max(axis=1, keepdims=True))
+    return -np.sum(masses * np.sin(np.pi * where), axis=1) / np.sum(masses, axis=1)
+
+
+EQUATIONS: dict[Name, Equation] = {
+    "poisson 2d": Equation(
+        (0.0,) * 2,
+        (1.0,) * 2,
+        _poisson(2, lambda x: 2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * x))),
+        lambda x: np.prod(np.sin(np.pi * np.asarray(x)), axis=1),
+        (32, 32),
+        (400, 100),
+    ),
+    "poisson 5d": Equation(
+        (0.0,) * 5,
+        (1.0,) * 5,
+        _poisson(5, lambda x: jnp.pi**2 * jnp.sum(jnp.cos(jnp.pi * x))),
+        lambda x: np.sum(np.cos(np.pi * np.asarray(x)), axis=1),
+        (32, 32),
+        (400, 100),
+    ),
+    "heat 4+1d": Equation(
+        (0.0,) * 5,
+        (1.0,) * 5,
+        _heat,
+        lambda x: np.exp(-np.asarray(x)[:, 0]) * np.sum(np.sin(2 * np.asarray(x)[:, 1:]), axis=1),
+        (32, 32),
+        (400, 100),
+        is_evolution=True,
+    ),
+    "burgers 1+1d": Equation((0.0, -1.0), (1.0, 1.0), _burgers, cole_hopf, (24, 24, 24), (500, 150), is_evolution=True),
+}
+"""Signs: the Laplacian of a product of sines is -2 pi^2 of it, that of a sum of cosines -pi^2 of it."""
+
+
+class Task(NamedTuple):
+    """An equation with its points, as what an optimizer needs.
+
+    Attributes:
+        params: the first parameters.
+        loss: the two terms.
+        inputs: points of either.
+        targets: what they are compared with.
+        error: parameters -> the relative L2 error at points that were not trained on.
+        value: parameters, inputs, targets -> the loss, without any capture.
+        net: parameters, points [M, d] -> values [M].
+    """
+
+    params: Any
+    loss: ng.Terms
+    inputs: dict[str, Any]
+    targets: dict[str, Any]
+    error: Callable[[Any], Any]
+    value: Callable[..., Any]
+    net: Callable[[Any, Any], Any]
+
+
+def net(params: Any, x: Any) -> Any:
+    """A net with tanh: points [..., d] -> values [...]."""
+    *hidden, last = params
+    for layer in hidden:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return (x @ last["w"] + last["b"])[..., 0]
+
+
+def initial(widths: tuple[int, ...], key: Any) -> list[dict[str, Any]]:
+    """Parameters of a net, by Glorot."""
+    keys = jax.random.split(key, len(widths) - 1)
+    make = jax.nn.initializers.glorot_normal()
+    return [
+        {"w": make(each, (size, after), float), "b": jnp.zeros(after, float)}
+        for each, size, after in zip(keys, widths[:-1], widths[1:], strict=True)
+    ]
+
+
+def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndarray:
+    """Points on the sides of the box, but not at the end of time; half of an evolution's at its beginning."""
+    low, high = np.array(equation.low), np.array(equation.high)
+    points = random.uniform(low, high, (count, len(low)))
+    first = int(equation.is_evolution)
+    axes = random.integers(first, len(low), count)
+    upper = random.integers(0, 2, count).astype(bool)
+    points[np.arange(count), axes] = np.where(upper, high[axes], low[axes])
+    if equation.is_evolution:
+        half = count // 2
+        points[:half] = random.uniform(low, high, (half, len(low)))
+        points[:half, 0] = low[0]
+    return points
+
+
+def task(equation: Equation, seed: int, scale: float = 1.0, tests: int = 2000) -> Task:
+    """An equation with points, a net and its two terms.
+
+    Args:
+        equation: the equation.
+        seed: of points and parameters.
+        scale: of the numbers of points.
+        tests: points of the error.
+
+    Returns:
+        The task, in double precision where that is enabled.
+    """
+    random = np.random.default_rng(seed)
+    inside, outside = (max(4, int(scale * count)) for count in equation.points)
+    inputs = {
+        "inside": jnp.asarray(random.uniform(equation.low, equation.high, (inside, len(equation.low)))),
+        "edge": jnp.asarray(edge(equation, outside, random)),
+    }
+    values = jnp.asarray(equation.solution(inputs["edge"]))
+    targets = {"inside": jnp.zeros((inside, 1)), "edge": values[:, None]}
+    seen = jnp.asarray(np.random.default_rng(10_000).uniform(equation.low, equation.high, (tests, len(equation.low))))
+    right = jnp.asarray(equation.solution(seen))
+
+    def residual(params, x):
+        return jax.vmap(lambda point: equation.residual(lambda y: net(params, y), point))(x)[:, None]
+
+    def values_of(params, x):
+        return net(params, x)[:, None]
+
+    functions = {"inside": residual, "edge": values_of}
+    options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
+    captures = {name: ng.capture(f, ng.losses.squared_error, **options) for name, f in functions.items()}
+
+    def error(params):
+        return jnp.linalg.norm(net(params, seen) - right) / jnp.linalg.norm(right)
+
+    def value(params, inputs, targets):
+        return sum(jnp.mean((f(params, inputs[name]) - targets[name]) ** 2) / 2 for name, f in functions.items())
+
+    params = initial((len(equation.low), *equation.widths, 1), jax.random.key(seed))
+    return Task(params, ng.terms(captures), inputs, targets, error, value, net)
