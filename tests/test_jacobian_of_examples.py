@@ -151,3 +151,47 @@ def test_labels_are_exact_where_an_example_has_one_output_and_sampled_elsewhere(
     assert outputs(1).labels == "exact" and outputs(2).labels == "sampled"
     assert outputs(1, draws=2).labels == "sampled" and outputs(1, labels="true").labels == "true"
     assert "labels" in str(outputs(1)) and "exact" in str(outputs(1))
+
+
+@pytest.mark.parametrize("labels", ["true", "exact"])
+def test_a_direction_of_which_nothing_is_kept_is_that_of_the_kept_jacobian_in_any_pieces(labels):
+    p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
+    capture = ng.capture(apply, ng.losses.squared_error, labels=labels, jacobian="examples")
+    layers, settings = capture.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
+    weights = jnp.array([1.0, 2.0, 1.0, 0.0, 1.0, 1.0])
+    expected, _ = direction(ng.scale_by_tengrad(layers, **settings), capture, p, x, y, weights)
+    for workspace in (None, 1, 1000):
+        tx = ng.scale_by_tengrad(layers, kept=False, workspace=workspace, **settings)
+        assert_equal(direction(tx, capture, p, x, y, weights)[0], expected, 1e-8)
+    assert not [leaf for leaf in jax.tree.leaves(tx.init(p)) if leaf.size > 1]
+
+
+def test_a_direction_of_which_nothing_is_kept_needs_what_it_is_made_of():
+    p, x = params(), normal(N, 4)
+    layers = ng.capture(apply, ng.losses.squared_error).layers(p, x)
+    with pytest.raises(ValueError, match='blocks="joint"'):
+        ng.scale_by_tengrad(layers, damping=DAMPING, kept=False, refresh_every=1)
+    with pytest.raises(ValueError, match='jacobian="examples"'):
+        ng.scale_by_tengrad(layers, damping=DAMPING, kept=False, blocks="joint", refresh_every=1)
+
+
+def test_no_array_of_examples_times_parameters_is_formed_where_nothing_is_kept():
+    def odd(p, x):
+        return jnp.tanh(x @ jnp.sin(p["w"])) @ p["v"]
+
+    of = jax.ShapeDtypeStruct
+    p, x, y = {"v": of((60, 1), float), "w": of((60, 60), float)}, of((200, 60), float), of((200, 1), float)
+    capture = ng.capture(odd, ng.losses.squared_error, jacobian="examples")
+    layers, settings = capture.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
+
+    def bytes_of(**others):
+        tx = ng.scale_by_tengrad(layers, **settings, **others)
+
+        def step(p, x, y):
+            out = capture.value_and_grad(p, x, y)
+            return tx.update(out.grad, tx.init(p), curvature=out.curvature)[0]
+
+        return jax.jit(step).lower(p, x, y).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 8 * 200 * 60 * 60
+    assert bytes_of(kept=False, workspace=2**18) < whole / 2 < whole < bytes_of()

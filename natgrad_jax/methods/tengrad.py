@@ -45,6 +45,7 @@ from natgrad_jax.layers.parameter import with_gradients
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
+from natgrad_jax.lift.unkept import unkept
 from natgrad_jax.settings import Completed, Direction, Fixed, Number, Size, Steps, Transformation, direction, optimizer
 
 Blocks = Literal["layer", "joint"]
@@ -111,6 +112,12 @@ class TENGraD(Direction):
         "done in pieces. None for 256 MiB.",
         Size(),
     ] = None
+    kept: Annotated[
+        bool,
+        "whether J stays in the state. False: no array of the size of examples times parameters is ever there; the "
+        'gradients of the examples by parameters of no layer are formed in pieces. For `jacobian="examples"`, '
+        '`blocks="joint"` and `refresh_every=1`.',
+    ] = True
     decay: Annotated[
         ScalarOrSchedule,
         "weight of the old value in the diagonal blocks of parameters of no known layer; nothing else is averaged.",
@@ -131,6 +138,13 @@ class TENGraD(Direction):
                 "that is measured, whatever the gradient: set `refresh_every=1`."
             )
 
+        plain = self.blocks == "joint" and self.target == "gradient" and self.energy is None
+        if not self.kept and not (plain and isinstance(self.refresh_every, int) and self.refresh_every == 1):
+            raise ValueError(
+                '`kept=False` is the exact direction of the batch at hand: it needs `blocks="joint"` and '
+                "`refresh_every=1`, and neither `energy` nor another `target`."
+            )
+
     def lifted(self, layers: Layers) -> Transformation:
         """The direction for the layers of a model."""
         checks.layers(layers)
@@ -141,6 +155,8 @@ class TENGraD(Direction):
                 'The `layers` are of a capture with `labels="forward"`, which has no cotangents, and TENGraD needs '
                 'them: capture with `labels="sampled"`.'
             )
+        if not self.kept:
+            return unkept(layers, self.given, self.workspace or samples.WORKSPACE)
         method, layers = self.method_of(size, layers.draws), with_gradients(layers)
 
         def of(layers: Layers) -> Transformation:

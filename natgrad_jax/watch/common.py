@@ -25,6 +25,7 @@ from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
 from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
+from natgrad_jax.watch.space import Space
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +101,17 @@ class Curvature:
         count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
         scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))
         return scale * problem.likelihood.root_transpose(outputs, tangent)
+
+    def space(self) -> Space:
+        """The batch as the rows of the Jacobian, of which nothing is kept; of a capture with `jacobian="examples"`."""
+        seeds, _ = self._seeds(self._passed)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self._params))
+        root = jnp.sqrt(len(jax.tree.leaves(seeds)[0]) * jnp.where(self.count > 0, self.count, 1).astype(dtype))
+
+        def outputs(params):
+            return addresses.parted(self._forward.run(params, self._forward.probes)[0], _sort)[0]["float"]
+
+        return Space(self._forward, self._params, outputs, lambda g: self._passed.pullback(g)[0], seeds, root)
 
     def _root_weights(self, outputs: Array) -> Array:
         """The roots of the weights and of a position's share of the loss, as they go with the outputs."""

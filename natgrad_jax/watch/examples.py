@@ -167,9 +167,14 @@ class _Run:
         return outputs, (seen, updated)
 
     def gradients(
-        self, others: Sequence[Any], params: Tree, blocks: Sequence[Layer], seeds: Sequence[Array]
+        self,
+        others: Sequence[Any],
+        params: Tree,
+        blocks: Sequence[Layer],
+        seeds: Sequence[Array],
+        where: Array | None = None,
     ) -> dict[str, Array]:
-        """Line 3: the gradients of the examples by the arrays of some blocks, {address: [N, K, *shape]}."""
+        """Line 3: the gradients of all examples, or of some, by the arrays of some blocks {address: [N, K, *shape]}."""
         there = addresses.flatten(params)
         wanted = {leaf.address: there[leaf.address] for block in blocks for leaf in block.leaves}
         moving, still = self._parted(others)
@@ -185,6 +190,8 @@ class _Run:
 
         draws = seeds[0].shape[0]
         by_example = [jnp.moveaxis(s, 1, 0) if s.shape[1:2] == (self.examples,) else None for s in seeds]
+        if where is not None:
+            return jax.vmap(single)(*jax.tree.map(lambda leaf: leaf[where], (moving, by_example)))
         size = draws * sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
         chunk = min(self.examples, max(1, WORKSPACE // max(4 * size, 1)))
         return lax.map(lambda pair: single(*pair), (moving, by_example), batch_size=chunk)

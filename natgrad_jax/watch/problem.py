@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
-from natgrad_jax.base import Array, Evidence, Layer, Layers
+from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import LIKELIHOODS, Likelihood
 from natgrad_jax.watch.reading import Call
 
@@ -80,7 +80,7 @@ class Forward(NamedTuple):
             inputs.
         by_reverse: whether a part of it can be differentiated by reverse mode only.
         each: of `jacobian="examples"`, parameters, blocks, cotangents of the outputs [K, N, ...] -> the gradients of
-            the examples {address: [N, K, *shape]}; None elsewhere.
+            the examples {address: [N, K, *shape]}, of some alone if their places follow; None elsewhere.
         twice: of `jacobian="examples"`, the function in both ways; None elsewhere.
     """
 
@@ -91,7 +91,7 @@ class Forward(NamedTuple):
     calls: Mapping[str, tuple[Call, ...]]
     masked: Callable[[Array], tuple[Callable[..., Any], Callable[..., Any] | None]] | None = None
     by_reverse: bool = False
-    each: Callable[[Tree, Sequence[Layer], Sequence[Array]], dict[str, Array]] | None = None
+    each: Callable[..., dict[str, Array]] | None = None
     twice: "Twice | None" = None
 
 
