@@ -78,6 +78,9 @@ fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method ar
 crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
 
+pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
+	$(BIN)/python -m experiments.pinn $(GIVEN)
+
 bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 

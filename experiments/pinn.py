@@ -7,7 +7,8 @@ setting that left the least error. Seconds are those of the processor, of all th
 nobody; compilation and the measuring of the error are not in them.
 
 Expected: TENGraD of one block with a search along its direction, and SPRING, leave less than a tenth of the error of
-Adam and of L-BFGS.
+Adam and of L-BFGS. Found with one seed, 8 seconds and trials of 3: on Poisson in two dimensions 1/222 (TENGraD 1.3e-5,
+K-FAC 1.7e-4, SPRING 4.5e-4, L-BFGS 3.0e-3), on Burgers' less than a quarter, none near its end; the others are not run.
 
     make pinn                                        (two hours on two cores)
     make pinn ARGS="--seconds 5 --seeds 1 --equations 'poisson 2d'"
