@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race control defaults fidelity crossover pinn bench report
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race text control defaults fidelity crossover pinn bench report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -22,6 +22,39 @@ help: ## this list
 
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
+
+notebooks: $(VENV)/test.stamp ## the .ipynb of every notebook, and a copy that was run, pictures and all, in notebooks/rendered/
+	$(BIN)/python notebooks/render.py $(GIVEN)
+
+fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method are from those of the exact Fisher matrix; one table, one picture
+	$(BIN)/python -m experiments.fidelity $(GIVEN)
+
+control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
+	$(BIN)/python -m experiments.control $(GIVEN)
+
+defaults: $(VENV)/test.stamp ## every method with a learning rate alone, and with none; two tables
+	$(BIN)/python -m experiments.defaults $(GIVEN)
+
+race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
+
+text: $(VENV)/test.stamp ## a small transformer on Shakespeare by methods with as many trials each; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.text $(GIVEN)
+
+autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
+
+tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
+	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
+
+classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
+
+crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
+
+report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
+	$(BIN)/python -m experiments.report $(GIVEN)
 
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)

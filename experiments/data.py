@@ -7,6 +7,7 @@
     curves                   20,000 + 10,000 rows of 784 pixels: one curve through three random points
     faces                    10,000 + 4,000 rows of 625 pixels: turned and enlarged pieces of the Olivetti faces
     table                    a small regression of the UCI repository
+    shakespeare              1.1 megabytes of his works
 
 Pixels are float32 in [0, 1], except those of `faces`, which are centred; labels are int32. `curves` and `faces` follow
 the sets known as CURVES and FACES, but are not the same images: their figures compare with no published ones.
@@ -124,6 +125,7 @@ PUBLISHED = {
         1432511,
         "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
     ),
+    "tinyshakespeare/input.txt": (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "uci/concrete/data.txt": (57858, "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
     "uci/energy/data.txt": (35309, "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
     "uci/power-plant/data.txt": (308680, "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
@@ -242,6 +244,13 @@ def olivetti(given: Path | None, report: Report = say) -> np.ndarray:
         return _fetched("the Olivetti faces", report, fetch_olivetti_faces).images
     pixels = loadmat(io.BytesIO(content(given, "olivetti/olivettifaces.mat")))["faces"]
     return (pixels.T.reshape(400, 64, 64).transpose(0, 2, 1) / np.float32(pixels.max())).astype(np.float32)
+
+
+def shakespeare(given: Path | None) -> bytes:
+    """The works of Shakespeare in ASCII, from tinyshakespeare/ in a folder."""
+    if given is None:
+        raise ValueError(f"Nothing downloads the text; {_REMEDY} tinyshakespeare/input.txt.")
+    return content(given, "tinyshakespeare/input.txt")
 
 
 def table(name: str, given: Path | None) -> Table:

@@ -52,6 +52,7 @@ ROOMS = (
     "watch",
     "watch/reading",
     "watch/parts",
+    "watch/segments",
     "watch/recognise",
     "watch/problem",
     "watch/space",

@@ -139,6 +139,13 @@ CASES = {
         (N, 4),
         "w v",
     ),
+    "a shard_map": lambda: case(
+        lambda p, x: _sharded(lambda w, x: jnp.tanh(x @ w))(p["w"], x) @ p["v"],
+        {"w": (4, 3), "v": (3, 2)},
+        (N, 4),
+        "v",
+        w="used inside a shard_map",
+    ),
     "jvp": lambda: case(
         lambda p, x: jax.jvp(lambda x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], (x,), (x * x,))[1],
         WB | {"v": (3, 2)},
@@ -221,6 +228,13 @@ CASES = {
         },
     ),
 }
+
+
+def _sharded(function):
+    """The function on a mesh of one device, spread along the examples."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(function, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))
 
 
 @jax.custom_vjp

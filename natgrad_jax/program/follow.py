@@ -41,7 +41,12 @@ Orders = Sequence[tuple[int, int] | None]
 
 
 def follow(
-    program: ClosedJaxpr, twin: ClosedJaxpr | None, names: Sequence[str | None], wanted: Sequence[bool], examples: int
+    program: ClosedJaxpr,
+    twin: ClosedJaxpr | None,
+    names: Sequence[str | None],
+    wanted: Sequence[bool],
+    examples: int,
+    segments: tuple[tuple[int, int], ...] = (),
 ) -> Found:
     """What is done with the parameters of a program.
 
@@ -51,6 +56,7 @@ def follow(
         names: of each input, the address of the parameter that it is; None for others.
         wanted: of each output, whether it counts: a use that none of these depends on is none.
         examples: N.
+        segments: (how many times as many the twin has, how many there are) of the parts of examples.
 
     Returns:
         The products and the other uses.
@@ -59,7 +65,7 @@ def follow(
         None if name is None else Parameter(source(name, v.aval.shape))
         for name, v in zip(names, program.jaxpr.invars, strict=True)
     ]
-    follower = _Follower(examples, twin is None)
+    follower = _Follower(examples, twin is None, segments)
     other = None if twin is None else twin.jaxpr
     ends, _ = follower.walk(program.jaxpr, other, known, [None] * len(known), wanted, (), ())
     follower.note([fact for fact, want in zip(ends, wanted, strict=True) if want], "returned by the function")
@@ -71,8 +77,8 @@ def follow(
 class _Follower:
     """One pass over a program, and what it finds."""
 
-    def __init__(self, examples: int, alone: bool):
-        self.examples, self.alone = examples, alone
+    def __init__(self, examples: int, alone: bool, segments: tuple[tuple[int, int], ...]):
+        self.examples, self.alone, self.segments = examples, alone, segments
         self.products: dict[Path, Product] = {}
         self.otherwise: dict[str, str] = {}
 
@@ -88,7 +94,7 @@ class _Follower:
         origins: Sequence[Origin | None] = (),
     ) -> tuple[list[Fact | None], list[tuple[int, int] | None]]:
         """Follow a program: what is known of its inputs -> what is known of its outputs."""
-        scene = Scene(program, twin, wanted, path, turns, self.examples, self.alone)
+        scene = Scene(program, twin, wanted, path, turns, self.examples, self.alone, segments=self.segments)
         scene.begin(known, orders)
         scene.origins |= dict(zip(program.invars, origins, strict=False))
         for place, equation, other in scene.equations():

@@ -21,11 +21,19 @@ class Level(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Where the examples are in an array: an axis of outer * N * inner entries, the examples in the middle."""
+    """Where the examples are in an array.
+
+    Attributes:
+        axis: of outer * N * inner entries, the examples in the middle; or of the parts of all examples.
+        outer: as above.
+        inner: as above.
+        segments: how many parts there are, if the axis is one of parts, such as the nodes of graphs; 0 if it is not.
+    """
 
     axis: int
     outer: int = 1
     inner: int = 1
+    segments: int = 0
 
 
 class Product(NamedTuple):

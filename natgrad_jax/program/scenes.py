@@ -42,6 +42,7 @@ class Scene:
         facts: of values that are parameters or results of products.
         alone: whether there is no twin at all: the function takes no other number of examples. Then the axis of the
             examples is the one of N entries, if there is one such axis.
+        segments: (how many times as many the twin has, how many there are) of the parts of examples.
         orders: (outer, inner) of values whose grown axis holds outer * N * inner entries.
         origins: of values that came in from the program around, which they are there.
     """
@@ -54,6 +55,7 @@ class Scene:
     examples: int
     alone: bool = False
     facts: dict[Any, Fact] = field(default_factory=dict)
+    segments: tuple[tuple[int, int], ...] = ()
     orders: dict[Any, tuple[int, int]] = field(default_factory=dict)
     origins: dict[Any, Origin | None] = field(default_factory=dict)
 
@@ -106,7 +108,11 @@ class Scene:
             return Spread(sizes.index(self.examples)) if sizes.count(self.examples) == 1 else None
         if twin is None:
             return None
-        axis = grown(sizes, (*(turns.twin for turns in self.turns), *twin.aval.shape))
+        other = (*(turns.twin for turns in self.turns), *twin.aval.shape)
+        for times, parts in self.segments:
+            if (axis := grown(sizes, other, times)) is not None and sizes[axis] == parts:
+                return Spread(axis, segments=parts)
+        axis = grown(sizes, other)
         if axis is None:
             return None
         if sizes[axis] == self.examples:
@@ -150,12 +156,12 @@ class Scene:
         return orders.pop() if len(orders) == 1 and name not in _SHUFFLES else None
 
 
-def grown(sizes: Shape, twin: Shape) -> int | None:
-    """The one axis that has twice as many entries in the twin; None if there is none, or more than one."""
+def grown(sizes: Shape, twin: Shape, times: int = 2) -> int | None:
+    """The one axis that has so many times as many entries in the twin; None if there is none, or more than one."""
     if len(sizes) != len(twin):
         return None
     axes = [axis for axis, (size, other) in enumerate(zip(sizes, twin, strict=True)) if size != other]
-    return axes[0] if len(axes) == 1 and twin[axes[0]] == 2 * sizes[axes[0]] else None
+    return axes[0] if len(axes) == 1 and twin[axes[0]] == times * sizes[axes[0]] else None
 
 
 def _reshaped(

@@ -25,6 +25,8 @@ from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
 from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
+from natgrad_jax.watch.reading import Reading, parts_of
+from natgrad_jax.watch.segments import by_example, weights_of
 from natgrad_jax.watch.space import Space
 
 
@@ -198,14 +200,16 @@ class Curvature:
                 evidence[layer.name] = Evidence(None, None, gradient, weights, count, slopes, own)
                 continue
             uses = self._forward.calls[layer.name]
-            calls = tuple(use.inputs(x) for use, x in zip(uses, passed.inputs[layer.name], strict=True))
+            calls = tuple(self._read(use.inputs, x) for use, x in zip(uses, passed.inputs[layer.name], strict=True))
             calls = _there(calls, there, layer.module_axes)
+            parts = [(use, parts_of(call.outputs)) for use, call in zip(layer.uses, uses, strict=True)]
+            own = weights_of(parts, self._forward.segments, self._forward.examples, weights)
             if cotangents is None:
-                evidence[layer.name] = Evidence(calls, weights=weights, count=count)
+                evidence[layer.name] = Evidence(calls, weights=own, count=count)
                 continue
-            seen = tuple(use.outputs(g, 1) for use, g in zip(uses, cotangents[layer.name], strict=True))
+            seen = tuple(self._read(use.outputs, g, 1) for use, g in zip(uses, cotangents[layer.name], strict=True))
             seen = _there(seen, there, 1 + layer.module_axes)
-            found = Evidence(calls, seen, gradient, weights, count, slopes)
+            found = Evidence(calls, seen, gradient, own, count, slopes)
             evidence[layer.name] = found if pulled_outside else _from_rows(layer, found)
         return evidence
 
@@ -215,6 +219,14 @@ class Curvature:
         if each is None or not rest or not len(seeds):
             return {}
         return {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in each(passed.params, rest, seeds).items()}
+
+    def _read(self, reading: Callable[..., Array], array: Array, front: int = 0) -> Array:
+        """An array of the program as evidence has it, the rows of parts as those of their examples."""
+        found = reading(array, front)
+        if not (parts := parts_of(reading)):
+            return found
+        assert isinstance(reading, Reading), "others have none"
+        return by_example(found, self._forward.segments[parts], self._forward.examples, front + reading.place)
 
     def _forward_only(self, passed: "_Pass") -> dict[str, Evidence]:
         """The evidence with g = identity: no pullback; the Fisher block of a remaining parameter is then I."""

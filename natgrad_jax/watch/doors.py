@@ -22,6 +22,7 @@ from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
 from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, refuse_unsaid, share_of
+from natgrad_jax.watch.segments import Segments
 from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
 
@@ -192,9 +193,16 @@ def asked(
     verify: bool,
     axis_name: Axis | None,
     jacobian: JacobianOf,
+    segments: Segments | None = None,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
-    problem = Problem(likelihood, labels, draws, objective, readout or (lambda outputs: outputs), jacobian)
+    readout = readout or (lambda outputs: outputs)
+    problem = Problem(likelihood, labels, draws, objective, readout, jacobian, segments)
+    if segments is not None and (microbatches > 1 or axis_name is not None or jacobian != "rows"):
+        raise ValueError(
+            "`segments` says whose the parts of a batch are that is whole and here; it goes with none of "
+            f'`microbatches` ({microbatches}), `axis_name` ({axis_name!r}) and `jacobian="examples"` ({jacobian!r}).'
+        )
     checks.size("microbatches", microbatches)
     checks.flag("verify", verify)
     if not (axis_name is None or isinstance(axis_name, str) or _are_names(axis_name)):

@@ -9,6 +9,7 @@ from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
+from natgrad_jax.watch.segments import Segments
 
 
 def capture(
@@ -24,6 +25,7 @@ def capture(
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
+    segments: Segments | None = None,
 ) -> "Capture":
     """Watch a function: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -50,6 +52,7 @@ def capture(
         verify: whether `layers` compares what it found with autodiff.
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
         jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
+        segments: whose the parts of a batch are, such as the nodes of graphs, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -63,7 +66,8 @@ def capture(
             f"`apply` is a {type(apply).__name__}; expected a function of parameters and inputs. For a flax module use "
             "`ng.linen.capture(model, ...)` or `ng.nnx.capture(model, ...)`; of a model with an `apply`, pass that."
         )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
+    how = (microbatches, verify, axis_name, jacobian, segments)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(apply, watch)
 
 

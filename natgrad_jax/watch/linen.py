@@ -18,6 +18,7 @@ from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
+from natgrad_jax.watch.segments import Segments
 
 
 def capture(
@@ -33,6 +34,7 @@ def capture(
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
+    segments: Segments | None = None,
 ) -> "Capture":
     """Watch a linen model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -65,6 +67,10 @@ def capture(
             watched one example at a time. For TENGraD every parameter then counts, also of no known layer, and for all
             methods derivatives by the inputs (the residual of a differential equation) are uses of the layers: primal,
             tangents and cotangents. Refused by `layers` where outputs depend on other examples (batch normalisation).
+        segments: for examples that are graphs, or sequences end to end: the positional inputs -> integers [M], for each
+            of the M nodes (or steps) the example that it belongs to, or a tuple of such for nodes and edges. Others
+            than 0 to N - 1 belong to none, as what fills a batch up. Outputs have the N examples in front. Methods then
+            see N times the rows, which is meant for small graphs.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -81,7 +87,8 @@ def capture(
         elif isinstance(getattr(model, "module", None), nn.Module):
             advice = " It has one: pass that, its `module`, and its parameters as `{'params': ...}`."
         raise TypeError(f"`model` is {what}; expected a flax.linen.Module instance, such as nn.Dense(10).{advice}")
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
+    how = (microbatches, verify, axis_name, jacobian, segments)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(model, watch)
 
 

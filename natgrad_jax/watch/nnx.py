@@ -17,6 +17,7 @@ from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch.doors import Inputs, JacobianOf, Labels, Model, Watch, asked, called
 from natgrad_jax.watch.problem import Evaluation
+from natgrad_jax.watch.segments import Segments
 
 
 def capture(
@@ -34,6 +35,7 @@ def capture(
     verify: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
+    segments: Segments | None = None,
 ) -> "Capture":
     """Watch an NNX model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -65,6 +67,7 @@ def capture(
         verify: whether `layers` compares what it found with autodiff.
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
         jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
+        segments: whose the parts of a batch are, such as the nodes of graphs, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -81,7 +84,8 @@ def capture(
                 f"`model` is a {type(model).__name__}, which cannot be called; expected `call=`, a function of it and "
                 "the inputs, such as `call=lambda both, x: both[0](x, both[1])`."
             )
-    watch = asked(likelihood, labels, draws, objective, readout, exclude, microbatches, verify, axis_name, jacobian)
+    how = (microbatches, verify, axis_name, jacobian, segments)
+    watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(call or _call, wrt, watch)
 
 

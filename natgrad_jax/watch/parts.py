@@ -68,7 +68,7 @@ def _ahead(reading: Callable[..., Array], count: int) -> Reading:
     assert isinstance(reading, Reading), "what lifts one comes later"
     ones = (1,) * count
     wide = None if reading.wide is None else ones + reading.wide
-    return reading._replace(shape=ones + reading.shape, wide=wide)
+    return reading._replace(shape=ones + reading.shape, wide=wide, place=reading.place + count)
 
 
 def _bias(bias: Arrangement | None, part: Block, sizes: tuple[int, ...]) -> Arrangement | None:

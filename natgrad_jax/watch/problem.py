@@ -11,6 +11,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import LIKELIHOODS, Likelihood
 from natgrad_jax.watch.reading import Call
+from natgrad_jax.watch.segments import Segments
 
 LABELS = ("sampled", "exact", "true", "forward")
 JACOBIANS = ("rows", "examples")
@@ -78,6 +79,7 @@ class Forward(NamedTuple):
         calls: {layer: how each of its uses is read}.
         masked: weights -> `run` and `each` on the batch, its examples of weight zero made harmless; None if it reads no
             inputs.
+        segments: {M: the examples [M] that the parts of an axis of M entries belong to}.
         by_reverse: whether a part of it can be differentiated by reverse mode only.
         each: of `jacobian="examples"`, parameters, blocks, cotangents of the outputs [K, N, ...] -> the gradients of
             the examples {address: [N, K, *shape]}, of some alone if their places follow; None elsewhere.
@@ -93,6 +95,7 @@ class Forward(NamedTuple):
     by_reverse: bool = False
     each: Callable[..., dict[str, Array]] | None = None
     twice: "Twice | None" = None
+    segments: Mapping[int, Array] = MappingProxyType({})
 
 
 class Twice(NamedTuple):
@@ -119,6 +122,7 @@ class Problem:
     objective: Callable[[Any, Any, Array | None], Array] | None = None
     readout: Callable[[Any], Array] = lambda outputs: outputs
     jacobian: str = "rows"
+    segments: Segments | None = None
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):

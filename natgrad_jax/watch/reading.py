@@ -25,12 +25,16 @@ class Reading(NamedTuple):
         order: of these in the result.
         shape: of the result.
         wide: what the result is repeated to, where copies of a layer read the same; None elsewhere.
+        parts: how many parts of examples there are in the place of N; 0 for examples.
+        place: the axis that these are in the result.
     """
 
     split: Shape
     order: tuple[int, ...]
     shape: Shape
     wide: Shape | None = None
+    parts: int = 0
+    place: int = 0
 
     def __call__(self, array: Array, front: int = 0) -> Array:
         """The array [front axes, ...] as [front axes, S, N, ...]."""
@@ -39,6 +43,11 @@ class Reading(NamedTuple):
         array = array.transpose(*range(front), *(front + axis for axis in self.order))
         array = array.reshape(*lead, *self.shape)
         return array if self.wide is None else jnp.broadcast_to(array, (*lead, *self.wide))
+
+
+def parts_of(reading: Callable[..., Array]) -> int:
+    """How many parts of examples a reading has in the place of N; 0 for examples."""
+    return reading.parts if isinstance(reading, Reading) else 0
 
 
 class Call(NamedTuple):
@@ -87,6 +96,8 @@ def read(product: Product, examples: int) -> Seen | str:
     """
     if product.examples is None or product.examples_out is None:
         return f"its input of shape {product.other} has no axis of the {examples} examples that could be told"
+    if product.examples.segments != product.examples_out.segments:
+        return "its product turns parts of examples into others"
     reader = {Contraction: _dense, Convolution: _conv, Lookup: _embed}[type(product.options)]
     return reader(product, examples)
 
@@ -118,6 +129,7 @@ def _dense(product: Product, examples: int) -> Seen | str:
     if copies:
         front, back = inputs.shape[: len(shared)], inputs.shape[len(shared) :]
         inputs = inputs._replace(shape=(*front, *(1 for _ in copies), *back), wide=(*front, *copies, *back))
+        inputs = inputs._replace(place=inputs.place + len(copies))
     cut = len(batch) + len(heads)
     last = options.columns[cut:]
     outputs = _reading(product, product.output, product.examples_out, examples, (options.columns[:cut], last))
@@ -189,6 +201,7 @@ def _reading(
         The reading as [S, N, positions, last axes].
     """
     assert spread is not None, "known of what is read"
+    examples = spread.segments or examples
     depth = len(product.levels)
     copies = [axis for axis, level in enumerate(product.levels) if level.stacked] + [
         depth + axis for axis in columns[0]
@@ -208,7 +221,8 @@ def _reading(
     positions = [place for place in positions if split[place] > 1]
     kept = [*(places[axis] for axis in copies), where, *positions, *(places[axis] for axis in last)]
     order = kept + [place for place in range(len(split)) if place not in kept]  # of one entry
-    return Reading(tuple(split), tuple(order), tuple(split[place] for place in kept))
+    shape = tuple(split[place] for place in kept)
+    return Reading(tuple(split), tuple(order), shape, parts=spread.segments, place=len(copies))
 
 
 def _merged(reading: Reading, count: int) -> Reading:
@@ -233,5 +247,5 @@ def _bias(product: Product, stack: Shape, columns: int) -> Arrangement | None:
 
 
 def _positions(outputs: Reading, stack: Shape, columns: int, examples: int) -> int:
-    """T of a use."""
-    return prod(outputs.shape) // max(prod(stack) * columns * examples, 1)
+    """T of a use: all parts of a batch, where these are of one example or another."""
+    return prod(outputs.shape) // max(prod(stack) * columns * (1 if outputs.parts else examples), 1)

@@ -15,7 +15,7 @@ from natgrad_jax.base import UNSEEN, Layer, Layers, Leaf
 from natgrad_jax.layers.parameter import dtype_of, parameter
 from natgrad_jax.program.products import Found, Product
 from natgrad_jax.watch.parts import of_whole, side_by_side
-from natgrad_jax.watch.reading import Call, Seen, read
+from natgrad_jax.watch.reading import Call, Seen, parts_of, read
 
 
 class Exceptions(NamedTuple):
@@ -133,6 +133,8 @@ def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen
         part = seen.use.part and seen.use.part.turned()
         use = seen.use._replace(transposed=True, positions=seen.use.positions * max(draws, 1), part=part)
         found[place] = seen._replace(use=use)
+    if any(seen.use.transposed for seen in found) and any(parts_of(seen.call.outputs) for seen in found):
+        return "used the other way round, on parts of examples"
     return side_by_side(found)
 
 

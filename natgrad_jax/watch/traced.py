@@ -26,6 +26,8 @@ from natgrad_jax.program.replay import replay
 from natgrad_jax.watch.masks import harmless
 from natgrad_jax.watch.problem import Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions, recognise
+from natgrad_jax.watch.segments import found as found_segments
+from natgrad_jax.watch.segments import grown
 
 Function = Callable[..., tuple[Any, Mapping[str, Any]]]
 """Parameters, state, inputs -> outputs, what was written."""
@@ -40,7 +42,8 @@ def watch(
         function: parameters, state, inputs -> outputs, what was written.
         params: the parameters; shapes suffice.
         state: what it reads beside them and has no examples.
-        inputs: what it is called with; arrays whose first axis is as long as that of the outputs have the examples.
+        inputs: what it is called with, (args, kwargs); arrays whose first axis is as long as that of the outputs have
+            the examples.
         problem: what is asked.
         exceptions: what is not to be a layer.
         root: the name of a layer whose kernel stands at the top; "" for its address.
@@ -53,10 +56,12 @@ def watch(
     program = traced.program(traced.arrays)
     examples = traced.examples(program)
     fixed = len(leaves) + sum(is_array(leaf) for leaf in jax.tree.leaves(state))
-    twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed)
+    segments = found_segments(problem.segments, inputs[0], examples)
+    times = grown(segments)
+    twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed, times)
     names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
-    found = checked(follow(program, twin, names, wanted, examples), leaves, program)
+    found = checked(follow(program, twin, names, wanted, examples, times), leaves, program)
     problem = problem.settled(traced.read)
     layers, calls = recognise(leaves, found, examples, problem.rows_of(traced.read), exceptions, root)
     layers = replace(layers, labels=problem.label)
@@ -84,7 +89,9 @@ def watch(
         return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :]), None
 
     by_reverse = has_reverse_rules(program.jaxpr)
-    return Forward(on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked, by_reverse)
+    return Forward(
+        on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked, by_reverse, segments=segments
+    )
 
 
 def checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
@@ -148,36 +155,44 @@ def _traced(flat: Callable[..., Any], arrays: Sequence[Any]) -> tuple[ClosedJaxp
 
 
 def twin_of(
-    function: Function, readout: Callable[[Any], Any], arguments: Any, examples: int, fixed: int
+    function: Function,
+    readout: Callable[[Any], Any],
+    arguments: Any,
+    examples: int,
+    fixed: int,
+    segments: Sequence[tuple[int, int]] = (),
 ) -> tuple[ClosedJaxpr | None, dict[int, int]]:
     """The trace on twice as many examples, and which arrays have them along which axis.
 
     The trace is None where the function takes them in no way that was tried. Tried first is that every input with N
     entries along its first axis has the examples there, then that it is the first axis of N entries wherever it stands.
-    The first `fixed` arrays are parameters and state.
+    The first `fixed` arrays are parameters and state. Parts of examples are so many times as many along first axes.
     """
     traced = Traced(function, readout, arguments)
     shapes = [tuple(leaf.shape) for leaf in traced.arrays]
     places = range(fixed, len(shapes))
     leading = {place: 0 for place in places if shapes[place][:1] == (examples,)}
     anywhere = {place: shapes[place].index(examples) for place in places if examples in shapes[place]}
-    for grown in (leading, anywhere):
-        arrays = [_doubled(leaf, grown[i]) if i in grown else leaf for i, leaf in enumerate(traced.arrays)]
+    parts = {place: times for times, size in segments for place in places if shapes[place][:1] == (size,)}
+    anywhere = {place: axis for place, axis in anywhere.items() if place not in parts}
+    for chosen in (leading, anywhere):
+        arrays = [_repeated(leaf, chosen[i]) if i in chosen else leaf for i, leaf in enumerate(traced.arrays)]
+        arrays = [_repeated(leaf, 0, parts[i]) if i in parts else leaf for i, leaf in enumerate(arrays)]
         try:
             twin = traced.program(arrays)
         except Exception:  # whatever the function says of shapes that it was not made for
             continue
         if traced.examples(twin) == 2 * examples:
-            return twin, grown
+            return twin, chosen
     return None, leading
 
 
-def _doubled(leaf: Any, axis: int) -> Any:
-    """An array of twice as many examples: its shape; where JAX keeps count of replicas, one that nothing computes."""
+def _repeated(leaf: Any, axis: int, times: int = 2) -> Any:
+    """An array of more examples: its shape; where JAX keeps count of replicas, one that nothing computes."""
     shape = tuple(leaf.shape)
     if isinstance(leaf, jax.core.Tracer) and differs(leaf):
-        return jnp.concatenate([leaf, leaf], axis=axis)
-    return jax.ShapeDtypeStruct((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), leaf.dtype)
+        return jnp.concatenate([leaf] * times, axis=axis)
+    return jax.ShapeDtypeStruct((*shape[:axis], times * shape[axis], *shape[axis + 1 :]), leaf.dtype)
 
 
 def is_array(leaf: Any) -> bool:
