@@ -1,7 +1,7 @@
 """Differential equations with known solutions, as losses of two terms: the residual inside, and the values at the edge.
 
 Poisson in two and five dimensions and the heat equation in four, after Dangel, Müller and Zeinhofer (2024),
-https://arxiv.org/abs/2405.15603, and https://arxiv.org/abs/2505.12149, with smaller nets and fewer points; Burgers'
+https://arxiv.org/abs/2405.15603, and https://arxiv.org/abs/2505.12149, with smaller nets and fewer points. Burgers'
 equation in one begins as a sine, and its solution is an integral of Cole and Hopf. Residuals are written as anybody
 would, by `jax.grad` and `jax.jvp`.
 """

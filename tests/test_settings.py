@@ -90,6 +90,7 @@ WRONG = {
     "refresh_every": (0, 2.5, -1, lambda count: 5),
     "rescale_every": (0, 2.5, lambda count: 5),
     "early_refresh": ("no", 1, None),
+    "kept": ("no", 1, None),
     "max_factor_dim": (-1, 2.5, "wide", jnp.int32(4)),
     "rolling": ("yes", 1, None),
     "refresh_tolerance": (-0.1, 1.0, "much", jnp.float32(0.1)),
