@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 from one_layer import tengrad_block
 from reference import assert_differs, assert_equal, damped, error, normal, targets
-from tasks import TASKS, ConvNet
+from tasks import MLP, TASKS, ConvNet
 from watching import evidence_of, gradients, implied_blocks, mlp, pairs
 
 import natgrad_jax as ng
@@ -484,9 +484,9 @@ def test_how_many_rows_there_will_be_is_known_from_the_capture():
     x, y = jnp.ones((6, 5)), jnp.zeros(6, jnp.int32)
     for labels, draws in (("sampled", 2), ("exact", 1), ("true", 1), ("forward", 1)):
         layers, evidence = evidence_of(
-            table.MLP(),
+            MLP(),
             ng.losses.softmax_cross_entropy,
-            table.MLP().init(jax.random.key(0), x)["params"],
+            MLP().init(jax.random.key(0), x)["params"],
             x,
             y,
             labels=labels,
