@@ -187,7 +187,7 @@ CASES = {
     "one Variable in two modules": lambda: case(
         lambda m, x: m.b(jnp.tanh(m.a(x))),
         "a",
-        notes={"a/bias": "some of its products only", "b/bias": "some of its products only"},
+        notes={"a/bias": "or has others as well", "b/bias": "or has others as well"},
         make=one_kernel,
     ),
     "rnn": lambda: case(lambda m, x: m.rnn(x).sum(1), "rnn/cell/dense_i rnn/cell/dense_h", x=(N, 5, WIDTH), rnn=rnn),

@@ -448,7 +448,8 @@ def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned(
 
 @pytest.mark.slow
 def test_as_it_is_mostly_used_it_brings_the_loss_on_digits_further_down_than_adam_of_the_same_learning_rate():
-    x, y, capture, variables, _ = digits()
+    problem = digits()
+    x, y, capture, variables = problem.x, problem.y, problem.capture, problem.variables
 
     def trained(tx):
         def step(carry, t):

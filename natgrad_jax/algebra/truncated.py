@@ -205,7 +205,8 @@ def sums(scale: Array, sides: Sequence[Array | None], sizes: Sequence[int], axes
     for axis in axes:
         single, rest = counts(sides[axis], sizes[axis])
         place = axis - len(sizes)
-        often = jnp.array([1] * single + [rest] * (rest > 0), scale.dtype).reshape((-1,) + (1,) * (-1 - place))
+        often = jnp.array([1] * single + [rest] * (rest > 0), scale.dtype)
+        often = often.reshape((1,) * (scale.ndim + place) + (-1,) + (1,) * (-1 - place))
         scale = jnp.sum(scale * often, axis=place, keepdims=True)
     return scale
 
