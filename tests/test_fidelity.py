@@ -134,6 +134,7 @@ def test_what_sees_minibatches_has_another_direction_after_others():
 
 
 @pytest.mark.slow
+@pytest.mark.full  # what it puts together is tested part by part below
 def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method_beside_the_exact_direction(tmp_path):
     config = fidelity.Config(output=tmp_path, data=None, **fidelity.SMOKE, **fidelity.SMALL)
     with jax.enable_x64(False):

@@ -110,7 +110,8 @@ def of_nnx():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("of_nnx")
-@pytest.mark.parametrize("method", [LAWFUL[0], pytest.param(LAWFUL[1], marks=pytest.mark.full)])
+@pytest.mark.full  # the update is the same program, see above
+@pytest.mark.parametrize("method", LAWFUL)
 def test_steps_trace_once_and_agree_however_they_run_and_descend(method):
     laws.traces_once(laws.direction(method))
     laws.agrees_however_it_runs(laws.direction(method))
