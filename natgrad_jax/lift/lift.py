@@ -22,6 +22,7 @@ from natgrad_jax.layers.rows import from_matrix, to_matrix
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift import restored
 from natgrad_jax.lift.advance import advance, answer
+from natgrad_jax.lift.meshes import on_any_mesh
 from natgrad_jax.lift.requests import Observe, Request
 from natgrad_jax.lift.state import (
     Block,
@@ -128,7 +129,7 @@ def lift(
             count=jnp.asarray(optax.safe_increment(count)), metrics=metrics
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return on_any_mesh(optax.GradientTransformationExtraArgs(init, update))
 
 
 def to_matrices(layers: tuple[Layer, ...], tree: Any) -> dict[str, Array]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, ParamSpec, Protocol, Union, cast, get_args, get
 from natgrad_jax import checks
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Layers, Scalar, ScalarOrSchedule
+from natgrad_jax.lift.meshes import on_any_mesh
 from natgrad_jax.lift.state import Period
 from natgrad_jax.settings.keywords import hints_of, parts_of
 from natgrad_jax.settings.shared import Completed, Direction, OfTensors, Rate, Transformation
@@ -150,13 +151,14 @@ def _public(settings: Any, name: str, first: Told) -> Any:
         layers = given.pop("layers", None)
         rate = given.pop("learning_rate", None)
         if not completes:
-            return settings(**given).lifted(layers)
+            return on_any_mesh(settings(**given).lifted(layers))
         if isinstance(rate, str):
             checks.choice("learning_rate", rate, ("quadratic", "search"))
         elif rate is not None:
             checks.number("learning_rate", rate, least=0, schedule=True)
         chosen = settings(**given)
-        return (chosen.beside(rate, given) if isinstance(chosen, Completed) else chosen).completed(rate, layers)
+        chosen = chosen.beside(rate, given) if isinstance(chosen, Completed) else chosen
+        return on_any_mesh(chosen.completed(rate, layers))
 
     made.__name__ = made.__qualname__ = name
     made.__module__ = settings.__module__

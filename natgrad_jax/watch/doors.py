@@ -14,10 +14,12 @@ import jax
 
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra import meshes
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch import common
 from natgrad_jax.watch.examples import watch_examples
+from natgrad_jax.watch.meshes import evaluated
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
@@ -88,6 +90,10 @@ class Watch:
         Returns:
             The layers, those that do not explain their gradient left out.
         """
+        if mesh := meshes.explicit(model.params, model.state, inputs.args, inputs.kwargs):
+            with meshes.within(mesh):
+                params, state, args, kwargs = meshes.entered((model.params, model.state, inputs.args, inputs.kwargs))
+                return self.layers(model._replace(params=params, state=state), Inputs(*args, **kwargs))
         forward = self._forward(model, inputs.args, inputs.kwargs)
         given = (model.state, inputs.args, inputs.kwargs)
         found = verdict(self.problem, forward, model.params, given) if self.verify else UNKNOWN
@@ -127,6 +133,14 @@ class Watch:
         if weights is not None:
             checks.array("weights", weights, "an array of numbers, one for each example or position")
         checks.key(key)
+        batch = (inputs.args, inputs.kwargs, targets, key, weights)
+        if mesh := meshes.explicit(model.params, model.state, batch):
+
+            def evaluate(params, state, batch):
+                args, kwargs, *others = batch
+                return self.evaluate(model._replace(params=params, state=state), Inputs(*args, **kwargs), *others)
+
+            return evaluated(mesh, evaluate, model.params, model.state, batch)
         if self.axis_name is None:
             refuse_unsaid()
         if not self.axis_name:

@@ -1,0 +1,98 @@
+"""A batch on a mesh with `Explicit` axes: evaluated where they are `Auto`, and its curvature asked there.
+
+Loss, gradient and what was written leave the region at once. The curvature stays: a transformation asks for it in the
+region of its own, so that no row leaves the devices that have it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.meshes import Mesh, entered, is_within, left, within
+from natgrad_jax.base import Array, Evidence, Layers
+from natgrad_jax.watch.problem import Evaluation
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Meshed:
+    """The curvature of a batch on such a mesh; asked like `common.Curvature`, its answers on every device."""
+
+    _inner: Any
+    _mesh: Mesh
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that the evidence is of."""
+        return self._inner.layers
+
+    @property
+    def labels(self) -> str:
+        """Whose cotangents the evidence has."""
+        return self._inner.labels
+
+    @property
+    def count(self) -> Array:
+        """W, the total weight of the examples."""
+        return self._asked(lambda: self._inner.count)
+
+    def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
+        """The evidence of the batch, at the parameters of this step or at others."""
+        return self._asked(self._inner, params)
+
+    def along(self, direction: Tree) -> Any:
+        """J times a direction at the outputs of the batch; see `common.Curvature.along`."""
+        return self._asked(self._inner.along, direction)
+
+    def value(self, params: Tree | None = None) -> Array:
+        """The objective on the same batch, at the parameters of this step or at others."""
+        return self._asked(self._inner.value, params)
+
+    @property
+    def space(self) -> Callable[[], Any]:
+        """What gives the batch as the rows of the Jacobian, to be asked in the region; see `common.Curvature.space`."""
+        return self._inner.space
+
+    def _asked(self, question: Callable[..., Any], *given: Any) -> Any:
+        if is_within(self._mesh):
+            return question(*entered(given))
+        with within(self._mesh):
+            found = question(*entered(given))
+        return left(found, self._mesh)
+
+
+def evaluated(mesh: Mesh, evaluate: Callable[..., Evaluation], params: Tree, state: Any, batch: Any) -> Evaluation:
+    """The evaluation of a batch on a mesh with `Explicit` axes.
+
+    Args:
+        mesh: the mesh.
+        evaluate: parameters, state, batch -> evaluation.
+        params: of the model.
+        state: what it reads beside them.
+        batch: inputs, targets and whatever goes with them.
+
+    Returns:
+        The evaluation: the gradient is where the parameters are, what was written where it was read. Outputs that lead
+        with the examples are spread as these are, other arrays are on every device.
+    """
+    with within(mesh):
+        found = evaluate(*entered((params, state, batch)))
+    spread = {
+        leaf.shape[0]: PartitionSpec(jax.typeof(leaf).sharding.spec[0])
+        for leaf in jax.tree.leaves(batch)
+        if isinstance(leaf, jax.Array) and leaf.ndim and jax.typeof(leaf).sharding.spec[0] is not None
+    }
+
+    def as_examples(leaf):
+        return spread.get(leaf.shape[0], PartitionSpec()) if leaf.ndim else PartitionSpec()
+
+    return found._replace(
+        value=left(found.value, mesh),
+        grad=left(found.grad, mesh, params),
+        curvature=Meshed(found.curvature, mesh),
+        outputs=left(found.outputs, mesh, spec_of=as_examples),
+        updated=left(dict(found.updated), mesh, state),
+    )

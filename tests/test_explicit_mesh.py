@@ -1,0 +1,88 @@
+"""C13: on a mesh with `Explicit` axes, the default of `jax.make_mesh`, a batch trains as on one device.
+
+In a process of its own, because the number of devices is settled when JAX starts.
+"""
+
+import json
+
+import pytest
+from devices import on_devices
+from methods_table import ALL_NAMES
+
+FEW = ("kfac pi", "ekfac per_example", "tengrad")
+SCRIPT = """
+import json, sys
+import jax
+import jax.numpy as jnp
+import methods_table as table
+import optax
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+import natgrad_jax as ng
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(6)(x))
+        return nn.Dense(3)(nn.tanh(nn.Dense(6)(nn.tanh(x))))
+
+net = Net()
+x, y = jax.random.normal(jax.random.key(0), (3, 8, 5)), jax.random.randint(jax.random.key(1), (3, 8), 0, 3)
+weights = jnp.ones((3, 8)).at[2, 5:].set(0)  # the last batch has five examples
+variables = net.init(jax.random.key(2), x[0])
+flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
+
+def trained(name, devices, share=slice(None)):
+    capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels="true" if name == "tengrad" else None)
+    batch, given = (x, y, weights), variables
+    if devices:
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
+        given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
+        assert jax.typeof(batch[0]).sharding.mesh.explicit_axes == ("data",)
+    layers, periods = capture.layers(given, batch[0][0]), {"statistics_every": 1, "refresh_every": 2}
+    tx = table.row(name).scale_by(layers, damping=0.03, decay=0.9, **periods)
+    state = tx.init(given["params"])
+    kinds = jax.tree.map(jax.typeof, (given, state))
+
+    @jax.jit
+    def step(given, state, x, y, weights, t):
+        out = capture.value_and_grad(given, x[share], y[share], key=jax.random.key(t), weights=weights[share])
+        updates, state = tx.update(out.grad, state, given["params"], curvature=out.curvature)
+        params = optax.apply_updates(given["params"], jax.tree.map(lambda u: -0.05 * u, updates))
+        return {**out.updated, "params": params}, state, out.value, out.outputs
+
+    losses = []
+    for t in range(3):
+        given, state, loss, outputs = step(given, state, *(part[t] for part in batch), t)
+        losses.append(float(loss))
+    if devices:
+        assert jax.tree.map(jax.typeof, (given, state)) == kinds  # a second step compiles nothing
+        assert jax.typeof(outputs).sharding.spec[0] == "data"
+    statistics = [leaf for leaf in jax.tree.leaves(state.statistics) if leaf.dtype == jnp.float32]
+    return flat(given), flat(statistics or losses), jnp.asarray(losses)
+
+first = flat(variables)
+found = {}
+for name in json.loads(sys.argv[1]):
+    one = trained(name, 0)
+    far = lambda other: [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in zip(one, other)]
+    found[name] = {devices: far(trained(name, devices)) for devices in (2, 4)}
+    if name == "tengrad":
+        found[name]["half"] = far(trained(name, 0, slice(4)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [FEW, pytest.param(tuple(name for name in ALL_NAMES if name not in FEW), marks=pytest.mark.full)]
+)
+def test_c13_an_explicit_mesh_trains_like_one_device(names):
+    found = json.loads(on_devices(4, SCRIPT, json.dumps(names), timeout=300))
+    assert set(found) == set(names)
+    for name, errors in found.items():
+        for devices in ("2", "4"):
+            assert max(errors[devices]) < 1e-5, (name, devices)
+    if "tengrad" in names:  # the control: half of each batch
+        assert min(found["tengrad"]["half"]) > 1e-3
