@@ -1,6 +1,6 @@
 """Natural-gradient optimizers as ordinary Optax transformations. `import natgrad_jax as ng`."""
 
-from natgrad_jax import losses
+from natgrad_jax import losses, sharding
 from natgrad_jax.around.adaptive import adaptive_damping
 from natgrad_jax.around.automatic import automatic
 from natgrad_jax.around.averaging import averaged, averaged_params
@@ -69,6 +69,7 @@ __all__ = [
     "scale_by_tnt",
     "searched",
     "shampoo",
+    "sharding",
     "soap",
     "spring",
     "tekfac",

@@ -72,8 +72,8 @@ def held(state: Any) -> str:
     """
     rows = [("layer", "factors", "statistics", "applied")]
     found: list[Any] = []
-    jax.tree.map(found.append, state, is_leaf=_has_layers)
-    for each in filter(_has_layers, found):
+    jax.tree.map(found.append, state, is_leaf=has_layers)
+    for each in filter(has_layers, found):
         for name, statistics in each.statistics.items():
             applied = each.operators[name].value
             rows.append((name, _sides(statistics), _bytes(size(statistics)), _bytes(size(applied))))
@@ -85,7 +85,8 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _has_layers(node: Any) -> bool:
+def has_layers(node: Any) -> bool:
+    """Whether a part of a state is that of a method, with `statistics` and `operators` by layer."""
     return hasattr(node, "statistics") and hasattr(node, "operators")
 
 

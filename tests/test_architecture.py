@@ -106,6 +106,7 @@ ROOMS = (
     "around/statistics",
     "diagnosis",
     "wrapping",
+    "sharding",
     "settings/keywords",
     "settings/shared",
     "settings/public",

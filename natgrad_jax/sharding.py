@@ -1,0 +1,125 @@
+"""The state of an optimizer over the devices of a mesh: where each array goes, and how many bytes a device has."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from natgrad_jax import checks, report
+from natgrad_jax.addresses import Tree
+
+Policy = Literal["replicated", "factor"]
+
+
+def state_specs(
+    tx: optax.GradientTransformation,
+    params: Tree,
+    mesh: Mesh,
+    policy: Policy = "factor",
+    axis: str | tuple[str, ...] | None = None,
+) -> Any:
+    """Where each array of the state of an optimizer goes.
+
+    >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+    >>> params, mesh = {"w": jnp.ones((8, 4))}, jax.make_mesh((1,), ("data",))
+    >>> watched = ng.capture(lambda params, x: x @ params["w"], ng.losses.squared_error)
+    >>> tx = ng.kfac(0.1, watched.layers(params, jnp.ones((8, 8))))
+    >>> shardings = state_specs(tx, params, mesh)
+    >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+    >>> bytes_per_device(state) == bytes_per_device(jax.eval_shape(tx.init, params), shardings)
+    True
+
+    Args:
+        tx: an optimizer, or a chain with one in it.
+        params: the parameters; shapes suffice.
+        mesh: the devices, with axes of any type.
+        policy: of statistics and operators. "replicated": every device has all. "factor": each array is cut along its
+            first axis that the devices divide evenly: the stack of a scanned layer, else the rows of its factor. One
+            that they do not divide is on every device. Arrays of the shape of a parameter, as momentum has them, go
+            where the parameter is.
+        axis: the axis of the mesh, or several, along which arrays are cut; all of them if None.
+
+    Returns:
+        A tree of `NamedSharding`, of the structure of `tx.init(params)`: for `jax.device_put`, `jax.jit` and
+        `jax.lax.with_sharding_constraint`.
+
+    Raises:
+        TypeError: if `mesh` is no mesh.
+        ValueError: if the policy is unknown, or the mesh has no such axis.
+    """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"`mesh` is {checks.shown(mesh)}; expected a `jax.sharding.Mesh`, as `jax.make_mesh` makes it.")
+    if policy == "layers":
+        raise ValueError(
+            '`policy` is "layers", but a `NamedSharding` puts a part of every array on each device, never one layer on '
+            'one device. Take "factor", which cuts the arrays of each layer.'
+        )
+    checks.choice("policy", policy, get_args(Policy))
+    names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    if unknown := sorted(set(names) - set(mesh.axis_names)):
+        raise ValueError(f"`axis` has {unknown}, which the mesh does not; its axes are {list(mesh.axis_names)}.")
+    devices = prod(mesh.shape[name] for name in names)
+    where = _where(params, mesh)
+
+    def cut(leaf):
+        for place, size in enumerate(leaf.shape if policy == "factor" else ()):
+            if size and size % devices == 0:
+                return NamedSharding(mesh, PartitionSpec(*(None,) * place, names if len(names) > 1 else names[0]))
+        return NamedSharding(mesh, PartitionSpec())
+
+    def of_node(path, node):
+        if not report.has_layers(node):
+            return where(path, node)
+        elsewhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), node)
+        return elsewhere._replace(
+            statistics=jax.tree.map(cut, node.statistics), operators=jax.tree.map(cut, node.operators)
+        )
+
+    shapes = jax.eval_shape(tx.init, params)
+    return jax.tree_util.tree_map_with_path(of_node, shapes, is_leaf=report.has_layers)
+
+
+def bytes_per_device(tree: Any, shardings: Any = None) -> int:
+    """How many bytes of some arrays each device has.
+
+    Args:
+        tree: arrays, such as a state; or their shapes, as `jax.eval_shape(tx.init, params)` gives them.
+        shardings: where they go, as `state_specs` says; None for where the arrays are.
+
+    Returns:
+        Bytes on one device.
+
+    Raises:
+        ValueError: if there are shapes, and `shardings` does not say where they go.
+    """
+    leaves = jax.tree.leaves(tree)
+    given = [getattr(leaf, "sharding", None) for leaf in leaves] if shardings is None else jax.tree.leaves(shardings)
+    places = [sharding for sharding in given if sharding is not None]
+    if len(places) != len(leaves):
+        raise ValueError(
+            f"`tree` has {len(leaves)} arrays, and it is known of {len(places)} where they go; "
+            "pass arrays, or shapes with `shardings=ng.sharding.state_specs(tx, params, mesh)`."
+        )
+    pairs = zip(leaves, places, strict=True)
+    return sum(prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+
+def _where(params: Tree, mesh: Mesh) -> Callable[[Any, Any], NamedSharding]:
+    """Path and array of a state -> where the parameter of that path is, of the same shape; else on every device."""
+    known = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and set(sharding.mesh.axis_names) <= set(mesh.axis_names):
+            known[path] = leaf.shape, sharding.spec
+
+    def where(path, leaf):
+        for start in range(len(path)):
+            if path[start:] in known:
+                shape, spec = known[path[start:]]
+                return NamedSharding(mesh, spec if shape == leaf.shape else PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec())
+
+    return where
