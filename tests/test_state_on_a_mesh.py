@@ -33,7 +33,7 @@ watched = ng.capture(apply, ng.losses.squared_error)
 layers = watched.layers(params, x)
 tx = ng.kfac(0.05, layers, damping=0.1, statistics_every=1, refresh_every=2, momentum=0.9)
 
-def trained(batch, params, state, shardings=None):
+def step_of(shardings=None):
     @jax.jit
     def step(params, state, x, y, key):
         out = watched.value_and_grad(params, x, y, key=key)
@@ -42,25 +42,31 @@ def trained(batch, params, state, shardings=None):
             state = jax.lax.with_sharding_constraint(state, shardings)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+def trained(step, batch, params, state):
     for t in range(3):
         params, state = step(params, state, *batch, jax.random.key(t))
     return params, state
 
-def collectives(state, shardings):
-    '''What a refresh sends, as {operation: [elements of each]}.'''
-    refresh = jax.jit(lambda state, params: ng.refresh(tx, state, params=params), out_shardings=shardings)
-    text = refresh.lower(state, params).compile().as_text()
-    assert re.search("potrf", text)
+def sent(text):
+    '''What a compiled program sends, as {operation: [shapes of each]}.'''
     found = {}
     for line in text.splitlines():
         if match := re.search(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", line):
             found.setdefault(match[2], []).append(match[1])
+    return found
+
+def refreshed(state, shardings):
+    refresh = jax.jit(lambda state, params: ng.refresh(tx, state, params=params), out_shardings=shardings)
+    text = refresh.lower(state, params).compile().as_text()
+    assert re.search("potrf", text)
     bodies = re.split(r"\\n(?=\\S)", text)
     inside = [body for body in bodies if re.search("potrf", body) and not body.startswith("ENTRY")]
-    return {"sent": found, "inside": [bool(re.search("all-|collective-", body)) for body in inside]}
+    return {"sent": sent(text), "inside": [bool(re.search("all-|collective-", body)) for body in inside]}
 
 flat = lambda tree: jnp.concatenate([jnp.ravel(leaf).astype(float) for leaf in jax.tree.leaves(jax.device_get(tree))])
-one = flat(trained((x, y), params, tx.init(params)))
+one = flat(trained(step_of(), (x, y), params, tx.init(params)))
 found = {}
 for kind in ("Auto", "Explicit"):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(getattr(AxisType, kind),))
@@ -69,8 +75,8 @@ for kind in ("Auto", "Explicit"):
     for policy in ("replicated", "factor"):
         shardings = ng.sharding.state_specs(tx, params, mesh, policy)
         start = jax.device_put((params, tx.init(params)), (jax.tree.map(lambda _: everywhere, params), shardings))
-        constraint = shardings if kind == "Auto" else None
-        ended = trained(batch, *start, constraint)
+        step = step_of(shardings if kind == "Auto" else None)
+        ended = trained(step, batch, *start)
         kept = jax.tree.map(lambda leaf, to: leaf.sharding.is_equivalent_to(to, leaf.ndim), ended[1], shardings)
         found[f"{kind} {policy}"] = {
             "error": float(jnp.linalg.norm(flat(ended) - one) / jnp.linalg.norm(one)),
@@ -79,7 +85,10 @@ for kind in ("Auto", "Explicit"):
             "kept": all(jax.tree.leaves(kept)),
         }
         if kind == "Auto":
-            found[f"{kind} {policy}"] |= collectives(ended[1], shardings)
+            found[f"{kind} {policy}"] |= refreshed(ended[1], shardings)
+        elif policy == "replicated":
+            text = step.lower(*ended, *batch, jax.random.key(0)).compile().as_text()
+            found[f"{kind} {policy}"]["step"] = sorted(sent(text))
 print(json.dumps(found))
 """
 
@@ -98,6 +107,11 @@ def test_c13_a_state_over_devices_trains_like_one_device_and_stays_where_it_is(f
         assert there["error"] < 1e-5 and there["kept"], policy
         assert there["bytes"] == [there["told"]] * 2
     assert found[f"{axes} factor"]["told"] < found[f"{axes} replicated"]["told"] / 2
+
+
+@pytest.mark.slow
+def test_c13_a_step_on_an_explicit_mesh_sends_sums_and_no_rows(found):
+    assert found["Explicit replicated"]["step"] == ["all-reduce"]
 
 
 @pytest.mark.slow
