@@ -59,8 +59,10 @@ def state_specs(
         )
     checks.choice("policy", policy, get_args(Policy))
     names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-    if unknown := sorted(set(names) - set(mesh.axis_names)):
-        raise ValueError(f"`axis` has {unknown}, which the mesh does not; its axes are {list(mesh.axis_names)}.")
+    if not names or set(names) - set(mesh.axis_names):
+        raise ValueError(
+            f"`axis` is {axis!r}; expected an axis of the mesh, or several: {list(mesh.axis_names)}; None for all."
+        )
     devices = prod(mesh.shape[name] for name in names)
     where = _where(params, mesh)
 

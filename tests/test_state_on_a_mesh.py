@@ -137,7 +137,8 @@ def kfac_of_one_layer():
     [
         ({"policy": "layers"}, ValueError, '"layers".*one layer on one device.*"factor"'),
         ({"policy": "rows"}, ValueError, "policy.*'rows'"),
-        ({"axis": "model"}, ValueError, r"\['model'\].*\['data'\]"),
+        ({"axis": "model"}, ValueError, r"'model'.*\['data'\]"),
+        ({"axis": ()}, ValueError, r"\(\).*\['data'\]"),
         ({"mesh": 4}, TypeError, "mesh.*4.*jax.make_mesh"),
     ],
 )
