@@ -145,6 +145,15 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         assert_equal(abs(found[cut]), abs(one) * (5 / size) ** 0.5)
 
 
+def evidence_of_one_term():
+    """The curvature of a capture of its own, for an optimizer of the layers of terms."""
+    p, x = {"w": jnp.ones((2, 1))}, X["edge"]
+    alone = ng.capture(lambda p, x: x @ p["w"], ng.losses.squared_error, labels="true")
+    tx = ng.scale_by_kfac(ng.terms({"plain": alone}).layers(p, x), damping=DAMPING)
+    out = alone.value_and_grad(p, x, Y["edge"])
+    tx.update(out.grad, tx.init(p), curvature=out.curvature)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -152,7 +161,18 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         (lambda: ng.terms({"a": net}), "expected what `ng.capture`"),
         (lambda: ng.terms(captures(), {"other": 1.0}), "no terms"),
         (lambda: ng.terms(captures()).value_and_grad(params(), X, Y["edge"]), "one entry for each term"),
-        (lambda: ng.terms(captures()).layers(params(), {"edge": X["edge"]}), "lacks the terms"),
+        (lambda: ng.terms(captures()).layers(params(), {"edge": X["edge"]}), "without the terms"),
+        (lambda: ng.terms(list(captures().values())), "`captures` is of type list"),
+        (lambda: ng.terms(captures(), [1.0]), "`weights` is of type list"),
+        (lambda: ng.terms(captures()).value_and_grad(params(), X, Y, weights=jnp.ones(4)), "`weights` is of type"),
+        (lambda: ng.terms(captures()).value_and_grad(params(), X, Y, weights={"egde": jnp.ones(3)}), "egde.*no terms"),
+        (
+            lambda: ng.terms({"a": ng.capture(net, ng.losses.squared_error, labels="forward")}).layers(
+                params(), X["edge"]
+            ),
+            "'a'.*forward",
+        ),
+        (lambda: evidence_of_one_term(), "its rows cannot be made"),
     ],
 )
 def test_terms_that_do_not_fit_are_refused(make, match):
