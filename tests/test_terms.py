@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 from reference import assert_differs, assert_equal, normal
 from test_residuals import by_two_tangents, net, params
@@ -143,6 +144,47 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         size = len(y[name])
         one = jax.jacrev(lambda w, name=name: functions[name](p | {"w": w}, x[name])[:, 0])(p["w"])
         assert_equal(abs(found[cut]), abs(one) * (5 / size) ** 0.5)
+
+
+class Heads(nnx.Module):
+    """Two heads behind a normalisation and a dropout."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm, self.drop = nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.one, self.two = nnx.Linear(2, 1, rngs=rngs), nnx.Linear(2, 1, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.drop(self.norm(x))
+        return self.one(h), self.two(h)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_heads_of_an_nnx_model_are_one_call_of_it_and_other_batches_are_others(batches):
+    x = [jnp.asarray(normal(4, 2, seed=seed)) for seed in range(batches)]
+    heads = {"one": lambda out: out[0], "two": lambda out: out[1]}
+    model = Heads()
+    loss = ng.terms({
+        name: ng.nnx.capture(model, ng.losses.squared_error, labels="true", readout=head)
+        for name, head in heads.items()
+    })
+
+    @nnx.jit
+    def terms(model):
+        inputs = x[0] if batches == 1 else dict(zip(heads, x, strict=True))
+        return loss.value_and_grad(model, inputs, dict.fromkeys(heads, jnp.ones((4, 1)))).outputs
+
+    @nnx.jit
+    def by_hand(model):
+        return [model(each) for each in x]
+
+    ours, theirs = Heads(), Heads()
+    outputs, expected = terms(ours), by_hand(theirs)
+    for name, number in (("one", 0), ("two", batches - 1)):
+        jax.tree.map(assert_equal, outputs[name], expected[number])
+    moved = [nnx.state(each, nnx.BatchStat, nnx.RngCount) for each in (ours, theirs)]
+    for one, other in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def evidence_of_one_term():

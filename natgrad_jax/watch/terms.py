@@ -8,7 +8,8 @@ So a method in sample space has all rows in one kernel, and the moments of a rel
 Of a layer every term has the rows that it gives: where it does not see the bias, the row has a zero there.
 
 The heads of one model are terms as well: the same function and batch, and another `readout` and likelihood for each.
-Equal parts of the program are computed once under `jax.jit`.
+Equal parts of the program are computed once under `jax.jit`. An NNX model moves its state once for all terms that are
+called with the same inputs, and all of them see it as it was before; a term with inputs of its own is another call.
 """
 
 from collections.abc import Callable, Mapping
@@ -132,7 +133,8 @@ class Terms:
 
         Args:
             model: parameters, variables or module, as the captures take them.
-            inputs: {name: what the term is called with}, or what all are called with, as `layers` takes them.
+            inputs: {name: what the term is called with}, or what all are called with, as `layers` takes them. Terms
+                with the same inputs (the same object) are one call of an NNX model.
             targets: {name: labels of the batch of the term}.
             key: for drawing labels; a new one for each step.
             weights: {name: weights of the examples of the term}; for those that have some.
@@ -153,9 +155,14 @@ class Terms:
         if unknown := sorted(set(weights) - set(self.captures)):
             raise ValueError(f"`weights` has {unknown}, which are no terms; these are {sorted(self.captures)}.")
         found: dict[str, Evaluation] = {}
+        calls: list[tuple[Any, Any]] = []  # inputs, and the model as it was before it was called with them
         for number, (name, capture) in enumerate(self.captures.items()):
             own = None if key is None else jax.random.fold_in(key, number)
-            found[name] = capture.value_and_grad(model, inputs[name], targets[name], key=own, weights=weights.get(name))
+            copied = getattr(capture, "copied", lambda model: model)
+            there = next((copied(before) for given, before in calls if given is inputs[name]), model)
+            if there is model:
+                calls.append((inputs[name], copied(model)))
+            found[name] = capture.value_and_grad(there, inputs[name], targets[name], key=own, weights=weights.get(name))
         value = sum(self.weights[name] * each.value for name, each in found.items())
         grads = [jax.tree.map(lambda leaf, w=self.weights[name]: w * leaf, each.grad) for name, each in found.items()]
         grad = jax.tree.map(lambda first, *others: sum(others, first).astype(first.dtype), *grads)
