@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 from reference import assert_differs, assert_equal, normal
 from test_residuals import by_two_tangents, net, params
@@ -145,6 +146,56 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         assert_equal(abs(found[cut]), abs(one) * (5 / size) ** 0.5)
 
 
+class Heads(nnx.Module):
+    """Two heads behind a normalisation and a dropout."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm, self.drop = nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.one, self.two = nnx.Linear(2, 1, rngs=rngs), nnx.Linear(2, 1, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.drop(self.norm(x))
+        return self.one(h), self.two(h)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_heads_of_an_nnx_model_are_one_call_of_it_and_other_batches_are_others(batches):
+    x = [jnp.asarray(normal(4, 2, seed=seed)) for seed in range(batches)]
+    heads = {"one": lambda out: out[0], "two": lambda out: out[1]}
+    model = Heads()
+    loss = ng.terms({
+        name: ng.nnx.capture(model, ng.losses.squared_error, labels="true", readout=head)
+        for name, head in heads.items()
+    })
+
+    @nnx.jit
+    def terms(model):
+        inputs = x[0] if batches == 1 else dict(zip(heads, x, strict=True))
+        return loss.value_and_grad(model, inputs, dict.fromkeys(heads, jnp.ones((4, 1)))).outputs
+
+    @nnx.jit
+    def by_hand(model):
+        return [model(each) for each in x]
+
+    ours, theirs = Heads(), Heads()
+    outputs, expected = terms(ours), by_hand(theirs)
+    for name, number in (("one", 0), ("two", batches - 1)):
+        jax.tree.map(assert_equal, outputs[name], expected[number])
+    moved = [nnx.state(each, nnx.BatchStat, nnx.RngCount) for each in (ours, theirs)]
+    for one, other in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def evidence_of_one_term():
+    """The curvature of a capture of its own, for an optimizer of the layers of terms."""
+    p, x = {"w": jnp.ones((2, 1))}, X["edge"]
+    alone = ng.capture(lambda p, x: x @ p["w"], ng.losses.squared_error, labels="true")
+    tx = ng.scale_by_kfac(ng.terms({"plain": alone}).layers(p, x), damping=DAMPING)
+    out = alone.value_and_grad(p, x, Y["edge"])
+    tx.update(out.grad, tx.init(p), curvature=out.curvature)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -152,7 +203,18 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         (lambda: ng.terms({"a": net}), "expected what `ng.capture`"),
         (lambda: ng.terms(captures(), {"other": 1.0}), "no terms"),
         (lambda: ng.terms(captures()).value_and_grad(params(), X, Y["edge"]), "one entry for each term"),
-        (lambda: ng.terms(captures()).layers(params(), {"edge": X["edge"]}), "lacks the terms"),
+        (lambda: ng.terms(captures()).layers(params(), {"edge": X["edge"]}), "without the terms"),
+        (lambda: ng.terms(list(captures().values())), "`captures` is of type list"),
+        (lambda: ng.terms(captures(), [1.0]), "`weights` is of type list"),
+        (lambda: ng.terms(captures()).value_and_grad(params(), X, Y, weights=jnp.ones(4)), "`weights` is of type"),
+        (lambda: ng.terms(captures()).value_and_grad(params(), X, Y, weights={"egde": jnp.ones(3)}), "egde.*no terms"),
+        (
+            lambda: ng.terms({"a": ng.capture(net, ng.losses.squared_error, labels="forward")}).layers(
+                params(), X["edge"]
+            ),
+            "'a'.*forward",
+        ),
+        (lambda: evidence_of_one_term(), "its rows cannot be made"),
     ],
 )
 def test_terms_that_do_not_fit_are_refused(make, match):

@@ -11,7 +11,7 @@ from methods_table import inner_jaxprs, measured, task
 import natgrad_jax as ng
 from natgrad_jax.base import Layers
 from natgrad_jax.lift.state import Block, Schedule
-from natgrad_jax.lift.turns import cost, turns
+from natgrad_jax.lift.turns import Turns, cost, turns
 from natgrad_jax.methods.ekfac import EKFAC
 from natgrad_jax.methods.kfac import KFAC
 
@@ -135,6 +135,15 @@ def test_the_turns_are_balanced_by_the_cubes_of_the_sides():
     loads = [sum(cost(block.layer) for block in group) for group in found.groups]
     assert sorted(block.layer.name for group in found.groups for block in group) == [str(n) for n in range(8)]
     assert found.steps == (0, 1, 2) and max(loads) < 1.2 * min(loads)
+
+
+def test_the_turn_of_a_step_is_looked_up_among_the_turns_not_the_steps():
+    order = Turns(((), (), ()), (0, 3, 7), 10**9)
+    expected = {0: (0, 1), 3: (1, 2), 7: (2, 3), 8: None, 10**9 - 1: None, 10**9 + 3: (1, 2)}
+    for count, turn in expected.items():
+        first, last = map(int, order.due(jnp.int32(count), False))
+        assert (None if first == last else (first, last)) == turn
+    assert tuple(map(int, order.due(jnp.int32(5), True))) == (0, 3)
 
 
 def test_periods_that_are_not_known_yet_are_refused():

@@ -180,7 +180,15 @@ def _check(layer: Layer, evidence: Evidence) -> None:
         if not has_rows or getattr(evidence, name) is None:
             continue
         size = layer.shape[side]
-        shape = jax.eval_shape(lambda evidence, rows=rows: rows(layer, evidence), evidence).shape
+        try:
+            shape = jax.eval_shape(lambda evidence, rows=rows: rows(layer, evidence), evidence).shape
+        except (IndexError, TypeError, ValueError) as error:
+            found = [leaf.shape for leaf in jax.tree.leaves(getattr(evidence, name))]
+            raise ValueError(
+                f"The evidence for layer {layer.name!r} has {name} of shapes {found}, of which its rows cannot be "
+                f"made: its products were others where the `layers` were found. {_ADVICE} Those of `ng.terms` go with "
+                "its own curvature."
+            ) from error
         if shape[-1] != size or shape[: len(layer.stack)] != layer.stack:
             raise ValueError(
                 f"The evidence for layer {layer.name!r} has {name} whose rows have shape {shape}; expected "

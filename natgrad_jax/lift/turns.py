@@ -43,11 +43,10 @@ class Turns(NamedTuple):
         Returns:
             Two whole numbers, the same where none is due.
         """
-        starts = [self.steps.index(step) if step in self.steps else 0 for step in range(self.period)]
-        lengths = [int(step in self.steps) for step in range(self.period)]
         place = count % self.period
-        first = jnp.where(all_of_them, 0, jnp.array(starts)[place])
-        return first, jnp.where(all_of_them, len(self.groups), first + jnp.array(lengths)[place])
+        is_due = jnp.array(self.steps) == place  # of at most one: they ascend
+        first = jnp.where(all_of_them, 0, jnp.argmax(is_due))
+        return first, jnp.where(all_of_them, len(self.groups), first + jnp.any(is_due))
 
 
 def turns(blocks: Sequence[Block], schedule: Schedule) -> Turns:

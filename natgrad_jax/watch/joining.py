@@ -37,7 +37,15 @@ def joined_layers(terms: Mapping[str, Layers]) -> Layers:
 
     Returns:
         Layers with the examples of all: known is what every term that sees its parameters knows as the same layer.
+
+    Raises:
+        ValueError: if a term has no cotangents.
     """
+    if forward := sorted(name for name, part in terms.items() if part.labels == "forward"):
+        raise ValueError(
+            f'The terms {forward} have `labels="forward"`, which looks at inputs alone; terms are joined by their '
+            'cotangents. Capture them with `labels="sampled"`, "exact" or "true".'
+        )
     parts = list(terms.values())
     known = [
         layer for name in dict.fromkeys(name for part in parts for name in part) if (layer := _common(name, parts))
@@ -195,10 +203,7 @@ def _of_examples(part: Part, layers: Layers) -> tuple[Array, Array | None]:
 
 def _examples(part: Part) -> int:
     """N of a term."""
-    for each in part.evidence.values():
-        if each.slopes is not None:
-            return each.slopes.shape[1]
-    raise ValueError('Terms are joined by their cotangents, which evidence of `labels="forward"` does not have.')
+    return next(each.slopes.shape[1] for each in part.evidence.values() if each.slopes is not None)
 
 
 def _padded(array: Array, room: Mapping[int, int]) -> Array:

@@ -143,6 +143,11 @@ class Capture:
         nnx.update(bound.objects, out.updated["state"])
         return out
 
+    def copied(self, model: Any) -> Any:
+        """The model as it is now, which `value_and_grad` does not move: for terms of one call of it."""
+        _check(model)
+        return nnx.clone(model)
+
     def _bound(self, model: Any, given: Inputs) -> "_Bound":
         """The model, and the objects of NNX among its inputs, as a function of parameters and other state."""
         _check(model)

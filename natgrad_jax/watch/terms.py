@@ -8,7 +8,8 @@ So a method in sample space has all rows in one kernel, and the moments of a rel
 Of a layer every term has the rows that it gives: where it does not see the bias, the row has a zero there.
 
 The heads of one model are terms as well: the same function and batch, and another `readout` and likelihood for each.
-Equal parts of the program are computed once under `jax.jit`.
+Equal parts of the program are computed once under `jax.jit`. An NNX model moves its state once for all terms that are
+called with the same inputs, and all of them see it as it was before; a term with inputs of its own is another call.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,9 +71,11 @@ def terms(captures: Mapping[str, Capture], weights: Mapping[str, Scalar] | None 
         `Terms`, with the `layers` and the `value_and_grad` of a capture.
 
     Raises:
-        TypeError: if a term is no capture.
+        TypeError: if a term is no capture, or captures or weights have no names.
         ValueError: if there is no term, or a weight of none.
     """
+    _check_names("captures", captures, "{name of the term: capture}")
+    _check_names("weights", {} if weights is None else weights, "{name of the term: its factor}, or None")
     if not captures:
         raise ValueError("`captures` is empty; expected {name of the term: capture} with at least one.")
     for name, capture in captures.items():
@@ -101,10 +104,14 @@ class Terms:
 
         Args:
             model: parameters, variables or module, as the captures take them; shapes suffice.
-            inputs: {name: what the term is called with}, a tuple for several arguments; or what all are called with.
+            inputs: {name: what the term is called with}, a tuple for several arguments, `ng.Inputs(x, train=True)`
+                for keywords; or what all are called with.
 
         Returns:
             The layers, with as many examples as all batches have.
+
+        Raises:
+            ValueError: if the inputs of a term are missing, or a term has no cotangents (`labels="forward"`).
         """
         inputs = self._by_term("inputs", inputs)
         found = {}
@@ -126,7 +133,8 @@ class Terms:
 
         Args:
             model: parameters, variables or module, as the captures take them.
-            inputs: {name: what the term is called with}, or what all are called with.
+            inputs: {name: what the term is called with}, or what all are called with, as `layers` takes them. Terms
+                with the same inputs (the same object) are one call of an NNX model.
             targets: {name: labels of the batch of the term}.
             key: for drawing labels; a new one for each step.
             weights: {name: weights of the examples of the term}; for those that have some.
@@ -135,17 +143,26 @@ class Terms:
             An `Evaluation`: `losses` has the loss of every term without its weight, `outputs` those of every term.
 
         Raises:
-            ValueError: if inputs or targets of a term are missing.
+            TypeError: if the weights have no names.
+            ValueError: if inputs or targets of a term are missing, or there are weights of none.
         """
         inputs = self._by_term("inputs", inputs)
         if not isinstance(targets, Mapping) or set(targets) != set(self.captures):
             has = sorted(targets) if isinstance(targets, Mapping) else type(targets).__name__
             raise ValueError(f"`targets` has {has}; expected one entry for each term, {sorted(self.captures)}.")
+        weights = {} if weights is None else weights
+        _check_names("weights", weights, "{name of the term: weights of its examples}, or None")
+        if unknown := sorted(set(weights) - set(self.captures)):
+            raise ValueError(f"`weights` has {unknown}, which are no terms; these are {sorted(self.captures)}.")
         found: dict[str, Evaluation] = {}
+        calls: list[tuple[Any, Any]] = []  # inputs, and the model as it was before it was called with them
         for number, (name, capture) in enumerate(self.captures.items()):
             own = None if key is None else jax.random.fold_in(key, number)
-            some = (weights or {}).get(name)
-            found[name] = capture.value_and_grad(model, inputs[name], targets[name], key=own, weights=some)
+            copied = getattr(capture, "copied", lambda model: model)
+            there = next((copied(before) for given, before in calls if given is inputs[name]), model)
+            if there is model:
+                calls.append((inputs[name], copied(model)))
+            found[name] = capture.value_and_grad(there, inputs[name], targets[name], key=own, weights=weights.get(name))
         value = sum(self.weights[name] * each.value for name, each in found.items())
         grads = [jax.tree.map(lambda leaf, w=self.weights[name]: w * leaf, each.grad) for name, each in found.items()]
         grad = jax.tree.map(lambda first, *others: sum(others, first).astype(first.dtype), *grads)
@@ -162,8 +179,17 @@ class Terms:
         if not isinstance(given, Mapping) or not set(given) & set(self.captures):
             return dict.fromkeys(self.captures, given)
         if missing := sorted(set(self.captures) - set(given)):
-            raise ValueError(f"`{name}` lacks the terms {missing}; expected one entry for each, or one for all.")
+            raise ValueError(
+                f"`{name}` has {sorted(given)}, without the terms {missing}; expected one entry for each, or what all "
+                "are called with."
+            )
         return given
+
+
+def _check_names(name: str, given: Any, expected: str) -> None:
+    """Refuse what has no entry for a term by its name."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{name}` is of type {type(given).__name__}; expected {expected}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
