@@ -62,7 +62,7 @@ def test_a_short_step_is_left_as_it_is(method):
     plain = direction(method)
     gradient, free, _ = updated(plain)
     kept, state = clipped_to(2 * length(0.5, gradient, free), plain)
-    jax.tree.map(lambda k, f: np.testing.assert_allclose(k, f, rtol=1e-6), kept, free)  # two compilations
+    jax.tree.map(lambda k, f: np.testing.assert_allclose(k, f, rtol=1e-5), kept, free)  # two compilations
     assert state.clip_factor == 1
 
 
