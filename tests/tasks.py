@@ -159,7 +159,8 @@ _OTHERS = {
     "mlp wide": {"examples": 1024, "width": 16},
     "dense": {"labels": "true"},
 }
-ALL_TASKS = tuple(_OTHERS)
+ALL_TASKS = tuple(name for name in _OTHERS if name not in FAMILIES)
+"""Those that have a twin in NNX."""
 
 
 @kept

@@ -13,6 +13,8 @@ import pytest
 
 HOUSE = Path(__file__).parents[1]
 SOURCES = sorted((HOUSE / "notebooks").glob("[0-9]*.py"))
+LONG = ("2_fisher", "3_race")
+"""Those that take a minute; they run with `-m full`, and with `make notebooks`."""
 NAMES = [source.stem for source in SOURCES]
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
 ADDRESS = PROJECT["urls"]["Source"]
@@ -68,8 +70,14 @@ def test_the_badge_of_a_notebook_opens_it(source):
     assert f"/natgrad_jax/blob/main/notebooks/{source.stem}.ipynb)" in jupytext.read(source).cells[0].source
 
 
+RUN = [
+    pytest.param(source, marks=pytest.mark.full if source.stem in LONG else (), id=source.stem) for source in SOURCES
+]
+
+
 @pytest.mark.slow
 @pytest.mark.verified
+@pytest.mark.parametrize("source", RUN)
 def test_a_notebook_runs_with_small_settings(source, monkeypatch):
     monkeypatch.setenv("NATGRAD_SMALL", "1")
     monkeypatch.setattr(sys, "path", [str(HOUSE), *sys.path])
