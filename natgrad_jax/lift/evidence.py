@@ -116,7 +116,7 @@ def lazy(
         evidence = curvature() if callable(curvature) else curvature
         assert evidence is not None, "not called without one"
         evidence = dict(evidence) | _of_parameters(layers, evidence, getattr(curvature, "layers", None))
-        idle = _unused(layers, getattr(curvature, "layers", None))
+        idle = _unused(layers, evidence, getattr(curvature, "layers", None))
         missing = [layer.name for layer in layers if layer.name not in evidence and layer.name not in idle]
         if missing:
             raise ValueError(f"`curvature` has no evidence for {missing}; it has {sorted(evidence)}. {_ADVICE}")
@@ -157,10 +157,14 @@ def _of_parameters(
     return found
 
 
-def _unused(layers: tuple[Layer, ...], there: Layers | None) -> list[str]:
-    """The names of the blocks that the call which the evidence is of did not use, every array of them."""
+def _unused(layers: tuple[Layer, ...], evidence: Mapping[str, Evidence], there: Layers | None) -> list[str]:
+    """The names of the blocks that the call which the evidence is of did not use, every array of them.
+
+    One with the gradients of examples has evidence all the same: they are zero.
+    """
     unseen = set() if there is None else {layer.name for layer in there.rest if layer.note == UNSEEN}
-    return [layer.name for layer in layers if all(leaf.address in unseen for leaf in layer.leaves)]
+    idle = [layer.name for layer in layers if all(leaf.address in unseen for leaf in layer.leaves)]
+    return [name for name in idle if getattr(evidence.get(name), "examples", None) is None]
 
 
 def _check(layer: Layer, evidence: Evidence) -> None:
