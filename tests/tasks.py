@@ -39,7 +39,12 @@ def kept(function: Any) -> Any:
         del framework
         return function(*args, **kwargs)
 
-    return wraps(function)(lambda *args, **kwargs: of(_current[-1], *args, **kwargs))
+    @wraps(function)
+    def current(*args, **kwargs):
+        return of(_current[-1], *args, **kwargs)
+
+    current.cache_clear = of.cache_clear
+    return current
 
 
 @pytest.fixture(autouse=True, params=["linen", pytest.param("nnx", marks=pytest.mark.full)])
