@@ -96,7 +96,7 @@ class ConvNet(nn.Module):
         x = nn.Conv(4, (3, 3), strides=2, **both)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, **both)(x))
         x = nn.relu(nn.Conv(4, (2, 2), padding="VALID", feature_group_count=2, **both)(x))
-        return nn.Dense(3, use_bias=False, **both)(x.reshape(len(x), -1))
+        return nn.Dense(3, use_bias=False, **both)(x.reshape(x.shape[0], -1))
 
 
 class ConvNetTwin(nnx.Module):
@@ -111,7 +111,7 @@ class ConvNetTwin(nnx.Module):
 
     def __call__(self, x):
         x = nnx.relu(self.BatchNorm_0(self.Conv_0(x)))
-        return self.Dense_0(nnx.relu(self.Conv_1(x)).reshape(len(x), -1))
+        return self.Dense_0(nnx.relu(self.Conv_1(x)).reshape(x.shape[0], -1))
 
 
 class Dense(nnx.Linear):

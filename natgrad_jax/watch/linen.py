@@ -113,6 +113,7 @@ class Capture:
         (factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)
         (in sample space: 8 examples, with the inverse of their kernel, as TENGraD has it)
         Every parameter is covered.
+        Curvature by labels drawn from the model (labels="sampled"), noisy and without bias.
 
         Args:
             variables: of the model, "params" among them; shapes suffice.

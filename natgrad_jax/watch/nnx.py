@@ -51,6 +51,7 @@ def capture(
     (factors: sizes of the two sides, bias included; state: a pair of float32 factors and their inverses)
     (in sample space: 8 examples, with the inverse of their kernel, as TENGraD has it)
     Every parameter is covered.
+    Curvature by the labels of the batch (labels="true"), the empirical Fisher matrix.
 
     Args:
         model: the model, or its class, or a tuple of it and what else `call` needs, such as its nnx.Rngs; it is given
