@@ -50,11 +50,16 @@ def summed(function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence
 
 
 def examples_at_a_time(layer: Layer, evidence: Evidence, most: int = MOST) -> int | None:
-    """How many examples a piece has, a divisor of their number; None where the batch is done at once."""
+    """How many examples a piece has, a divisor of their number; None where the batch is done at once.
+
+    A symbolic number of examples, as of an exported step, has no divisors that are known: it is done at once.
+    """
     inputs = evidence.inputs
     if not (layer.window and isinstance(inputs, tuple)) or any(use.transposed for use in layer.uses):
         return None
     examples = inputs[0].shape[layer.module_axes]
+    if not isinstance(examples, int):
+        return None
     entries = sum(use.positions for use in layer.uses) * layer.shape[0] * prod(layer.stack)
     size = max(1, min(examples, most // max(1, entries)))
     while examples % size:
