@@ -35,12 +35,12 @@ def summed(function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence
         return function(evidence)
     lead = layer.module_axes
     kept = evidence.inputs, evidence.cotangents, evidence.weights
-    places = [lead] * len(jax.tree.leaves(kept[0])) + [lead + 1] * len(jax.tree.leaves(kept[1])) + [0]
     leaves, structure = jax.tree.flatten(kept)
-    split = [_split(leaf, axis, size) for leaf, axis in zip(leaves, places, strict=False)]
+    places = [axis for part, axis in zip(kept, (lead, lead + 1, 0), strict=True) for _ in jax.tree.leaves(part)]
+    split = [_split(leaf, axis, size) for leaf, axis in zip(leaves, places, strict=True)]
 
     def of_piece(pieces):
-        joined = [jnp.moveaxis(piece, 0, axis) for piece, axis in zip(pieces, places, strict=False)]
+        joined = [jnp.moveaxis(piece, 0, axis) for piece, axis in zip(pieces, places, strict=True)]
         inputs, cotangents, weights = structure.unflatten(joined)
         return function(Evidence(inputs, cotangents, None, weights))
 

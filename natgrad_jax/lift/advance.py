@@ -173,12 +173,11 @@ def _refreshed(
         found = map_layers(refresh, known, state.statistics, values)
         values |= {name: value for name, (value, _) in found.items()}
         kept = {name: stays for name, (_, stays) in found.items()}
-    fresh = {}
+    fresh = dict(state.operators)
     for layer, _ in blocks:
         date, old = _dated(layer, date_now), state.operators[layer.name].date
         date = jnp.where(kept[layer.name], old, date) if layer.name in kept else date
         fresh[layer.name] = Dated(values[layer.name], date)
-    fresh = {**state.operators, **fresh}
     fresh = _followed(blocks, state._replace(operators=fresh)).operators
     state = _kept_operators(blocks, fresh, former, state, held)
     done = 1 if held is False else jnp.where(held, 0, 1)
