@@ -37,7 +37,7 @@ class Row(NamedTuple):
         rate: the power of 1 / damping at which damping * direction approaches the gradient.
         rescales: whether something is measured in the basis of the last refresh.
         averages: whether its statistics are plain averages of what batches say.
-        factorisations: how many a refresh of one layer has.
+        factorisations: how many a refresh of one layer has, in its fallback too.
         smoothing: the momentum that the complete optimizer has in front of the direction; None for one behind it.
         learning: settings with which the complete optimizer learns in fifteen steps.
         power: the power of 1 / damping that the direction has where the damping is large.
@@ -88,7 +88,7 @@ def _in_sample_space(layers: ng.Layers, examples: int) -> int:
 _TWICE = {"rescales": True, "factorisations": 4}
 _TENSORS = {"smoothing": optax.trace}
 _ROOTS = {"power": 0.5}
-_SAMPLES = {"averages": False, "factorisations": 1, "apart": False, "application": _in_sample_space}
+_SAMPLES = {"averages": False, "factorisations": 3, "apart": False, "application": _in_sample_space}
 
 
 _SOAP_LEARNS = {"learning_rate": 0.1, "statistics": "gradient", "rescale_every": 1}
