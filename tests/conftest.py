@@ -4,13 +4,18 @@ Most of the time of the suite goes into compiling, each function for a few calls
 optimise, which is no matter of the package, and what was compiled is kept in `.jax_cache`, for the other process and
 for the next run. The key of an entry is the program itself, so that a change of the package compiles what it changes.
 
+Of the table of a test that is `slow` two rows run, other ones for other tests, so that the suite sees every row of the
+common tables many times; `-m full` runs the rest. A test that is `whole` runs on all its rows.
+
 Within a process it is kept as long as there is room: each program holds memory maps, of which a process has 65,530, and
 jaxlib dies where it gets no more.
 """
 
+import collections
 import gc
 import os
 import pathlib
+import zlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when the library loads, hence before jax
 os.environ.setdefault(
@@ -33,6 +38,27 @@ MAPS = 4_000
 
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that stay: to look through them was a tenth of the time
+
+
+@pytest.hookimpl(tryfirst=True)  # before those are dropped that `-m` does not ask for
+def pytest_collection_modifyitems(items):
+    """The rows of slow tables that others stand for are marked `full`."""
+    tables = collections.defaultdict(list)
+    for item in items:
+        sampled = item.get_closest_marker("slow") and not item.get_closest_marker("whole")
+        if sampled and not item.get_closest_marker("full"):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    for name, rows in tables.items():
+        kept = sample(name, len(rows))
+        for at, item in enumerate(rows):
+            if at not in kept:
+                item.add_marker(pytest.mark.full)
+
+
+def sample(name, count, size=2):
+    """Which of the `count` rows of a test run: as many as `size`, spread from one that its name picks."""
+    first = zlib.crc32(name.encode())
+    return {(first + i * count // size) % count for i in range(min(size, count))}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -137,6 +137,7 @@ class Cliff(NamedTuple):
         return jnp.where(jnp.sum(x**2) > self.edge**2, self.high, self.bowl.value(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("high", [np.inf, np.nan, 1e6])
 def test_a_step_over_a_cliff_is_taken_back_and_doubles_the_damping(high):
     tx = ng.automatic(IDENTITY)

@@ -172,6 +172,7 @@ WORDS = {"mask": "factor entry by entry", "conv_general_dilated": "goes through 
 _conv = jax.lax.conv_general_dilated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_a_convolution_that_cannot_be_handled_costs_the_layer_not_the_model(option):
     images = jnp.ones((8, 4, 4, 1))

@@ -54,6 +54,7 @@ def hessian_of(loss, z, y):
     return jax.hessian(lambda z: jnp.sum(reference.LOSSES[loss](z, y)))(z)
 
 
+@pytest.mark.slow
 @every_loss
 def test_c8_the_root_times_its_transpose_is_the_hessian_by_the_outputs(loss):
     z, y = normal(4, seed=3), reference.targets(loss, (4,))
@@ -89,6 +90,7 @@ def test_the_value_of_a_likelihood_is_the_mean_over_examples_of_the_sum_over_out
     assert_differs(LIKELIHOODS[loss](z, y), reference.mean_loss(loss, z, y) / 2)
 
 
+@pytest.mark.slow
 @every_loss
 def test_drawn_labels_have_the_hessian_as_the_second_moment_of_their_score(loss):
     draws = 40_000
@@ -231,6 +233,7 @@ def along(net, loss, directions, weights=None):
     return of(net.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @every_loss
 def test_the_dot_product_of_two_vectors_along_is_the_quadratic_form_of_the_fisher(loss, weighted):
@@ -264,6 +267,7 @@ def test_c12_the_quadratic_form_is_twice_the_kullback_leibler_divergence_of_a_sm
     assert_differs(vector @ vector, divergence(direction))
 
 
+@pytest.mark.slow
 @every_loss
 def test_curvature_value_is_the_objective_on_the_same_batch_at_other_parameters(loss):
     net = mlp("tanh", loss)

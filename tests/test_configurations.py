@@ -34,6 +34,7 @@ def traced(problem, tx, **settings):
     return jax.eval_shape(step, jax.eval_shape(tx.init, params))
 
 
+@pytest.mark.slow
 @every_flag
 @pytest.mark.parametrize("where", ["mlp", "convnet"])
 @of_the_lifting(ALL_NAMES)
@@ -43,6 +44,7 @@ def test_every_method_is_traced_under_strict_promotion(method, where, flag):
         traced(problem, tx)
 
 
+@pytest.mark.slow
 @every_flag
 @pytest.mark.parametrize(
     "name", ["adaptive", "newton", "wide", "limited", "kl_clip", "exact", "weights", "positions", "microbatches"]
@@ -71,6 +73,7 @@ def test_what_goes_with_the_methods_is_traced_under_strict_promotion(name, flag)
         traced(problem, tx, **settings)
 
 
+@pytest.mark.slow
 @every_flag
 @pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "squared_error", "poisson"])
 def test_every_likelihood_is_traced_under_strict_promotion(name, flag):
@@ -89,6 +92,7 @@ def test_a_promotion_is_refused_by_these_flags():
         jax.eval_shape(lambda: jnp.ones((2, 2)) * jnp.ones(2))
 
 
+@pytest.mark.slow
 @of_the_lifting(ALL_NAMES)
 def test_no_method_makes_a_nan_in_its_first_steps(method):
     problem, tx = task("mlp"), build(method)
@@ -155,6 +159,7 @@ def products(jaxpr):
             yield from products(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["mlp", "convnet"])
 @of_the_lifting(tuple(name for name in ALL_NAMES if name not in [each.name for each in COMPLETE]))
 def test_no_product_of_a_factor_is_rounded_by_an_accelerator(method, where):
@@ -182,6 +187,7 @@ def _rows():
 OF_SCALES = ("kfac pi", "kfac exact", "ekfac per_example", "ekfac qr pi", "tkfac", "tekfac", "mbf", "tengrad")
 
 
+@pytest.mark.slow
 @of_the_lifting(OF_SCALES)
 def test_inputs_of_any_size_have_a_step_and_those_whose_squares_overflow_are_counted(method):
     """W x stays as it is where x is scaled by s and W by 1 / s; F is then s^2 times as large, and so is the damping."""

@@ -398,6 +398,7 @@ def test_evidence_without_products_and_missing_parameters_are_refused():
         tx.update(gradient, tx.init(gradient), curvature=evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -109,6 +109,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has no layer")
 @pytest.mark.parametrize("name", CASES)
 def test_c2_what_is_cut_is_one_layer_whose_rows_give_the_gradient_of_every_example(name):

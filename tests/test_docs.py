@@ -37,6 +37,7 @@ def failures(name, text):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_of_a_page_do_what_they_say(name):
     assert failures(name, PAGES[name]) == 0

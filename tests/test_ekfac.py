@@ -79,6 +79,7 @@ class Affine(nn.Module):
         return nn.Dense(3, name="only")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0, 3.0, 1.0, 0.5, 2.0)])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 2, 5)])
@@ -137,6 +138,7 @@ class Pixels(nn.Module):
         return nn.Conv(2, (2, 2), name="head")(nn.tanh(nn.Conv(3, (2, 2), name="first")(x)))
 
 
+@pytest.mark.slow
 def test_c32_the_scale_of_a_convolution_is_the_square_of_the_sum_over_positions(dtype):
     x = normal(3, 3, 3, 2, dtype=dtype)
     net = watched(Pixels(), random_params(Pixels(), x, dtype=dtype), x, "squared_error")
@@ -324,6 +326,7 @@ def test_c54_large_damping_gives_the_gradient_over_the_damping(dtype, method):
     assert_differs(1e-2 * operator(method, layer, evidence, 1e-2), np.eye(size))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", [EKFAC, MINIBATCH], ids=["per_example", "minibatch"])
 @pytest.mark.parametrize("examples", [1, 40])

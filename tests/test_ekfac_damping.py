@@ -52,6 +52,7 @@ def uneven(dtype="float64"):
     return layer, evidence, np.array([0.1, 2.0]) * np.trace(blocks, axis1=1, axis2=2) / 16
 
 
+@pytest.mark.slow
 @with_splits
 @with_methods
 def test_c53_the_damped_step_is_the_dense_solve_with_the_cross_terms_of_a_product(method, split, dtype):
@@ -141,6 +142,7 @@ def test_a_scale_of_zero_gives_the_gradient_over_the_damping(split, damping):
     assert_equal(found, np.eye(15) / damping)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_splits
 @pytest.mark.parametrize("examples", [1, 40])
@@ -161,6 +163,7 @@ def test_c55_every_update_descends(split, examples):
 # Wide sides -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_splits
 @with_methods

@@ -96,6 +96,7 @@ def all_finite(tree):
     return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree) if leaf.dtype != jnp.int32)
 
 
+@pytest.mark.slow
 @of_the_lifting((*ALL_NAMES, ADAPTIVE))
 def test_training_goes_on_after_every_fault(method):
     sound, _ = trained(method, {})
@@ -133,6 +134,7 @@ def test_a_dead_layer_stays_and_the_others_learn(method):
     assert all_finite(params) and np.mean(losses[-8:]) < np.mean(losses[:4])
 
 
+@pytest.mark.slow
 @of_the_lifting(ALL_NAMES)
 def test_a_batch_of_one(method):
     tx = optimizer(method)

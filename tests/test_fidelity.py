@@ -49,6 +49,7 @@ def implied_blocks(method):
     return watching.implied_blocks(Walk(METHODS[method].method), net())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_of_a_method_is_that_of_the_matrix_it_stands_for(method, layer):
@@ -119,6 +120,7 @@ def test_the_joint_block_of_tengrad_has_the_exact_direction_and_its_layers_alone
     assert layers.error > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["K-BFGS", "gradient"])
 def test_a_direction_points_uphill_as_the_gradient_does(name):
     model, params, given = small()

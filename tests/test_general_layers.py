@@ -107,6 +107,7 @@ def seen(case: str) -> Seen:
     return Seen(layer, evidence["layer"], params, jax.jit(lambda x: jnp.mean(jax.vmap(of_example)(x), axis=0))(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_captured_block_is_the_dense_fisher_block(case):
     layer, evidence, _, block = seen(case)

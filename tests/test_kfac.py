@@ -134,6 +134,7 @@ class Pixels(nn.Module):
         return nn.Conv(3, (1, 1), name="head")(nn.tanh(nn.Conv(4, (2, 2), padding="VALID", name="first")(x)))
 
 
+@pytest.mark.slow
 def test_c20_kfac_is_the_block_of_convolutions_of_constant_images(dtype):
     x = jnp.ones((3, 4, 3, 2), dtype) * normal(2, dtype=dtype)
     net = watched(Pixels(), random_params(Pixels(), x, dtype=dtype), x, "squared_error")

@@ -27,6 +27,7 @@ def inverse(block):
     return np.linalg.inv(np.asarray(block, np.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["pi", "even"])
 def test_c1_the_update_is_the_inverse_of_a_times_the_gradient_times_the_inverse_of_g(dtype, split):
     layer, evidence = correlated(4, 4, dtype=dtype)

@@ -28,6 +28,7 @@ from tasks import FAMILIES, TASKS, task
 from natgrad_jax import addresses
 
 both_frameworks = tasks.both_frameworks
+pytestmark = pytest.mark.whole
 every_method = pytest.mark.parametrize("method", NAMES)
 lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)

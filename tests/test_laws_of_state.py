@@ -24,6 +24,7 @@ from test_laws import (
 import natgrad_jax as ng
 
 both_frameworks = tasks.both_frameworks
+pytestmark = pytest.mark.whole
 
 
 def abstract_update(where, tx, **extra):
@@ -95,6 +96,7 @@ def test_a_strict_signature_fails_the_law_of_keywords():
     fails(swallows_unknown_keywords, wrapped(direction(ANY), update))
 
 
+@pytest.mark.slow
 @lifting_method
 def test_parameters_are_not_needed(method):
     needs_no_parameters(direction(method))

@@ -41,6 +41,7 @@ def numbers(tree):
 # --- proof by twins ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", [pytest.param(name, marks=() if name in SUITE else pytest.mark.full) for name in ALL_TASKS]
 )

@@ -54,6 +54,7 @@ def test_types_buffers_and_the_contract_of_optax_are_kept(method, where):
     state_laws.needs_no_parameters(direction(method))
 
 
+@pytest.mark.slow
 @every_method
 def test_the_curvature_is_not_asked_even_if_it_is_there(method):
     def curvature():

@@ -68,6 +68,7 @@ def measured(name, labels):
     return everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["exact", "true", "forward"])
 @pytest.mark.parametrize("name", GARBAGE)
 def test_examples_of_weight_zero_count_for_nothing_whatever_stands_there(name, labels):
@@ -84,6 +85,7 @@ def test_examples_of_weight_zero_count_for_nothing_whatever_stands_there(name, l
     assert not np.allclose(value, expected[0][0])  # the control: the same garbage with a weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GARBAGE)
 def test_drawn_labels_of_examples_of_weight_zero_are_harmless(name):
     everything, y = measured(name, "sampled"), targets_of(name)
@@ -107,6 +109,7 @@ class PerPosition(nn.Module):
         return nn.Dense(4, name="head")(nn.tanh(nn.Dense(5, name="first")(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", ["inputs", "labels"])
 def test_positions_of_weight_zero_count_for_nothing_whatever_stands_there(garbage):
     x, y = jnp.asarray(normal(6, 5, 3, dtype="float32")), jnp.arange(30).reshape(6, 5) % 4
@@ -131,6 +134,7 @@ def test_positions_of_weight_zero_count_for_nothing_whatever_stands_there(garbag
     assert not np.isfinite(measure(x.at[0, 0].set(jnp.nan), y)[0])  # a position that has a weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "squared_error", "poisson"])
 def test_weights_of_outputs_weigh_the_terms_of_the_loss_and_mask_missing_targets(name):
     y, there = targets_of(name), jnp.asarray(np.random.default_rng(0).uniform(size=(ALL, 4)) > 0.3)
@@ -225,6 +229,7 @@ def test_counts_of_large_rates_have_their_mean_and_variance():
 # --- a batch that is masked altogether --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @of_the_lifting(ALL_NAMES)
 def test_a_batch_of_weight_zero_changes_neither_statistics_nor_what_is_measured_nor_gives_a_step(method):
     problem, every = task("mlp"), {"statistics_every": 1, "refresh_every": 1}
@@ -255,6 +260,7 @@ def test_a_batch_of_weight_zero_changes_neither_statistics_nor_what_is_measured_
     assert not all(map(np.array_equal, jax.tree.leaves(contents(state)), jax.tree.leaves(contents(other))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [3, 10_000, -1, -100])
 def test_a_label_of_no_class_that_has_a_weight_is_no_number_in_loss_and_gradient(label):
     outputs, labels = jnp.array([[1.0, 2.0, 0.5], [0.3, 0.1, 0.2]]), jnp.array([1, label])

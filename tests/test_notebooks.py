@@ -13,9 +13,9 @@ import pytest
 
 HOUSE = Path(__file__).parents[1]
 SOURCES = sorted((HOUSE / "notebooks").glob("[0-9]*.py"))
-LONG = ("2_fisher", "3_race")
-"""Those that take a minute; they run with `-m full`, and with `make notebooks`."""
 NAMES = [source.stem for source in SOURCES]
+LONG = tuple(name for name in NAMES if name != "1_quickstart")
+"""Those that take half a minute or more; they run with `-m full`, and with `make notebooks`."""
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
 ADDRESS = PROJECT["urls"]["Source"]
 PLACE = re.compile(r"(?:https://github\.com|/github)/(\w+)/natgrad_jax")

@@ -49,6 +49,7 @@ def assert_close(found, expected):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-12), found, expected)
 
 
+@pytest.mark.slow
 @every_likelihood
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_loss_gradient_and_products_are_those_of_the_sum_over_the_positions(name, weights):
@@ -66,6 +67,7 @@ def test_the_mean_is_that_of_the_terms(name):
     assert_close(likelihood.reduced("mean")(outputs, TARGETS[name]), jnp.sum(terms) / (N * T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["exact", "sampled", "true"])
 def test_the_fisher_matrix_is_that_of_the_sum_over_the_positions(labels):
     of_sum, of_mean = (block(labels, reduction) for reduction in ("sum", "mean"))
@@ -83,6 +85,7 @@ def block(labels, reduction):
     return rows.T @ rows / len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "tengrad"])
 def test_with_damping_and_clip_per_position_the_steps_are_those_of_the_sum(method):
     assert_close(step(method, "mean", DAMPING / T, CLIP / T), step(method, "sum", DAMPING, CLIP))

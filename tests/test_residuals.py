@@ -114,6 +114,7 @@ def tengrad(residual, params, x, y, jacobian):
     return ravel_pytree(direction(params))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "residual", [pytest.param(f, id=f.__name__, marks=() if f in FEW else pytest.mark.full) for f in RESIDUALS]
 )

@@ -203,6 +203,7 @@ def injected_and_plain(name):
     return optax.inject_hyperparams(make)(0.1, layers, damping=0.1), make(0.1, layers, damping=0.1)
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_every_method_is_injected_without_static_arguments(name):
     (updates, state), (expected, _) = (jax.eval_shape(lambda tx=tx: stepped(tx)) for tx in injected_and_plain(name))

@@ -139,6 +139,7 @@ def agree(found, gradients, says=assert_equal, params=None, **rule):
 # The baseline ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_step_is_that_of_the_definition_without_layers(dtype):
     shapes = SHAPES if dtype == "float64" else FLAT
     data, params = stream(dtype=dtype, shapes=shapes), parameters(dtype, shapes)
@@ -230,6 +231,7 @@ def test_roots_by_newton_make_the_steps_of_those_by_eigendecompositions():
 # Modes ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("block", [2, 3, 4])
 def test_blocks_are_preconditioned_each_by_itself(block):
@@ -299,6 +301,7 @@ def test_a_mode_that_is_too_long_keeps_the_diagonal_of_its_factor():
 # Grafting -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("length", ["sgd", "rmsprop", "adam"])
 def test_a_grafted_step_has_the_length_of_the_momentum_over_the_root_of_the_gradients_own_squares(length):

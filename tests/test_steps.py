@@ -45,6 +45,7 @@ def clipped_to(bound, tx):
     return _first_clipped(tx)(bound, *measured("mlp"))
 
 
+@pytest.mark.slow
 @every_method
 def test_a_long_step_is_cut_to_the_bound_and_keeps_its_direction(method):
     plain = direction(method)

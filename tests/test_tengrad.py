@@ -152,6 +152,7 @@ def test_the_joint_kernel_of_stacked_and_grouped_layers_is_that_of_all_copies():
 # C62 to C64 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["layer", "joint"])
 def test_c62_room_for_more_examples_changes_nothing(blocks, dtype):
     def make(examples):
@@ -506,6 +507,7 @@ def test_low_rank_takes_an_eigendecomposition_and_full_rank_a_cholesky(routine, 
     assert called == [routine]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", [{}, {"blocks": "joint"}, {"energy": 0.9}], ids=["layer", "joint", "energy"])
 def test_parameters_of_two_dtypes_have_directions_in_their_own(variant):

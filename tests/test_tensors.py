@@ -405,6 +405,7 @@ def is_ours(node):
 # Trees ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
 def test_the_parameters_may_be_one_array(shape):
     gradient = normal(*shape, dtype="float32")

@@ -136,6 +136,7 @@ def test_c21_tkfac_is_the_block_where_inputs_and_cotangents_are_independent(dtyp
         says(implied_block(TKFAC, layer, evidence), reference.second_moment(jnp.einsum("ni,no->nio", a, g)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 4)])
 def test_c22_tkfac_is_the_block_of_a_layer_with_one_output_or_one_input(dtype, sizes):
     one = normal(20, 1, seed=1, dtype=dtype) * jnp.abs(normal(20, 1, seed=2, dtype=dtype)) ** 2

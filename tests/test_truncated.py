@@ -49,6 +49,7 @@ def dense(factor):
     return stacks.times(factor, jnp.eye(factor.vectors.shape[-2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_the_error_is_that_of_the_dropped_eigenvalues_from_their_mean_and_the_trace_is_kept(rank):
     values = 2.0 ** -np.arange(8)
@@ -85,6 +86,7 @@ def test_products_stand_in_for_the_moment_where_they_take_fewer_flops():
     assert_equal(dense(by_products), dense(by_matrix))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", ["both", "rows", "one whole", "none"])
 def test_coordinates_are_weighted_as_those_of_the_whole_basis_with_one_weight_for_the_rest(sides):
     u, v = rotation(6)[:, :2], rotation(5, 1)[:, :3]
@@ -109,6 +111,7 @@ def test_coordinates_are_weighted_as_those_of_the_whole_basis_with_one_weight_fo
     assert_equal(total[:, 0, 0], np.sum(np.asarray(x) ** 2, axis=(1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [1, 4])
 def test_second_moments_of_examples_in_the_basis_are_those_of_their_gradients(positions):
     a, g = normal(2, 7, positions, 6), normal(2, 3, 7, positions, 5, seed=1)
@@ -158,6 +161,7 @@ def direction(walk: Walk, layer, evidence, damping=0.01, observations=200):
     return run(normal(*layer.shape, seed=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_method_is_exact_with_all_vectors_but_one_and_differs_with_two(method):
     layer, evidence = rows()
@@ -189,6 +193,7 @@ def steps(method, count, rank, shape=(5, 4), every=1):
     return jax.jit(lambda state: jax.lax.scan(step, state, length=count)[1][-1])(tx.init({"w": gradient}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TENSORS.values(), ids=TENSORS)
 def test_a_method_of_tensors_is_exact_with_all_vectors_but_one_and_differs_with_one(method):
     count = 1000 if method.keywords.get("coupled") else 100  # what is whitened comes to rest more slowly
