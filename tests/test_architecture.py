@@ -91,6 +91,7 @@ ROOMS = (
     "lift/lift",
     "lift/tensors",
     "lift/stepping",
+    "lift/joined",
     "lift/unkept",
     "around",
     "around/adaptive",

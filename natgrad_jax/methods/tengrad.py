@@ -25,14 +25,13 @@ are of all layers. Not here: sketched rows (SENG), with which the operator is no
 decomposition.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, Self
 
 import jax.numpy as jnp
-import optax
 
-from natgrad_jax import addresses, checks
+from natgrad_jax import checks
 from natgrad_jax.algebra import stacks
 from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
 from natgrad_jax.around.control import Length, Quadratic
@@ -40,9 +39,9 @@ from natgrad_jax.around.spring import spring
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks import samples
 from natgrad_jax.blocks.samples import Jacobian
-from natgrad_jax.layers.joint import by_member, from_members, is_joint, joint, joint_evidence, members
+from natgrad_jax.layers.joint import by_member, from_members, is_joint, members
 from natgrad_jax.layers.parameter import with_gradients
-from natgrad_jax.lift import evidence as evidences
+from natgrad_jax.lift.joined import of_joint_block, of_what_is_added
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
 from natgrad_jax.lift.unkept import unkept
@@ -162,8 +161,8 @@ class TENGraD(Direction):
         def of(layers: Layers) -> Transformation:
             return lift(lambda decay: method, layers, damping=self.given, decay=self.decay, schedule=self.schedule)
 
-        found = of(layers) if self.blocks == "layer" else _of_joint_block(layers, of)
-        return found if self.target == "gradient" else _of_what_is_added(layers, found)
+        found = of(layers) if self.blocks == "layer" else of_joint_block(layers, of)
+        return found if self.target == "gradient" else of_what_is_added(layers, found)
 
     def method_of(self, examples: int, draws: int) -> Method:
         """The functions of one layer, or of a joint block.
@@ -259,49 +258,6 @@ def _solved(factor: Array, vector: Array, energy: float | None) -> Array:
     if energy is None:
         return stacks.cholesky_solve(factor, vector)
     return stacks.einsum("...ri,...si,...s->...r", factor, factor, vector)
-
-
-def _of_joint_block(layers: Layers, lifted: Callable[[Layers], Transformation]) -> Transformation:
-    """A lifted method of the one block that those known layers make whose parameters are there."""
-    lifted(joint(layers))  # settings are refused now, not when there are parameters
-
-    def found_in(tree: Any) -> Layers:
-        there = evidences.present(layers, tree)
-        known, rest = (tuple(layer for layer in part if layer in there) for part in (layers.known, layers.rest))
-        return replace(layers, known=known, rest=rest)
-
-    def init(params):
-        return lifted(joint(found_in(params))).init(params)
-
-    def update(updates, state, params=None, *, curvature=None, **extra):
-        found = found_in(updates)
-        if curvature is not None or extra.get("request") is None:
-            curvature = joint_evidence(found, evidences.lazy(curvature, found.blocks))
-        return lifted(joint(found)).update(updates, state, params, curvature=curvature, **extra)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _of_what_is_added(layers: Layers, direction: Transformation) -> Transformation:
-    """Give a direction with a target of its own only what was added to the gradient of the known layers.
-
-    That is exactly zero, a penalty, or the pull of `spring`: whoever adds something passes the gradient itself on as
-    the extra argument `gradient`.
-    """
-
-    def update(updates, state, params=None, *, curvature=None, gradient=None, **extra):
-        if (labels := getattr(curvature, "labels", "true")) != "true":
-            raise ValueError(
-                f'`target="ief"` is of the empirical Fisher, but the curvature has labels={labels!r}; capture with '
-                '`labels="true"`.'
-            )
-        if extra.get("request") is None:
-            leaves, raw = addresses.flatten(updates), addresses.flatten(updates if gradient is None else gradient)
-            known = [leaf.address for layer in layers.known for leaf in layer.leaves if leaf.address in leaves]
-            updates = addresses.replace(updates, leaves | {name: leaves[name] - raw[name] for name in known})
-        return direction.update(updates, state, params, curvature=curvature, **extra)
-
-    return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
 @dataclass(frozen=True, kw_only=True)
