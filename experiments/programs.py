@@ -1,7 +1,8 @@
 """What a compiled program computes and sends on one device, read from its text.
 
 Loops count as often as they run. Of branches the dearest counts, so of devices that choose theirs by their place the
-one that has the most to do. XLA's own `cost_analysis` counts the body of a loop once, and calls of LAPACK as nothing.
+one that has the most to do; or the cheapest, for a step at which nothing is due. XLA's own `cost_analysis` counts the
+body of a loop once, and calls of LAPACK as nothing.
 
     send      all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute: the bytes that leave a device on a
               ring of D, (D - 1) / D of the array, twice for an all-reduce
@@ -48,9 +49,9 @@ class Sent(NamedTuple):
 class Program:
     """A compiled program."""
 
-    def __init__(self, text: str, devices: int):
-        """Read the text of `compiled.as_text()`, for a number of devices."""
-        self.devices, self.parts, self.entry = devices, {}, ""
+    def __init__(self, text: str, devices: int, dearest: bool = True):
+        """Read the text of `compiled.as_text()`, for a number of devices; of branches the dearest or the cheapest."""
+        self.devices, self.parts, self.entry, self.dearest = devices, {}, "", dearest
         name = ""
         for line in text.splitlines():
             if head := HEAD.match(line):
@@ -83,10 +84,13 @@ class Program:
             for line in self.parts[name]:
                 what = line.what.removesuffix("-start")
                 if what in COLLECTIVES:
-                    size = max(map(size_of, line.shapes))  # an asynchronous one gives its operand as well
-                    found.append(Sent(what, shown(max(line.shapes, key=size_of)), self._ring(what, size), times))
-                for inner, more in self._inner(line):
-                    note(inner, times * more)
+                    found.append(Sent(what, _shown(max(line.shapes, key=size_of)), self._bytes([], line), times))
+                inner = self._inner(line)
+                if line.what == "conditional":
+                    chosen = max if self.dearest else min
+                    inner = [chosen(inner, key=lambda each: self._total(self._bytes, each[0]))]
+                for name_of, more in inner:
+                    note(name_of, times * more)
 
         note(self.entry, 1)
         return found
@@ -131,8 +135,15 @@ class Program:
         for line in lines:
             total += of(lines, line)
             each = [times * self._total(of, inner) for inner, times in self._inner(line)]
-            total += max(each, default=0.0) if line.what == "conditional" else sum(each)
+            chosen = max if self.dearest else min
+            total += chosen(each, default=0.0) if line.what == "conditional" else sum(each)
         return total
+
+    def _bytes(self, lines: list[Line], line: Line) -> float:
+        del lines
+        what = line.what.removesuffix("-start")
+        whole = sum if what == "all-reduce" else max  # one may sum several arrays; others may give what they take
+        return self._ring(what, whole(map(size_of, line.shapes))) if what in COLLECTIVES else 0.0
 
     def _flops(self, lines: list[Line], line: Line) -> float:
         if line.what == "dot":
@@ -171,6 +182,6 @@ def size_of(shape: tuple[str, tuple[int, ...]]) -> int:
     return BYTES[shape[0]] * prod(shape[1])
 
 
-def shown(shape: tuple[str, tuple[int, ...]]) -> str:
+def _shown(shape: tuple[str, tuple[int, ...]]) -> str:
     """The shape of an array, f32[4,8]."""
     return f"{shape[0]}[{','.join(map(str, shape[1]))}]"

@@ -109,6 +109,7 @@ ROOMS = (
     "wrapping",
     "sharding/places",
     "sharding/sharing",
+    "sharding/planning",
     "sharding",
     "settings/keywords",
     "settings/shared",

@@ -61,13 +61,12 @@ def state_specs(
         """Where the arrays of a layer go."""
         along = names if policy != "parameter" else tuple(each for each in names if each in used(name))
         devices = prod(mesh.shape[each] for each in along)
-        candidates = {"replicated": 0, "layer": min(1, stack)}.get(policy)
 
         def cut(leaf):
-            for place, size in enumerate(leaf.shape[:candidates] if along else ()):
-                if size and size % devices == 0:
-                    return NamedSharding(mesh, PartitionSpec(*(None,) * place, along if len(along) > 1 else along[0]))
-            return NamedSharding(mesh, PartitionSpec())
+            place = axis_cut(leaf.shape, stack, policy, devices) if along else None
+            if place is None:
+                return NamedSharding(mesh, PartitionSpec())
+            return NamedSharding(mesh, PartitionSpec(*(None,) * place, along if len(along) > 1 else along[0]))
 
         return jax.tree.map(cut, tree)
 
@@ -109,14 +108,30 @@ def bytes_per_device(tree: Any, shardings: Any = None) -> int:
     return sum(prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
-def axes_of(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of a mesh that were asked for; all of them if None.
+def axis_cut(shape: tuple[int, ...], stack: int, policy: Policy, devices: int) -> int | None:
+    """Along which axis an array of a layer is cut.
+
+    Args:
+        shape: of the array.
+        stack: how many axes S has.
+        policy: as `state_specs` takes it.
+        devices: how many share the array.
+
+    Returns:
+        The first axis that they divide, of those that the policy allows; None if there is none.
+    """
+    allowed = shape[: {"replicated": 0, "layer": min(1, stack)}.get(policy)]
+    return next((place for place, size in enumerate(allowed) if size and size % devices == 0), None)
+
+
+def axes_of(mesh: Any, axis: str | tuple[str, ...] | None, kinds: Any = Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that were asked for; all of them if None. `kinds` is what counts as a mesh.
 
     Raises:
         TypeError: if `mesh` is no mesh.
         ValueError: if the mesh has no such axis.
     """
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, kinds):
         raise TypeError(f"`mesh` is {checks.shown(mesh)}; expected a `jax.sharding.Mesh`, as `jax.make_mesh` makes it.")
     names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if not names or set(names) - set(mesh.axis_names):
