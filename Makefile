@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race text control defaults fidelity crossover pinn bench report
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race text control defaults fidelity crossover pinn bench distributed sharded report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -116,6 +116,12 @@ pinn: $(VENV)/test.stamp ## differential equations by a net: error after the sam
 
 bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
+
+distributed: $(VENV)/test.stamp ## the digits in several processes, one of which is killed; one table
+	$(BIN)/python -m experiments.distributed $(GIVEN)
+
+sharded: $(VENV)/test.stamp ## flops, bytes sent and held of K-FAC on 1 to 8 simulated devices by policy, beside Adam; one table
+	$(BIN)/python -m experiments.sharded $(GIVEN)
 
 report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
 	$(BIN)/python -m experiments.report $(GIVEN)

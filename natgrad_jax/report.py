@@ -25,7 +25,7 @@ def coverage(layers: Any, widest: int) -> str:
             first, *others = layer.leaves
             copies = "".join(f"{size} x " for size in layer.stack)
             batch = 4 * (min(layer.sample_sizes(layers.examples, layers.draws)) + prod(layer.stack) * sampled**2)
-            sizes = (_bytes(_factors(layer, widest)), _bytes(batch) if sampled else "")
+            sizes = (bytes_shown(_factors(layer, widest)), bytes_shown(batch) if sampled else "")
             rows.append((first.address, str(first.shape), layer.kind, f"{copies}{layer.shape}", *sizes))
             rows.extend((leaf.address, str(leaf.shape), "", "", "", "") for leaf in others)
         lines.extend(aligned(rows))
@@ -76,8 +76,8 @@ def held(state: Any) -> str:
     for each in filter(has_layers, found):
         for name, statistics in each.statistics.items():
             applied = each.operators[name].value
-            rows.append((name, _sides(statistics), _bytes(size(statistics)), _bytes(size(applied))))
-    return "\n".join([*aligned(rows), f"(whole state, momentum included: {_bytes(size(state))})"])
+            rows.append((name, _sides(statistics), bytes_shown(size(statistics)), bytes_shown(size(applied))))
+    return "\n".join([*aligned(rows), f"(whole state, momentum included: {bytes_shown(size(state))})"])
 
 
 def size(tree: Any) -> int:
@@ -121,7 +121,7 @@ def _batch(layers: Any) -> str:
     return f"{layers.examples} examples{draws}"
 
 
-def _bytes(count: float) -> str:
+def bytes_shown(count: float) -> str:
     """A number of bytes for reading."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:

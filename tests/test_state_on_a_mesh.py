@@ -135,7 +135,7 @@ def kfac_of_one_layer():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"policy": "layers"}, ValueError, '"layers".*one layer on one device.*"factor"'),
+        ({"policy": "layers"}, ValueError, "policy.*layers.*layer"),
         ({"policy": "rows"}, ValueError, "policy.*'rows'"),
         ({"axis": "model"}, ValueError, r"'model'.*\['data'\]"),
         ({"axis": ()}, ValueError, r"\(\).*\['data'\]"),

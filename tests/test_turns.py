@@ -10,8 +10,9 @@ from methods_table import inner_jaxprs, measured, task
 
 import natgrad_jax as ng
 from natgrad_jax.base import Layers
+from natgrad_jax.lift.grouping import cost
 from natgrad_jax.lift.state import Block, Schedule
-from natgrad_jax.lift.turns import Turns, cost, turns
+from natgrad_jax.lift.turns import Turns, turns
 from natgrad_jax.methods.ekfac import EKFAC
 from natgrad_jax.methods.kfac import KFAC
 
@@ -132,7 +133,7 @@ def test_the_turns_are_balanced_by_the_cubes_of_the_sides():
     layers = [ng.Layer(str(index), "dense", shape, ()) for index, shape in enumerate(sizes)]
     method = KFAC(damping=1.0).method(0.9)
     found = turns([Block(layer, method) for layer in layers], Schedule(1, 3, rolling=True))
-    loads = [sum(cost(block.layer) for block in group) for group in found.groups]
+    loads = [sum(cost(block.layer, method.init(block.layer)) for block in group) for group in found.groups]
     assert sorted(block.layer.name for group in found.groups for block in group) == [str(n) for n in range(8)]
     assert found.steps == (0, 1, 2) and max(loads) < 1.2 * min(loads)
 

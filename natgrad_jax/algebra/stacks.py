@@ -118,6 +118,25 @@ def _gram(lower: Array) -> Array:
     return jnp.block([[_gram(first) + matmul(below.T, below), corner], [corner.T, _gram(last)]])
 
 
+def inverse_flops(size: int) -> float:
+    """What the inverse of a positive definite matrix [n, n] takes."""
+    return size**3 / 3 + _triangular_flops(size) + _gram_flops(size)
+
+
+def _triangular_flops(size: int) -> float:
+    if size <= _SMALL:
+        return float(size**3)
+    first, last = _halves(size), size - _halves(size)
+    return _triangular_flops(first) + _triangular_flops(last) + 2 * first * last * size
+
+
+def _gram_flops(size: int) -> float:
+    if size <= _SMALL:
+        return 2.0 * size**3
+    first, last = _halves(size), size - _halves(size)
+    return _gram_flops(first) + _gram_flops(last) + 2 * first * last * size
+
+
 def _eigh(matrix: Array) -> tuple[Array, Array]:
     vectors, values = lax.linalg.eigh(matrix, symmetrize_input=False)
     return jnp.maximum(values, 0.0), vectors

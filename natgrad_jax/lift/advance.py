@@ -20,6 +20,7 @@ from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
 from natgrad_jax.lift.requests import Observe, Request
+from natgrad_jax.lift.shares import Devices, map_shared
 from natgrad_jax.lift.state import (
     Block,
     Dated,
@@ -37,7 +38,12 @@ EvidenceOf = Callable[[], Mapping[str, Evidence]]
 
 
 def advance(
-    blocks: tuple[Block, ...], schedule: Schedule, damping: Array, evidence_of: EvidenceOf, state: NaturalGradientState
+    blocks: tuple[Block, ...],
+    schedule: Schedule,
+    damping: Array,
+    evidence_of: EvidenceOf,
+    state: NaturalGradientState,
+    shared_by: Devices | None = None,
 ) -> NaturalGradientState:
     """Lines 1-3 of one step.
 
@@ -47,6 +53,7 @@ def advance(
         damping: of the step.
         evidence_of: gives the evidence of the batch.
         state: before the step.
+        shared_by: the devices that share a refresh; None if each does all of it.
 
     Returns:
         The state with what was due; the step is not counted yet.
@@ -67,7 +74,7 @@ def advance(
         measured = state if evidence is None else _measured(blocks, evidence, state)
         held = evidence is not None and is_empty(evidence)
         used = blocks if evidence is None else _used(blocks, evidence)
-        return _refreshed(used, damping, measured, count, state.operators, held, schedule.tolerance)  # 2
+        return _refreshed(used, damping, measured, count, state.operators, held, schedule.tolerance, shared_by)  # 2
 
     refresh = partial(refresh_of, blocks)
     if schedule.rolling:
@@ -149,10 +156,12 @@ def _refreshed(
     former: Mapping[str, Dated],
     held: Array | bool = False,
     tolerance: float | None = None,
+    shared_by: Devices | None = None,
 ) -> NaturalGradientState:
     """Line 2; a layer whose refresh is not finite goes back to its former operator, and all where they are held.
 
-    With a tolerance, layers of one signature keep their bases where none of them has turned by more.
+    With a tolerance, layers of one signature keep their bases where none of them has turned by more; where devices
+    share the refresh, none of those that one device has.
     """
     method_of = {layer.name: method for layer, method in blocks}
     known = [layer for layer, _ in blocks if layer.is_known]
@@ -166,13 +175,14 @@ def _refreshed(
                 return method.refresh(layer, statistics, operator, damping.astype(layer.dtype))
 
             if tolerance is None or method.turned is None:
-                return afresh(), jnp.zeros(layer.stack, bool)
+                return afresh(), None
             stays = jnp.all(method.turned(layer, statistics, operator) <= tolerance)
             return when(~stays, lambda _: afresh(), operator), jnp.broadcast_to(stays, layer.stack)
 
-        found = map_layers(refresh, known, state.statistics, values)
+        lifted = map_layers if shared_by is None else partial(map_shared, by=shared_by)
+        found = lifted(refresh, known, state.statistics, values)
         values |= {name: value for name, (value, _) in found.items()}
-        kept = {name: stays for name, (_, stays) in found.items()}
+        kept = {name: stays for name, (_, stays) in found.items() if stays is not None}
     fresh = dict(state.operators)
     for layer, _ in blocks:
         date, old = _dated(layer, date_now), state.operators[layer.name].date
@@ -233,6 +243,7 @@ def answer(
     evidence_of: EvidenceOf | None,
     strength_at: Callable[[Array], Array],
     state: NaturalGradientState,
+    shared_by: Devices | None = None,
 ) -> NaturalGradientState:
     """The state after a request.
 
@@ -242,6 +253,7 @@ def answer(
         evidence_of: gives the evidence of a batch; None if there is none.
         strength_at: the damping at a step.
         state: before.
+        shared_by: as `advance` takes it.
 
     Returns:
         The state with other statistics, or with other operators.
@@ -271,7 +283,7 @@ def answer(
     former = state._replace(operators=operators)
     evidence = evidence_of() if measuring and evidence_of else {}
     state = _measured(blocks, evidence, former) if evidence else former
-    state = _refreshed(blocks, strength_at(date), state, date, former.operators)
+    state = _refreshed(blocks, strength_at(date), state, date, former.operators, shared_by=shared_by)
     return _rescaled(blocks, evidence, state, former.operators) if evidence else state
 
 

@@ -62,8 +62,9 @@ def lift(
 
     Returns:
         A transformation whose `update` needs the extra argument `curvature`: the one that `capture.value_and_grad`
-        returns, or a mapping {name: Evidence}. Parameters of no known layer get a diagonal block. Unknown extra
-        arguments are ignored, `params` may be None.
+        returns, or a mapping {name: Evidence}. Parameters of no known layer get a diagonal block. Another extra
+        argument is `shared_by`, the `shares.Devices` that share refreshes; unknown ones are ignored, `params` may be
+        None.
 
     Raises:
         TypeError: if `layers` is no `Layers`.
@@ -95,7 +96,9 @@ def lift(
             next(zero), statistics, operators, Metrics(*zero, damping=jnp.zeros((), jnp.float32))
         )
 
-    def update(updates, state, params=None, *, curvature=None, request=None, damping: Any = damping, **extra):
+    def update(
+        updates, state, params=None, *, curvature=None, request=None, damping: Any = damping, shared_by=None, **extra
+    ):
         del params, extra
         restored.check(state, jax.eval_shape(init, updates))
         count = state.count
@@ -106,7 +109,8 @@ def lift(
             evidence_of = evidences.lazy(curvature, layers_of(blocks), optional=optional, partly=True)
             rule = state.metrics.damping if damping is None else damping
             strength_at = partial(_strength, rule, blocks)
-            return updates, answer(request, blocks, None if curvature is None else evidence_of, strength_at, state)
+            known = None if curvature is None else evidence_of
+            return updates, answer(request, blocks, known, strength_at, state, shared_by)
         if damping is None:
             raise ValueError(
                 "The damping is adaptive, which takes the whole step to see: use the complete optimizer, as "
@@ -115,7 +119,7 @@ def lift(
         blocks = blocks_of(updates, decays_now)
         strength = _strength(damping, blocks, count)
         evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates, partly=True)
-        state = advance(blocks, schedule, strength, evidence_of, state)
+        state = advance(blocks, schedule, strength, evidence_of, state, shared_by)
         operators = {name: operator.value for name, operator in state.operators.items()}
         known = {layer.name: layer for layer, _ in blocks if layer.is_known}
         special = strengths(known, operators, strength) if strengths else {}

@@ -1,6 +1,6 @@
 """Layers take turns with their refreshes, so that no step has them all.
 
-    1  groups <- the layers, the dearest first, each to the group that has the least to do     by n^3 of their sides
+    1  groups <- the layers, the dearest first, each to the group that has the least to do     by n^3 of their matrices
     2  one step of a period for each group, spread over it
     3  a step refreshes the groups from the first to the last that are due: one, none, or at the start all of them
 
@@ -10,13 +10,15 @@ are follows from the step count alone, so that no checkpoint has to say it.
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.base import Array, Layer
+from natgrad_jax.base import Array
+from natgrad_jax.lift.grouping import cost
 from natgrad_jax.lift.state import Block, NaturalGradientState, Schedule
 
 
@@ -70,17 +72,15 @@ def turns(blocks: Sequence[Block], schedule: Schedule) -> Turns:
         *([] for _ in range(count - 1)),
     ]
     loads = [0] * count
-    for block in sorted(known, key=lambda block: -cost(block.layer)):  # 1
+    costs = {
+        block.layer.name: cost(block.layer, jax.eval_shape(partial(block.method.init, block.layer))) for block in known
+    }
+    for block in sorted(known, key=lambda block: -costs[block.layer.name]):  # 1
         least = loads.index(min(loads))
         groups[least].append(block)
-        loads[least] += cost(block.layer)
+        loads[least] += costs[block.layer.name]
     steps = tuple(index * (period // stride) // count * stride for index in range(count))  # 2
     return Turns(tuple(map(tuple, groups)), steps, period)
-
-
-def cost(layer: Layer) -> int:
-    """What a refresh of a layer takes, in units of the flops of a factorisation: the cubes of its sides."""
-    return prod(layer.stack) * sum(size**3 for size in layer.shape)
 
 
 def in_turn(

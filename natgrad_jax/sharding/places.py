@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from natgrad_jax import checks, report
+from natgrad_jax import addresses, checks, report
 from natgrad_jax.addresses import Tree
 
-Policy = Literal["replicated", "factor"]
+Policy = Literal["replicated", "layer", "factor", "parameter"]
 
 
 def state_specs(
@@ -36,10 +36,12 @@ def state_specs(
         tx: an optimizer, or a chain with one in it.
         params: the parameters; shapes suffice.
         mesh: the devices, with axes of any type.
-        policy: of statistics and operators. "replicated": every device has all. "factor": each array is cut along its
-            first axis that the devices divide evenly: the stack of a scanned layer, else the rows of its factor. One
-            that they do not divide is on every device. Arrays of the shape of a parameter, as momentum has them, go
-            where the parameter is.
+        policy: of statistics and operators. "replicated": every device has all. "layer": of a scanned layer each
+            device has some copies whole, those that it refreshes if refreshes are shared; other layers are on every
+            device. "factor": each array is cut along its first axis that the devices divide evenly: the stack of a
+            scanned layer, else the rows of its factor. One that they do not divide is on every device. "parameter": as
+            "factor", but only along the axes of the mesh along which the parameters of that layer are cut, as by FSDP
+            or tensor parallelism. Arrays of the shape of a parameter, as momentum has them, go where the parameter is.
         axis: the axis of the mesh, or several, along which arrays are cut; all of them if None.
 
     Returns:
@@ -50,35 +52,32 @@ def state_specs(
         TypeError: if `mesh` is no mesh.
         ValueError: if the policy is unknown, or the mesh has no such axis.
     """
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"`mesh` is {checks.shown(mesh)}; expected a `jax.sharding.Mesh`, as `jax.make_mesh` makes it.")
-    if policy == "layers":
-        raise ValueError(
-            '`policy` is "layers", but a `NamedSharding` puts a part of every array on each device, never one layer on '
-            'one device. Take "factor", which cuts the arrays of each layer.'
-        )
+    names = axes_of(mesh, axis)
     checks.choice("policy", policy, get_args(Policy))
-    names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-    if not names or set(names) - set(mesh.axis_names):
-        raise ValueError(
-            f"`axis` is {axis!r}; expected an axis of the mesh, or several: {list(mesh.axis_names)}; None for all."
-        )
-    devices = prod(mesh.shape[name] for name in names)
     where = _where(params, mesh)
+    used = _axes_used(params, mesh)
 
-    def cut(leaf):
-        for place, size in enumerate(leaf.shape if policy == "factor" else ()):
-            if size and size % devices == 0:
-                return NamedSharding(mesh, PartitionSpec(*(None,) * place, names if len(names) > 1 else names[0]))
-        return NamedSharding(mesh, PartitionSpec())
+    def of_layer(name, stack, tree):
+        """Where the arrays of a layer go."""
+        along = names if policy != "parameter" else tuple(each for each in names if each in used(name))
+        devices = prod(mesh.shape[each] for each in along)
+
+        def cut(leaf):
+            place = axis_cut(leaf.shape, stack, policy, devices) if along else None
+            if place is None:
+                return NamedSharding(mesh, PartitionSpec())
+            return NamedSharding(mesh, PartitionSpec(*(None,) * place, along if len(along) > 1 else along[0]))
+
+        return jax.tree.map(cut, tree)
 
     def of_node(path, node):
         if not report.has_layers(node):
             return where(path, node)
         elsewhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), node)
-        return elsewhere._replace(
-            statistics=jax.tree.map(cut, node.statistics), operators=jax.tree.map(cut, node.operators)
-        )
+        stacks = {name: operator.date.ndim for name, operator in node.operators.items()}
+        cut = ({name: of_layer(name, stacks[name], tree) for name, tree in part.items()} for part in node[1:3])
+        statistics, operators = cut
+        return elsewhere._replace(statistics=statistics, operators=operators)
 
     shapes = jax.eval_shape(tx.init, params)
     return jax.tree_util.tree_map_with_path(of_node, shapes, is_leaf=report.has_layers)
@@ -107,6 +106,54 @@ def bytes_per_device(tree: Any, shardings: Any = None) -> int:
         )
     pairs = zip(leaves, places, strict=True)
     return sum(prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+
+def axis_cut(shape: tuple[int, ...], stack: int, policy: Policy, devices: int) -> int | None:
+    """Along which axis an array of a layer is cut.
+
+    Args:
+        shape: of the array.
+        stack: how many axes S has.
+        policy: as `state_specs` takes it.
+        devices: how many share the array.
+
+    Returns:
+        The first axis that they divide, of those that the policy allows; None if there is none.
+    """
+    allowed = shape[: {"replicated": 0, "layer": min(1, stack)}.get(policy)]
+    return next((place for place, size in enumerate(allowed) if size and size % devices == 0), None)
+
+
+def axes_of(mesh: Any, axis: str | tuple[str, ...] | None, kinds: Any = Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that were asked for; all of them if None. `kinds` is what counts as a mesh.
+
+    Raises:
+        TypeError: if `mesh` is no mesh.
+        ValueError: if the mesh has no such axis.
+    """
+    if not isinstance(mesh, kinds):
+        raise TypeError(f"`mesh` is {checks.shown(mesh)}; expected a `jax.sharding.Mesh`, as `jax.make_mesh` makes it.")
+    names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    if not names or set(names) - set(mesh.axis_names):
+        raise ValueError(
+            f"`axis` is {axis!r}; expected an axis of the mesh, or several: {list(mesh.axis_names)}; None for all."
+        )
+    return names
+
+
+def _axes_used(params: Tree, mesh: Mesh) -> Callable[[str], set[str]]:
+    """Name of a layer -> the axes of the mesh along which a parameter of it is cut."""
+    known: dict[str, set[str]] = {}
+    for address, leaf in addresses.flatten(params).items():
+        sharding = getattr(leaf, "sharding", None)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+        known[address] = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+
+    def used(name):
+        inside = (axes for address, axes in known.items() if f"{address}/".startswith(f"{name}/"))
+        return set().union(*inside) & set(mesh.axis_names)
+
+    return used
 
 
 def _where(params: Tree, mesh: Mesh) -> Callable[[Any, Any], NamedSharding]:
