@@ -70,7 +70,7 @@ def follow(
     follower.note([fact for fact, want in zip(ends, wanted, strict=True) if want], "returned by the function")
     needed = live_inputs(program.jaxpr, wanted)
     used = frozenset(name for name, need in zip(names, needed, strict=True) if name is not None and need)
-    return Found(tuple(follower.products.values()), follower.otherwise, used)
+    return Found(tuple(follower.products.values()), follower.otherwise, used, twin is None)
 
 
 class _Follower:

@@ -91,8 +91,10 @@ class Found(NamedTuple):
         products: in the order of the program.
         otherwise: {address: how it enters, if not by a product alone}.
         used: addresses of the parameters that the watched outputs depend on.
+        alone: whether the function takes no other number of examples.
     """
 
     products: tuple[Product, ...]
     otherwise: dict[str, str]
     used: frozenset[str]
+    alone: bool = False

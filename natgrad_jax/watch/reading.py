@@ -84,18 +84,26 @@ class Seen(NamedTuple):
     groups: int = 1
 
 
-def read(product: Product, examples: int) -> Seen | str:
+_ADVICE = (
+    "; the function takes {0} examples and no other number, so that no second trace tells: let it read that number off "
+    "what it is called with (`x.shape[0]` for {0}, of graphs `num_segments=graphs.n_node.shape[0]`)"
+)
+
+
+def read(product: Product, examples: int, alone: bool = False) -> Seen | str:
     """What a product says of its parameter, or why that is no layer.
 
     Args:
         product: of a traced function.
         examples: N.
+        alone: whether the function takes no other number of examples.
 
     Returns:
         What it says, or a sentence.
     """
     if product.examples is None or product.examples_out is None:
-        return f"its input of shape {product.other} has no axis of the {examples} examples that could be told"
+        why = f"its input of shape {product.other} has no axis of the {examples} examples that could be told"
+        return why + (_ADVICE.format(examples) if alone else "")
     if product.examples.segments != product.examples_out.segments:
         return "its product turns parts of examples into others"
     reader = {Contraction: _dense, Convolution: _conv, Lookup: _embed}[type(product.options)]

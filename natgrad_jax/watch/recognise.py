@@ -65,7 +65,7 @@ def recognise(
     names = _names(list(groups), root)
     notes = dict(found.otherwise) | _excepted(leaves, names, exceptions)
     normed = _norms(leaves, found.products, examples, notes, exceptions, norms)
-    seen = {arrays: _agreed(products, examples, draws) for arrays, products in groups.items()}
+    seen = {arrays: _agreed(products, examples, draws, found.alone) for arrays, products in groups.items()}
     for arrays, what in seen.items():
         if any(others != arrays and set(others) & set(arrays) for others in groups):
             notes |= dict.fromkeys(arrays, "used with other arrays and without them")
@@ -147,11 +147,11 @@ def _is_under(address: str, entry: str) -> bool:
     return address == entry or address.startswith(entry + "/")
 
 
-def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen] | str:
+def _agreed(products: Sequence[Product], examples: int, draws: int, alone: bool) -> list[Seen] | str:
     """What all products of some arrays say, or why they make no layer."""
     found = []
     for product in products:
-        seen = read(product, examples)
+        seen = read(product, examples, alone)
         if isinstance(seen, str):
             return seen
         found.append(seen)
