@@ -189,8 +189,8 @@ def cell(watch, row, verify=True):
     if any("do not explain" in str(warning.message) for warning in caught):
         return "not explained"
     known = sorted({use.kind for layer in blocks if layer.is_known for use in layer.uses})
-    rest = [layer for layer in blocks if not layer.is_known]
-    return " and ".join([*known, *(["diagonal"] if rest else [])])
+    others = sorted({{"norm": "norm"}.get(layer.kind, "diagonal") for layer in blocks if not layer.is_known})
+    return " and ".join([*known, *others])
 
 
 def line(row, verify=True):
@@ -198,7 +198,7 @@ def line(row, verify=True):
     cells = [
         "-" if make is None else cell(watch, row, verify) for make, watch in ((row.linen, of_linen), (row.nnx, of_nnx))
     ]
-    exact = all(each in ("dense", "conv", "embed", "dense and embed", "-") for each in cells)
+    exact = all(each in ("dense", "conv", "embed", "dense and embed", "norm", "-") for each in cells)
     return f"| {row.name} | {cells[0]} | {cells[1]} | {'yes' if exact else 'no'} |"
 
 

@@ -81,8 +81,9 @@ class Layer:
 
     Attributes:
         name: the address of the layer in the parameter tree, "encoder/Dense_0".
-        kind: key into `layers.KINDS`: how its arrays become a matrix. "parameter" for one of no known layer.
-        shape: (I, O); the shape of the array itself if `kind` is "parameter".
+        kind: key into `layers.KINDS`: how its arrays become a matrix. "parameter" for one of no known layer, "norm"
+            for the scale of a norm, with the shift if it has one.
+        shape: (I, O); the shape of the array itself if `kind` is "parameter", (channels, arrays) if it is "norm".
         leaves: the parameter arrays of the layer.
         stack: sizes of the leading axes S.
         dtype: dtype of the curvature, "float32" or "float64".
@@ -112,8 +113,8 @@ class Layer:
 
     @property
     def is_known(self) -> bool:
-        """Whether it is a layer, not a parameter that belongs to none."""
-        return self.kind != "parameter"
+        """Whether it is a layer with rows, neither a norm nor a parameter that belongs to no layer."""
+        return self.kind not in ("parameter", "norm")
 
     @property
     def positions(self) -> int:
@@ -164,7 +165,7 @@ class Evidence(NamedTuple):
         slopes: squared norm of the derivative of each example's loss by the outputs of the model [K, N], times the
             weight of the example. None where g is the identity.
         examples: of a parameter of no known layer, of which gradient is the sum over N: {role: [K, N, *shape]}. None
-            of a layer, which has rows, and without `jacobian="examples"`.
+            of a layer, which has rows, and without `jacobian="examples"`. A norm has them always.
     """
 
     inputs: tuple[Array, ...] | Array | None = None
@@ -243,7 +244,7 @@ class Layers(Mapping[str, Layer]):
 
     Attributes:
         known: the layers that a method preconditions.
-        rest: the parameters that belong to no known layer, each with the reason in its `note`.
+        rest: the norms, and the parameters that belong to no known layer, each with the reason in its `note`.
         examples: N of the inputs that the layers were found with; 0 if that is not known.
         draws: K that the evidence will have; 0 if it will have no cotangents.
         mixed: names of the layers behind which the outputs of one example depend on the rows of others.

@@ -34,11 +34,17 @@ def coverage(layers: Any, widest: int) -> str:
         )
         if sampled:
             lines.append(f"(in sample space: {_batch(layers)}, with the inverse of their kernel, as TENGraD has it)")
-    if layers.rest:
+    norms = [layer for layer in layers.rest if layer.kind == "norm"]
+    rest = [layer for layer in layers.rest if layer.kind != "norm"]
+    if norms:
+        lines.append("Norms, an exact Fisher block of scale and shift for each channel, same damping and rate:")
+        width = max(len(layer.name) for layer in norms)
+        lines.extend(f"  {layer.name.ljust(width)}  {_blocks(layer)}" for layer in norms)
+    if rest:
         exact = "; TENGraD, of the gradients of the examples, has them all" if layers.jacobian == "examples" else ""
         lines.append(f"Not covered, hence a diagonal Fisher block each, same damping and learning rate{exact}:")
-        width = max(len(layer.name) for layer in layers.rest)
-        lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in layers.rest)
+        width = max(len(layer.name) for layer in rest)
+        lines.extend(f"  {layer.name.ljust(width)}  {layer.shape}  {layer.note}".rstrip() for layer in rest)
     elif layers.known:
         lines.append("Every parameter is covered.")
     if layers.mixed:
@@ -59,6 +65,12 @@ _LABELS = {
     "true": 'the labels of the batch (labels="true"), the empirical Fisher matrix',
     "forward": 'inputs alone (labels="forward")',
 }
+
+
+def _blocks(norm: Any) -> str:
+    """The blocks of a norm in words: "8 of 2 x 2"."""
+    channels, arrays = norm.shape
+    return f"{channels} of {arrays} x {arrays}"
 
 
 def held(state: Any) -> str:

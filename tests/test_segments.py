@@ -119,3 +119,22 @@ def test_without_segments_nodes_are_no_layer_and_lengths_that_agree_are_refused(
     floats = ng.capture(apply, ng.losses.squared_error, segments=lambda graphs: graphs.nodes)
     with pytest.raises(TypeError, match=r"expected integers \[M\]"):
         floats.layers(params, batch)
+
+
+def test_what_to_do_is_said_where_the_number_of_graphs_is_fixed_in_the_function():
+    def fixed(p, graphs):
+        nodes = jnp.tanh(graphs.nodes @ p["node"])
+        return jax.ops.segment_sum(nodes, segments(graphs)[0], 6) @ p["head"]
+
+    def counted(p, graphs):
+        nodes = jnp.tanh(graphs.nodes @ p["node"])
+        return jax.ops.segment_sum(nodes, segments(graphs)[0], graphs.n_node.shape[0]) @ p["head"]
+
+    params, batch = problem()
+    params = {name: params[name] for name in ("node", "head")}
+    captures = [ng.capture(each, ng.losses.squared_error, segments=segments) for each in (fixed, counted)]
+    found, seen = (capture.layers(params, batch) for capture in captures)
+    assert list(seen) == ["node", "head"]
+    (note,) = [layer.note for layer in found.rest if layer.name == "node"]
+    assert "takes 6 examples and no other number" in note
+    assert "num_segments=graphs.n_node.shape[0]" in note

@@ -5,6 +5,7 @@ from natgrad_jax.layers import joint, views
 from natgrad_jax.layers.conv import CONV
 from natgrad_jax.layers.dense import DENSE, ROWS
 from natgrad_jax.layers.embed import EMBED
+from natgrad_jax.layers.norm import NORM
 from natgrad_jax.layers.parameter import ARRAY, PARAMETER
 
 KINDS: dict[str, Kind] = {
@@ -14,6 +15,7 @@ KINDS: dict[str, Kind] = {
     "embed": EMBED,
     "parameter": PARAMETER,
     "array": ARRAY,
+    "norm": NORM,
 }
 KINDS["tensor"] = views.kind(KINDS)
 KINDS["joint"] = joint.kind(KINDS)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree, flatten
 from natgrad_jax.base import Array, Kind, Layer, Layers
+from natgrad_jax.layers.norm import apart
 from natgrad_jax.layers.parameter import dtype_of, parameter
 
 Modes = Literal["flatten_spatial", "matrix", "all"]
@@ -139,7 +140,7 @@ def sources(layers: Layers | None, tree: Tree, *, whole: Callable[[Layer], bool]
 
 def _parts(layer: Layer, whole: bool) -> list[Layer]:
     if whole or not layer.is_known:
-        return [layer]
+        return list(apart(layer))
     parts = []
     roles = dict(layer.arrays)
     for leaf in layer.leaves:

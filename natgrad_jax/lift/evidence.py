@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra import trees
-from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers
+from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers, Leaf
 from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.joint import is_joint
+from natgrad_jax.layers.norm import only
 from natgrad_jax.layers.rows import input_rows, output_rows
 
 Scale = Literal["example", "batch"]
@@ -45,7 +46,7 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
     def is_hidden(leaf):  # a mask may hide a whole module by one node
         return any(not entry or f"{leaf.address}/".startswith(f"{entry}/") for entry in hidden)
 
-    blocks = tuple(layer for layer in layers.blocks if not all(map(is_hidden, layer.leaves)))
+    blocks = tuple(_seen_of(layer, is_hidden) for layer in layers.blocks if not all(map(is_hidden, layer.leaves)))
     for layer in blocks:
         for leaf in layer.leaves:
             if is_hidden(leaf):
@@ -75,6 +76,12 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
             "Build the transformation with the `layers` of this very model."
         )
     return blocks
+
+
+def _seen_of(layer: Layer, is_hidden: Callable[[Leaf], bool]) -> Layer:
+    """A norm without the arrays that a mask hides: it has a block of the others. Other layers as they are."""
+    leaves = tuple(leaf for leaf in layer.leaves if not is_hidden(leaf))
+    return only(layer, leaves) if layer.kind == "norm" and len(leaves) < len(layer.leaves) else layer
 
 
 def lazy(
@@ -145,10 +152,10 @@ def _of_parameters(
     layers: tuple[Layer, ...], evidence: Mapping[str, Evidence], there: Layers | None
 ) -> dict[str, Evidence]:
     """The evidence of single parameters that are part of a layer of the batch: its gradient is all that is needed."""
-    owners = {} if there is None else {leaf.address: (layer, leaf) for layer in there.known for leaf in layer.leaves}
+    owners = {} if there is None else {leaf.address: (layer, leaf) for layer in there.blocks for leaf in layer.leaves}
     found = {}
     for layer in layers:
-        if layer.is_known or layer.leaves[0].address not in owners:
+        if layer.kind != "parameter" or layer.name in evidence or layer.leaves[0].address not in owners:
             continue
         owner, leaf = owners[layer.leaves[0].address]
         origin = evidence[owner.name]
@@ -179,6 +186,10 @@ def _check(layer: Layer, evidence: Evidence) -> None:
     gradient = evidence.gradient
     if not KINDS[layer.kind].input_rows and (gradient is None or evidence.count is None):
         raise ValueError(f"The evidence for {layer.name!r}, a parameter of no layer, needs `gradient` and `count`.")
+    if layer.kind == "norm" and evidence.examples is None:
+        raise ValueError(
+            f"The evidence for the norm {layer.name!r} needs `examples`, the gradients of the examples. {_ADVICE}"
+        )
     has_rows = KINDS[layer.kind].input_rows is not None
     for name, rows, side in (("inputs", input_rows, 0), ("cotangents", output_rows, 1)):
         if not has_rows or getattr(evidence, name) is None:

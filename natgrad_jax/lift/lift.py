@@ -17,6 +17,7 @@ import optax
 from natgrad_jax import addresses, checks
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks.diagonal import diagonal
+from natgrad_jax.blocks.norm import norm
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.layers.rows import from_matrix, to_matrix
 from natgrad_jax.lift import evidence as evidences
@@ -83,8 +84,8 @@ def lift(
             checks.static(name, getattr(schedule, name), "which layers take turns (`rolling`)")
 
     def blocks_of(tree: Any, decays: tuple[Scalar, ...]) -> tuple[Block, ...]:
-        known, rest = method(*decays), diagonal(decays[0])
-        return tuple(Block(layer, known if layer.is_known else rest) for layer in evidences.present(layers, tree))
+        known, others = method(*decays), {"parameter": diagonal(decays[0]), "norm": norm(decays[0])}
+        return tuple(Block(layer, others.get(layer.kind, known)) for layer in evidences.present(layers, tree))
 
     def init(params):
         statistics, operators = {}, {}

@@ -19,8 +19,9 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import averages, trees
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.base import Array, Evidence, Layer, Layers, Operator, Scalar, ScalarOrSchedule, Statistics
+from natgrad_jax.base import Array, Evidence, Layer, Layers, Method, Operator, Scalar, ScalarOrSchedule, Statistics
 from natgrad_jax.blocks.diagonal import diagonal
+from natgrad_jax.blocks.norm import norm
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.lift import evidence as evidences
 from natgrad_jax.lift import guards, restored
@@ -126,10 +127,10 @@ def lift_stepping(
     checks.number("damping", damping, least=0, schedule=True)
     checks.number("decay", decay, least=0, below=1, schedule=True)
     checks.period("statistics_every", statistics_every)
-    rest = _DIAGONAL if others == "diagonal" else _UNTOUCHED
+    rest = _MEASURED if others == "diagonal" else dict.fromkeys(_MEASURED, _UNTOUCHED)
 
     def method_of(layer):
-        return method if layer.is_known else rest
+        return rest.get(layer.kind, method)
 
     def init(params):
         statistics, operators = {}, {}
@@ -185,13 +186,20 @@ def lift_stepping(
 
 
 _NO_SKIPS = Skips(0, 0)
-_DIAGONAL = StepMethod(
-    init=diagonal(0.0).init,
-    start=lambda layer, statistics, operator, evidence, strengths: averages.mean(statistics),
-    apply=lambda layer, operator, matrix, strengths: diagonal(0.0).apply(layer, operator, matrix, strengths.damping),
-    learn=lambda layer, statistics, operator, here, there, strengths: (statistics, operator, _NO_SKIPS),
-    observe=lambda layer, statistics, evidence, decay: diagonal(decay).observe(layer, statistics, evidence),
-)
+
+
+def _averaged(block: Callable[[Scalar], Method]) -> StepMethod:
+    """A block that learns nothing from a step: its statistics, applied as they are."""
+    return StepMethod(
+        init=block(0.0).init,
+        start=lambda layer, statistics, operator, evidence, strengths: averages.mean(statistics),
+        apply=lambda layer, operator, matrix, strengths: block(0.0).apply(layer, operator, matrix, strengths.damping),
+        learn=lambda layer, statistics, operator, here, there, strengths: (statistics, operator, _NO_SKIPS),
+        observe=lambda layer, statistics, evidence, decay: block(decay).observe(layer, statistics, evidence),
+    )
+
+
+_MEASURED = {"parameter": _averaged(diagonal), "norm": _averaged(norm)}
 _UNTOUCHED = StepMethod(
     init=lambda layer: ((), ()),
     start=lambda layer, statistics, operator, evidence, strengths: operator,

@@ -20,7 +20,7 @@ from natgrad_jax.algebra.arranged import (
     transposed,
 )
 from natgrad_jax.algebra.cuts import sliced
-from natgrad_jax.program.products import Level, Path
+from natgrad_jax.program.products import Level, Path, Product
 
 
 class Parameter(NamedTuple):
@@ -31,11 +31,13 @@ class Parameter(NamedTuple):
         levels: the scans that it has come into.
         axes: at which axes of the value those of the arrangement stand; along the others it is repeated. None if the
             value has its axes and no others.
+        made: what it has been multiplied with, entry by entry, without examples; None for a number that was added.
     """
 
     arrangement: Arrangement
     levels: tuple[Level, ...] = ()
     axes: tuple[int, ...] | None = None
+    made: tuple[Product | None, ...] = ()
 
     @property
     def hidden(self) -> int:
@@ -55,7 +57,20 @@ class Result(NamedTuple):
     arrangement: Arranged
 
 
-Fact = Parameter | Result
+class Scaled(NamedTuple):
+    """What a scale has been multiplied with, arranged; nothing has been added.
+
+    Attributes:
+        path: of the product with the scale.
+        like: the scale, as it stands in the value.
+    """
+
+    path: Path
+    like: Parameter
+
+
+Whole = Parameter | Result
+Fact = Whole | Scaled
 
 
 def result(path: Path, sizes: Shape) -> Result:
@@ -78,6 +93,9 @@ def moved(fact: Fact, equation: Any) -> Fact | None:
     """A fact after an equation that moves entries and does nothing else; None if it is no such equation."""
     name, options = equation.primitive.name, equation.params
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if isinstance(fact, Scaled):
+        like = moved(fact.like, equation)
+        return fact._replace(like=like) if isinstance(like, Parameter) else None
     if name in _SAME:
         return fact if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating) else None
     if isinstance(fact, Parameter) and fact.axes is not None:
@@ -132,7 +150,7 @@ def _piece(fact: Parameter, starts: Sequence[int], sizes: Sequence[int]) -> Para
 
 def side_by_side(facts: Sequence[Fact | None], axis: int) -> Parameter | None:
     """Parameters joined along an axis; None where something else is among them."""
-    found = [fact for fact in facts if isinstance(fact, Parameter) and fact.axes is None]
+    found = [fact for fact in facts if isinstance(fact, Parameter) and fact.axes is None and not fact.made]
     if len(found) < len(facts) or len({fact.levels for fact in found}) > 1:
         return None
     whole = joined([fact.arrangement for fact in found], found[0].hidden + axis)
@@ -192,27 +210,27 @@ def _in_order(fact: Parameter, pieces: Sequence[tuple[int, tuple[Atom, ...]]]) -
     return transposed(whole, [*range(hidden), *(hidden + place for place in ranks)])
 
 
-def _with(fact: Fact, arrangement: Arrangement | None) -> Fact | None:
+def _with(fact: Whole, arrangement: Arrangement | None) -> Whole | None:
     if isinstance(fact, Result):
         return fact._replace(arrangement=arrangement) if isinstance(arrangement, Arranged) else None
     return None if arrangement is None else fact._replace(arrangement=arrangement)
 
 
-def _hidden(fact: Fact) -> tuple[int, Shape]:
+def _hidden(fact: Whole) -> tuple[int, Shape]:
     hidden = fact.hidden if isinstance(fact, Parameter) else 0
     return hidden, shape(fact.arrangement)[:hidden]
 
 
-def _reshaped(fact: Fact | None, sizes: Shape) -> Fact | None:
+def _reshaped(fact: Whole | None, sizes: Shape) -> Whole | None:
     return fact and _with(fact, reshaped(fact.arrangement, (*_hidden(fact)[1], *sizes)))
 
 
-def _transposed(fact: Fact, order: Sequence[int]) -> Fact | None:
+def _transposed(fact: Whole, order: Sequence[int]) -> Whole | None:
     hidden = _hidden(fact)[0]
     return _with(fact, transposed(fact.arrangement, [*range(hidden), *(hidden + axis for axis in order)]))
 
 
-def _flipped(fact: Fact, axes: Sequence[int]) -> Fact | None:
+def _flipped(fact: Whole, axes: Sequence[int]) -> Whole | None:
     if not isinstance(fact.arrangement, Arranged):
         return None
     hidden = _hidden(fact)[0]
@@ -223,7 +241,8 @@ def _spread(fact: Parameter, dimensions: Sequence[int], before: Shape, after: Sh
     """A parameter repeated along new axes, and along its own of one entry."""
     kept = [axis for axis, size in enumerate(before) if size == after[dimensions[axis]]]
     whole = reshaped(fact.arrangement, (*_hidden(fact)[1], *(before[axis] for axis in kept)))
-    return None if whole is None else Parameter(whole, fact.levels, tuple(dimensions[axis] for axis in kept))
+    axes = tuple(dimensions[axis] for axis in kept)
+    return None if whole is None else fact._replace(arrangement=whole, axes=axes)
 
 
 def _moved_spread(fact: Parameter, name: str, options: dict, before: Shape, after: Shape) -> Parameter | None:

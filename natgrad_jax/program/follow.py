@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.algebra.arranged import addresses, source
-from natgrad_jax.program import facts
+from natgrad_jax.program import entrywise, facts
 from natgrad_jax.program.axes import SIDES, columns_of, options_of
 from natgrad_jax.program.facts import Fact, Parameter, Result
 from natgrad_jax.program.liveness import INLINE, REMAT, body_of, live_inputs, live_outputs
@@ -23,9 +23,8 @@ from natgrad_jax.program.products import Found, Level, Origin, Path, Product
 from natgrad_jax.program.scenes import Scene, Turns
 
 _WORDS = {
-    "add": "added, not as the bias of a product",
-    "add_any": "added, not as the bias of a product",
-    "mul": "a factor entry by entry, not of a product",
+    **dict.fromkeys(entrywise.SUMS, entrywise.ADDED),
+    "mul": entrywise.FACTOR,
     "div": "divided before any product",
     "while": "used inside a while loop",
     "custom_jvp_call": "used inside a custom derivative rule",
@@ -71,7 +70,7 @@ def follow(
     follower.note([fact for fact, want in zip(ends, wanted, strict=True) if want], "returned by the function")
     needed = live_inputs(program.jaxpr, wanted)
     used = frozenset(name for name, need in zip(names, needed, strict=True) if name is not None and need)
-    return Found(tuple(follower.products.values()), follower.otherwise, used)
+    return Found(tuple(follower.products.values()), follower.otherwise, used, twin is None)
 
 
 class _Follower:
@@ -121,7 +120,7 @@ class _Follower:
         if isinstance(first, Parameter) and (cut := facts.pieces(first, equation)) is not None:
             self.cut(scene, equation, first, cut)
             return
-        learned = self.result(scene, equation, inputs)
+        learned = self.result(scene, equation, inputs) or (None if given else entrywise.after(equation, inputs))
         if learned is None and given:
             learned = self.parameter(scene, path, equation, twin, inputs, given)
         if isinstance(learned, str):
@@ -148,17 +147,35 @@ class _Follower:
     ) -> Fact | str | None:
         """What becomes of parameters in an equation, or how they enter there."""
         name, fact = equation.primitive.name, inputs[given[0]]
-        assert fact is not None, "given are places of parameters"
+        assert isinstance(fact, Parameter), "given are places of parameters"
         if name == "concatenate" and len(given) == len(inputs):
             whole = facts.side_by_side(inputs, equation.params["dimension"])
             return "joined with others in a way that is not followed" if whole is None else whole
         if len(given) > 1:
             return "multiplied with another parameter" if name in SIDES else _WORDS.get(name, f"goes through `{name}`")
         if given[0] in SIDES.get(name, ()):
-            return self.product(scene, path, equation, twin, given[0])
+            return entrywise.why_not(fact) or self.product(scene, path, equation, twin, given[0])
+        if name in entrywise.SUMS or given[0] in entrywise.SCALES.get(name, ()):
+            return self.entrywise(scene, path, equation, twin, given[0])
         if len(inputs) == 1 and (after := facts.moved(fact, equation)) is not None:
             return after
-        return _WORDS.get(name, f"goes through `{name}` before any product")
+        return _WORDS.get(name, entrywise.why_not(fact) or f"goes through `{name}` before any product")
+
+    def entrywise(self, scene: Scene, path: Path, equation: Any, twin: Any, place: int) -> Fact | str | None:
+        """Keep a scale, or the shift behind one; or say why it is neither."""
+        name, fact = equation.primitive.name, scene.fact(equation.invars[place])
+        if name not in entrywise.SUMS:
+            found = entrywise.scaled(scene, path, equation, twin, place)
+            if found is None:
+                return _WORDS[name]
+            if found[0] is not None:
+                self.products[path] = found[0]
+            return found[1]
+        assert isinstance(fact, Parameter), "the place of a parameter"
+        if (product := entrywise.shifted(scene, path, equation, twin, place)) is not None:
+            self.products[path] = product
+            return None
+        return entrywise.constant_added(equation, fact, place) or _WORDS[name]
 
     def product(self, scene: Scene, path: Path, equation: Any, twin: Any, side: int) -> Fact | str:
         """Keep a product; or say why it is none."""
@@ -208,7 +225,7 @@ class _Follower:
     def with_bias(self, fact: Result, value: Any, added: Parameter) -> Fact | None:
         """The result with its bias; None if what is added is none."""
         product = self.products[fact.path]
-        if product.bias is not None or added.levels != product.levels:
+        if product.bias is not None or added.levels != product.levels or added.made:
             return None
         output = product.output[len(product.levels) :]
         found = facts.bias_of(added, fact, value.aval.shape, output, columns_of(product))
@@ -240,8 +257,8 @@ class _Follower:
         for place, fact in enumerate(inputs):
             if not isinstance(fact, Parameter) or consts <= place < consts + carries:
                 inside.append(None)
-            elif fact.axes is not None:
-                self.note([fact], "repeated along an axis before a scan")
+            elif fact.axes is not None or fact.made:
+                self.note([fact], entrywise.why_not(fact) or "repeated along an axis before a scan")
                 inside.append(None)
             else:
                 inside.append(fact._replace(levels=(*fact.levels, Level(length, place >= consts))))
@@ -256,7 +273,10 @@ class _Follower:
     def branches(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
         """Follow the branches of a `cond`: a use in one of them has rows of zeros where another is taken."""
         inputs = [scene.fact(v) for v in equation.invars]
-        inside = [fact if isinstance(fact, Parameter) else None for fact in inputs[1:]]
+        inside = [fact if isinstance(fact, Parameter) and not fact.made else None for fact in inputs[1:]]
+        for fact in inputs[1:]:
+            if isinstance(fact, Parameter) and (why := entrywise.why_not(fact)):
+                self.note([fact], why)
         orders = [scene.order(v) for v in equation.invars[1:]]
         wanted = [v in scene.needed for v in equation.outvars]
         self.note(inputs[:1], "chooses a branch")

@@ -41,8 +41,8 @@ class Product(NamedTuple):
 
     Attributes:
         path: of the equation.
-        primitive: "dot_general", "conv_general_dilated" or "gather".
-        options: what `axes.options_of` makes of those of the equation.
+        primitive: "dot_general", "conv_general_dilated" or "gather"; entry by entry "mul", "div" or "add".
+        options: what `axes.options_of` makes of those of the equation; `Entrywise` of the latter.
         side: which operand is the parameter.
         kernel: the parameter as it enters, the stacked levels in front.
         levels: the scans around it.
@@ -70,6 +70,20 @@ class Product(NamedTuple):
     reads: Origin | None = None
 
 
+class Entrywise(NamedTuple):
+    """Options of a product entry by entry, or of a sum: a scale or a shift of channels.
+
+    Attributes:
+        axes: of the result, without those of levels, where those of the parameter stand.
+        factors: products of the parameter, entry by entry, with what has no examples, before this one.
+        scale: path of the product that the parameter is added to, if it is a shift; None of a scale.
+    """
+
+    axes: tuple[int, ...]
+    factors: tuple["Product", ...] = ()
+    scale: Path | None = None
+
+
 class Found(NamedTuple):
     """What is done with the parameters of a traced function.
 
@@ -77,8 +91,10 @@ class Found(NamedTuple):
         products: in the order of the program.
         otherwise: {address: how it enters, if not by a product alone}.
         used: addresses of the parameters that the watched outputs depend on.
+        alone: whether the function takes no other number of examples.
     """
 
     products: tuple[Product, ...]
     otherwise: dict[str, str]
     used: frozenset[str]
+    alone: bool = False

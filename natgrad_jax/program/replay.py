@@ -64,7 +64,8 @@ class _Replay:
             if place in self.watched:
                 product = self.watched[place]
                 outputs = list(_as_traced(program, equations, known).values())
-                records[place] = inputs[1 - product.side]
+                shift = product.primitive == "add"  # of which only the cotangent counts
+                records[place] = jnp.zeros((), product.dtype) if shift else inputs[1 - product.side]
                 outputs = [outputs[0] + self.probes[place]] if place in self.probes else outputs
             else:
                 outputs, found = self.enter(equation, inputs, place)

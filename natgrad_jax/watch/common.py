@@ -24,6 +24,7 @@ from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
 from natgrad_jax.program.derivative import along
+from natgrad_jax.watch.norms import Batch, gradients_of_examples
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.reading import Reading, parts_of
 from natgrad_jax.watch.segments import by_example, weights_of
@@ -197,6 +198,11 @@ class Curvature:
             gradient = {leaf.role: leaves[leaf.address] for leaf in layer.leaves}
             if not layer.is_known:
                 own = {leaf.role: each[leaf.address] for leaf in layer.leaves} if each else None
+                if layer.kind == "norm":
+                    assert cotangents is not None, "there are no norms without"
+                    batch = Batch(self._forward.examples, there, self._forward.segments)
+                    touches, records = self._forward.norms[layer.name], passed.inputs[layer.name]
+                    own = gradients_of_examples(layer, touches, records, cotangents[layer.name], batch)
                 evidence[layer.name] = Evidence(None, None, gradient, weights, count, slopes, own)
                 continue
             uses = self._forward.calls[layer.name]

@@ -96,7 +96,7 @@ def watch_examples(
     twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed)
     problem = problem.settled(whole.read)
     one, found = _of_one(function, problem, (params, state, inputs), whole, places, twin is not None, leaves)
-    layers, calls = recognise(leaves, found, 1, problem.rows_of(whole.read), exceptions, root)
+    layers, calls, _ = recognise(leaves, found, 1, problem.rows_of(whole.read), exceptions, root)
     layers = replace(layers, examples=examples, labels=problem.label, jacobian="examples")
     run = _Run(one, calls, examples, {place - before: axis for place, axis in places.items()})
     arrays = whole.arrays[before:]

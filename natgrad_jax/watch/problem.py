@@ -10,6 +10,7 @@ from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import LIKELIHOODS, Likelihood
+from natgrad_jax.watch.norms import Touch
 from natgrad_jax.watch.reading import Call
 from natgrad_jax.watch.segments import Segments
 
@@ -77,6 +78,7 @@ class Forward(NamedTuple):
         layers: the layers that it reports.
         examples: N.
         calls: {layer: how each of its uses is read}.
+        norms: {norm: its products}.
         masked: weights -> `run` and `each` on the batch, its examples of weight zero made harmless; None if it reads no
             inputs.
         segments: {M: the examples [M] that the parts of an axis of M entries belong to}.
@@ -96,6 +98,7 @@ class Forward(NamedTuple):
     each: Callable[..., dict[str, Array]] | None = None
     twice: "Twice | None" = None
     segments: Mapping[int, Array] = MappingProxyType({})
+    norms: Mapping[str, tuple[Touch, ...]] = MappingProxyType({})
 
 
 class Twice(NamedTuple):
@@ -123,6 +126,7 @@ class Problem:
     readout: Callable[[Any], Array] = lambda outputs: outputs
     jacobian: str = "rows"
     segments: Segments | None = None
+    norms: str = "channels"
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):

@@ -84,18 +84,26 @@ class Seen(NamedTuple):
     groups: int = 1
 
 
-def read(product: Product, examples: int) -> Seen | str:
+_ADVICE = (
+    "; the function takes {0} examples and no other number, so that no second trace tells: let it read that number off "
+    "what it is called with (`x.shape[0]` for {0}, of graphs `num_segments=graphs.n_node.shape[0]`)"
+)
+
+
+def read(product: Product, examples: int, alone: bool = False) -> Seen | str:
     """What a product says of its parameter, or why that is no layer.
 
     Args:
         product: of a traced function.
         examples: N.
+        alone: whether the function takes no other number of examples.
 
     Returns:
         What it says, or a sentence.
     """
     if product.examples is None or product.examples_out is None:
-        return f"its input of shape {product.other} has no axis of the {examples} examples that could be told"
+        why = f"its input of shape {product.other} has no axis of the {examples} examples that could be told"
+        return why + (_ADVICE.format(examples) if alone else "")
     if product.examples.segments != product.examples_out.segments:
         return "its product turns parts of examples into others"
     reader = {Contraction: _dense, Convolution: _conv, Lookup: _embed}[type(product.options)]
@@ -104,7 +112,7 @@ def read(product: Product, examples: int) -> Seen | str:
 
 def _dense(product: Product, examples: int) -> Seen | str:
     """A `dot_general`. Axes of the kernel in front of its inputs are copies, of layers or heads, each with a matrix."""
-    options, levels = product.options, _stack(product)
+    options, levels = product.options, stack_of(product)
     assert isinstance(options, Contraction), "chosen by type"
     hidden, depth = len(levels), len(product.levels)
     sizes = arranged.shape(product.kernel)
@@ -124,7 +132,7 @@ def _dense(product: Product, examples: int) -> Seen | str:
     where, where_out = _axes_of_examples(product, depth)
     if where in of_summed + of_batch or where_out in options.columns:
         return "its products sum over the examples"
-    inputs = _reading(product, product.other, product.examples, examples, (of_batch, of_summed))
+    inputs = reading(product, product.other, product.examples, examples, (of_batch, of_summed))
     inputs = _merged(inputs, len(of_summed))
     if copies:
         front, back = inputs.shape[: len(shared)], inputs.shape[len(shared) :]
@@ -132,7 +140,7 @@ def _dense(product: Product, examples: int) -> Seen | str:
         inputs = inputs._replace(place=inputs.place + len(copies))
     cut = len(batch) + len(heads)
     last = options.columns[cut:]
-    outputs = _reading(product, product.output, product.examples_out, examples, (options.columns[:cut], last))
+    outputs = reading(product, product.output, product.examples_out, examples, (options.columns[:cut], last))
     outputs = _merged(outputs, len(last))
     use = Use("dense", None, _positions(outputs, stack, columns, examples))
     bias = _bias(product, stack, columns)
@@ -140,7 +148,7 @@ def _dense(product: Product, examples: int) -> Seen | str:
 
 
 def _conv(product: Product, examples: int) -> Seen | str:
-    options, stack = product.options, _stack(product)
+    options, stack = product.options, stack_of(product)
     assert isinstance(options, Convolution), "chosen by type"
     hidden, depth, groups = len(stack), len(product.levels), options.groups
     out, into, *spatial = options.kernel
@@ -156,8 +164,8 @@ def _conv(product: Product, examples: int) -> Seen | str:
     )
     images = (*options.inputs[2:], options.inputs[1])
     results = (*options.outputs[2:], options.outputs[1])
-    inputs = _reading(product, product.other, product.examples, examples, ((), images))
-    outputs = _reading(product, product.output, product.examples_out, examples, ((), results))
+    inputs = reading(product, product.other, product.examples, examples, ((), images))
+    outputs = reading(product, product.output, product.examples_out, examples, ((), results))
     use = Use("conv", geometry, _positions(outputs, stack, columns, examples))
     shape, bias = (prod(window) * channels, columns // groups), _bias(product, stack, columns)
     call = Call(product, inputs, outputs)
@@ -165,7 +173,7 @@ def _conv(product: Product, examples: int) -> Seen | str:
 
 
 def _embed(product: Product, examples: int) -> Seen | str:
-    options, stack = product.options, _stack(product)
+    options, stack = product.options, stack_of(product)
     assert isinstance(options, Lookup), "chosen by type"
     hidden, depth = len(stack), len(product.levels)
     sizes = arranged.shape(product.kernel)[hidden:]
@@ -178,14 +186,14 @@ def _embed(product: Product, examples: int) -> Seen | str:
     if _axes_of_examples(product, depth)[1] in options.columns:
         return "its entries are the examples"
     last = len(product.other) - depth - 1
-    inputs = _merged(_reading(product, product.other, product.examples, examples, ((), (last,))), 2)
-    outputs = _reading(product, product.output, product.examples_out, examples, ((), options.columns))
+    inputs = _merged(reading(product, product.other, product.examples, examples, ((), (last,))), 2)
+    outputs = reading(product, product.output, product.examples_out, examples, ((), options.columns))
     outputs = _merged(outputs, len(options.columns))
     use = Use("embed", "clip" if options.clip else None, _positions(outputs, stack, columns, examples))
     return Seen("embed", kernel, None, stack, (rows, columns), use, Call(product, inputs, outputs))
 
 
-def _reading(
+def reading(
     product: Product, sizes: Shape, spread: Spread | None, examples: int, columns: tuple[Sequence[int], Sequence[int]]
 ) -> Reading:
     """How an array is read.
@@ -231,7 +239,7 @@ def _merged(reading: Reading, count: int) -> Reading:
     return reading._replace(shape=(*reading.shape[:cut], prod(reading.shape[cut:])))
 
 
-def _stack(product: Product) -> Shape:
+def stack_of(product: Product) -> Shape:
     """The scans in which the parameter has an entry for every turn."""
     return tuple(level.length for level in product.levels if level.stacked)
 

@@ -13,7 +13,9 @@ from natgrad_jax.algebra import arranged
 from natgrad_jax.algebra.arranged import Arrangement, addresses
 from natgrad_jax.base import UNSEEN, Layer, Layers, Leaf
 from natgrad_jax.layers.parameter import dtype_of, parameter
-from natgrad_jax.program.products import Found, Product
+from natgrad_jax.program.products import Entrywise, Found, Product
+from natgrad_jax.watch.norms import Touch
+from natgrad_jax.watch.norms import found as norms_of
 from natgrad_jax.watch.parts import of_whole, side_by_side
 from natgrad_jax.watch.reading import Call, Seen, parts_of, read
 
@@ -31,8 +33,14 @@ class Exceptions(NamedTuple):
 
 
 def recognise(
-    leaves: Mapping[str, Any], found: Found, examples: int, draws: int, exceptions: Exceptions, root: str
-) -> tuple[Layers, dict[str, tuple[Call, ...]]]:
+    leaves: Mapping[str, Any],
+    found: Found,
+    examples: int,
+    draws: int,
+    exceptions: Exceptions,
+    root: str,
+    norms: bool = False,
+) -> tuple[Layers, dict[str, tuple[Call, ...]], dict[str, tuple[Touch, ...]]]:
     """Every parameter of a function, as part of a layer or as a block of its own.
 
     Args:
@@ -42,19 +50,22 @@ def recognise(
         draws: K.
         exceptions: what is not to be a layer.
         root: the name of a layer whose kernel has no parent; "" for its address.
+        norms: whether scales and shifts of channels are norms; parameters by themselves if not.
 
     Returns:
-        The layers and the remaining parameters; the uses of each layer.
+        The layers and the remaining parameters; the uses of each layer; the products of each norm.
 
     Raises:
         ValueError: if `exclude` excludes nothing.
     """
     groups: dict[tuple[str, ...], list[Product]] = defaultdict(list)
     for product in found.products:
-        groups[addresses(product.kernel)].append(product)
+        if not isinstance(product.options, Entrywise):
+            groups[addresses(product.kernel)].append(product)
     names = _names(list(groups), root)
     notes = dict(found.otherwise) | _excepted(leaves, names, exceptions)
-    seen = {arrays: _agreed(products, examples, draws) for arrays, products in groups.items()}
+    normed = _norms(leaves, found.products, examples, notes, exceptions, norms)
+    seen = {arrays: _agreed(products, examples, draws, found.alone) for arrays, products in groups.items()}
     for arrays, what in seen.items():
         if any(others != arrays and set(others) & set(arrays) for others in groups):
             notes |= dict.fromkeys(arrays, "used with other arrays and without them")
@@ -65,13 +76,17 @@ def recognise(
     biases = _biases(layers, found.products, notes)
     known = [_layer(names[arrays], what, biases.get(arrays), leaves) for arrays, what in layers.items()]
     calls = {names[arrays]: tuple(each.call for each in what) for arrays, what in layers.items()}
+    touches = {layer.name: of_norm for layer, of_norm in normed.values()}
     taken = {leaf.address for layer in known for leaf in layer.leaves}
+    taken |= {leaf.address for layer, _ in normed.values() for leaf in layer.leaves}
     rest = []
     for address, leaf in leaves.items():
-        if address not in taken:
+        if address in normed:
+            rest.append(normed[address][0])
+        elif address not in taken:
             unused = "" if address in found.used else UNSEEN
             rest.append(parameter(address, leaf.shape, dtype_of(leaf), notes.get(address, unused)))
-    return Layers(tuple(known), tuple(rest), examples, draws), calls
+    return Layers(tuple(known), tuple(rest), examples, draws), calls, touches
 
 
 def _names(groups: Sequence[tuple[str, ...]], root: str) -> dict[tuple[str, ...], str]:
@@ -92,18 +107,14 @@ def _excepted(
     leaves: Mapping[str, Any], names: Mapping[tuple[str, ...], str], exceptions: Exceptions
 ) -> dict[str, str]:
     """{address: why} of what is not to be a layer."""
-
-    def is_under(address: str, entry: str) -> bool:
-        return address == entry or address.startswith(entry + "/")
-
     notes: dict[str, str] = {}
     for entry in exceptions.exclude:
-        if entry not in names.values() and not any(is_under(address, entry) for address in leaves):
+        if entry not in names.values() and not any(_is_under(address, entry) for address in leaves):
             raise ValueError(
                 f"`exclude` names {entry!r}, which the model does not have; it has {list(names.values())}."
             )
         for arrays, name in names.items():
-            if name == entry or any(is_under(address, entry) for address in arrays):
+            if name == entry or any(_is_under(address, entry) for address in arrays):
                 notes |= dict.fromkeys(arrays, "excluded")
     for arrays, name in names.items():
         if name in exceptions.unexplained:
@@ -111,11 +122,36 @@ def _excepted(
     return notes
 
 
-def _agreed(products: Sequence[Product], examples: int, draws: int) -> list[Seen] | str:
+def _norms(
+    leaves: Mapping[str, Any],
+    products: Sequence[Product],
+    examples: int,
+    notes: dict[str, str],
+    exceptions: Exceptions,
+    wanted: bool,
+) -> dict[str, tuple[Layer, tuple[Touch, ...]]]:
+    """The norms by the address of their scale; the notes of what is none are added."""
+    kept = {}
+    for layer, touches in norms_of(leaves, products, examples, notes, wanted):
+        why = exceptions.unexplained.get(layer.name)
+        if any(_is_under(leaf.address, entry) for entry in exceptions.exclude for leaf in layer.leaves):
+            why = "excluded"
+        if why is None:
+            kept[layer.leaves[0].address] = layer, touches
+        else:
+            notes |= dict.fromkeys((leaf.address for leaf in layer.leaves), why)
+    return kept
+
+
+def _is_under(address: str, entry: str) -> bool:
+    return address == entry or address.startswith(entry + "/")
+
+
+def _agreed(products: Sequence[Product], examples: int, draws: int, alone: bool) -> list[Seen] | str:
     """What all products of some arrays say, or why they make no layer."""
     found = []
     for product in products:
-        seen = read(product, examples)
+        seen = read(product, examples, alone)
         if isinstance(seen, str):
             return seen
         found.append(seen)

@@ -63,22 +63,21 @@ def watch(
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
     found = checked(follow(program, twin, names, wanted, examples, times), leaves, program)
     problem = problem.settled(traced.read)
-    layers, calls = recognise(leaves, found, examples, problem.rows_of(traced.read), exceptions, root)
+    draws = problem.rows_of(traced.read)
+    norms = problem.norms == "channels" and draws > 0
+    layers, calls, touches = recognise(leaves, found, examples, draws, exceptions, root, norms)
     layers = replace(layers, labels=problem.label)
-    products = [call.product for layer in layers.known for call in calls[layer.name]]
-    probes = {
-        name: tuple(jnp.zeros(call.product.output, call.product.dtype) for call in uses) for name, uses in calls.items()
-    }
+    used = {name: tuple(use.product for use in uses) for name, uses in [*calls.items(), *touches.items()]}
+    products = [product for uses in used.values() for product in uses]
+    probes = {name: tuple(jnp.zeros(one.output, one.dtype) for one in uses) for name, uses in used.items()}
 
     def on(others):
         def run(params, probes):
             given = {
-                call.product.path: probe
-                for name, uses in calls.items()
-                for call, probe in zip(uses, probes[name], strict=True)
+                one.path: probe for name, uses in used.items() for one, probe in zip(uses, probes[name], strict=True)
             }
             outputs, records = replay(program, products, [*jax.tree.leaves(params), *others], given)
-            seen = {name: tuple(records[call.product.path] for call in uses) for name, uses in calls.items()}
+            seen = {name: tuple(records[one.path] for one in uses) for name, uses in used.items()}
             outputs, updated = traced.rebuilt(outputs)
             return outputs, (seen, updated)
 
@@ -89,9 +88,8 @@ def watch(
         return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :]), None
 
     by_reverse = has_reverse_rules(program.jaxpr)
-    return Forward(
-        on(traced.arrays[len(leaves) :]), probes, layers, examples, calls, masked, by_reverse, segments=segments
-    )
+    run = on(traced.arrays[len(leaves) :])
+    return Forward(run, probes, layers, examples, calls, masked, by_reverse, segments=segments, norms=touches)
 
 
 def checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:

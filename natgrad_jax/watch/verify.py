@@ -8,7 +8,7 @@ The outputs of one example have a cotangent of zero. Where the rows of that exam
 of others depend on them: behind the layer examples are mixed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +77,7 @@ def verdict(problem: Problem, forward: Forward, params: Tree, given: Any) -> Ver
         return UNKNOWN
     try:
         _check_separate(forward, params)
-        if not forward.layers.known:
+        if not (forward.layers.known or _norms(forward)):
             return UNKNOWN
         found = _run_once(lambda params, key: differences(problem, forward, params, key), params, jax.random.key(0))
     except NameError:  # it names an axis of a `pmap` or `shard_map`, and can be run inside of that only
@@ -167,15 +167,33 @@ def differences(problem: Problem, forward: Forward, params: Tree, key: Array) ->
         return seed if forward.examples == 1 else seed.at[silent].set(0)
 
     found = evidence_for(problem, forward, jax.tree.map(lambda leaf: _moved(leaf, next(keys)), params), seed_of)
-    return {layer.name: _measured(layer, found[layer.name], silent) for layer in forward.layers.known}
+    known = {layer.name: _measured(layer, found[layer.name], silent) for layer in forward.layers.known}
+    return known | {layer.name: _measured_norm(found[layer.name]) for layer in _norms(forward)}
+
+
+def _norms(forward: Forward) -> list[Layer]:
+    return [layer for layer in forward.layers.rest if layer.kind == "norm"]
+
+
+def _measured_norm(evidence: Evidence) -> Measured:
+    """Those of a norm: its gradient is the sum of those of the examples."""
+    assert evidence.gradient is not None and evidence.examples is not None, "evidence of a pullback"
+    examples = evidence.examples
+    pairs = [(jnp.sum(examples[role][0], axis=0), leaf[0]) for role, leaf in evidence.gradient.items()]
+    return Measured(_relative([(mine, theirs.astype(mine.dtype)) for mine, theirs in pairs]), jnp.zeros(()))
+
+
+def _relative(pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """How far some arrays are from others, relative to the length of these."""
+    apart = jnp.sum(jnp.stack([jnp.sum(jnp.square(mine - theirs)) for mine, theirs in pairs]))
+    length = jnp.sum(jnp.stack([jnp.sum(jnp.square(theirs)) for _, theirs in pairs]))
+    return jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny))
 
 
 def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     assert evidence.gradient is not None, "evidence of a pullback"
     there = rebuilt(layer, evidence)
     pairs = [(there[role], leaf[0].astype(there[role].dtype)) for role, leaf in evidence.gradient.items()]
-    apart = sum(jnp.sum(jnp.square(mine - theirs)) for mine, theirs in pairs)
-    length = jnp.sum(jnp.stack([jnp.sum(jnp.square(theirs)) for _, theirs in pairs]))
     columns = jnp.sum(jnp.square(output_rows(layer, evidence)), axis=-1)
     rows = lengths(input_rows(layer, evidence))  # of a use the other way round the cotangents are here
     products = columns * rows[..., None, :, :]
@@ -183,7 +201,7 @@ def _measured(layer: Layer, evidence: Evidence, silent: int) -> Measured:
     whole, own = jnp.sum(products), jnp.sum(products[..., silent, :])
     others = (whole - own) / max(examples - 1, 1)
     leaked = jnp.sqrt(own / jnp.maximum(others, jnp.finfo(others.dtype).tiny)) if examples > 1 else jnp.zeros(())
-    return Measured(jnp.sqrt(apart / jnp.maximum(length, jnp.finfo(length.dtype).tiny)), leaked)
+    return Measured(_relative(pairs), leaked)
 
 
 def _tolerance(forward: Forward, params: Tree) -> float:
