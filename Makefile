@@ -23,39 +23,6 @@ help: ## this list
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
 
-notebooks: $(VENV)/test.stamp ## the .ipynb of every notebook, and a copy that was run, pictures and all, in notebooks/rendered/
-	$(BIN)/python notebooks/render.py $(GIVEN)
-
-fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method are from those of the exact Fisher matrix; one table, one picture
-	$(BIN)/python -m experiments.fidelity $(GIVEN)
-
-control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
-	$(BIN)/python -m experiments.control $(GIVEN)
-
-defaults: $(VENV)/test.stamp ## every method with a learning rate alone, and with none; two tables
-	$(BIN)/python -m experiments.defaults $(GIVEN)
-
-race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
-
-text: $(VENV)/test.stamp ## a small transformer on Shakespeare by methods with as many trials each; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.text $(GIVEN)
-
-autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
-
-tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
-	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
-
-classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
-
-crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
-
-report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
-	$(BIN)/python -m experiments.report $(GIVEN)
-
 test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -93,11 +60,14 @@ classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every m
 tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
 	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)
 
-pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
-	$(BIN)/python -m experiments.pinn $(GIVEN)
-
 race: $(VENV)/test.stamp ## an autoencoder by steps of the methods' own choosing, beside tuned Adam; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.race $(GIVEN)
+
+text: $(VENV)/test.stamp ## a small transformer on Shakespeare by methods with as many trials each; one table, one picture
+	$(KEEP) $(BIN)/python -m experiments.text $(GIVEN)
+
+pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
+	$(BIN)/python -m experiments.pinn $(GIVEN)
 
 control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
 	$(BIN)/python -m experiments.control $(GIVEN)
@@ -110,9 +80,6 @@ fidelity: $(VENV)/test.stamp ## how far blocks and directions of every method ar
 
 crossover: $(VENV)/test.stamp ## time and memory of TENGraD over K-FAC, by width and batch; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.crossover $(GIVEN)
-
-pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
-	$(BIN)/python -m experiments.pinn $(GIVEN)
 
 bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over Adam's; one table, one picture
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
