@@ -10,19 +10,14 @@ the line in the picture. What it keeps grows with N (I + O) + N^2, for K-FAC wit
 N^3, for K-FAC with N I^2 and I^3.
 
 Measured, as TENGraD over K-FAC: (a) a step that is due for neither statistics nor a refresh, (b) statistics and a
-refresh, without the step, (c) the bytes of the state. Evidence and gradients are noise: a step costs the same on noise.
-Both methods run in turn in one process, and a figure is the median of a few ratios.
-
-Expected: the ratio of (a) crosses one near the line, up to what is not flops: N examples are read twice a step, and
-small products do not fill the cores. That of (b) crosses it above the line, since a Cholesky factor of N x N stands
-against two inverses.
+refresh, without the step, (c) the bytes of the state, on noise, both methods in turn in one process, the median of a
+few ratios. Expected: the ratio of (a) crosses one near the line, that of (b) above it.
 
     make crossover                                  (some two minutes)
     make crossover ARGS="--pair TENGraD EKFAC"
     make crossover ARGS="--smoke"
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,11 +33,12 @@ import tyro
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import natgrad_jax as ng
+from experiments import figures
+from experiments.records import Records, keep, significant
 
 Make = Callable[[ng.Layers, int], optax.GradientTransformationExtraArgs]
 """Layers, steps between refreshes -> the direction."""
@@ -149,8 +145,8 @@ def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
         "pair": list(config.pair),
         "width": width,
         "batch": batch,
-        "step_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(steps, axis=0)],
-        "refresh_ms": [float(f"{1000 * seconds:.4g}") for seconds in np.median(refreshes, axis=0)],
+        "step_ms": [significant(1000 * seconds, 4) for seconds in np.median(steps, axis=0)],
+        "refresh_ms": [significant(1000 * seconds, 4) for seconds in np.median(refreshes, axis=0)],
         "bytes": sizes,
         "step": round(float(np.median(steps[:, 0] / steps[:, 1])), 4),
         "refresh": round(float(np.median(refreshes[:, 0] / refreshes[:, 1])), 4),
@@ -161,53 +157,43 @@ def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
 RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Every cell.
-
-    Args:
-        config: the numbers.
-
-    Returns:
-        A record for each width and batch.
-
-    Raises:
-        ValueError: if there is no method of a name.
-    """
+def run(config: Config) -> Records:
+    """A record for each width and batch; a `ValueError` if there is no method of a name."""
     if unknown := set(config.pair) - set(METHODS):
         raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
     cells = [(width, batch) for width in config.widths for batch in config.batches]
     records = [cell(width, batch, config) for width, batch in track(cells, description="measuring")]
-    config.output.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record) + "\n" for record in records)
-    (config.output / "crossover.jsonl").write_text("".join(lines))
+    path = config.output / "crossover.jsonl"
+    path.unlink(missing_ok=True)
+    keep(path, records)
     return records
 
 
-def table(records: list[dict[str, Any]], config: Config) -> Table:
+def table(records: Records) -> Table:
     """The three ratios, and what they are ratios of."""
-    first, second = config.pair
-    result = Table(
-        title=f"{first} over {second}, one dense layer",
-        caption=f"In brackets: {first} / {second}, in milliseconds and megabytes.",
-        caption_justify="left",
-    )
-    for heading in ("I = O", "N", "N / ((I + O) / 2)", *RATIOS.values()):
-        result.add_column(heading, justify="right")
+    (first, second), rows = records[0]["pair"], []
     for record in records:
         pairs = (record["step_ms"], record["refresh_ms"], [count / 1e6 for count in record["bytes"]])
         cells = (
             f"{record[name]:.2f} ({one:.3g} / {other:.3g})" for name, (one, other) in zip(RATIOS, pairs, strict=True)
         )
         width, batch = record["width"], record["batch"]
-        result.add_row(f"{width}", f"{batch}", f"{batch / width:g}", *cells)
-    return result
+        rows.append((f"{width}", f"{batch}", f"{batch / width:g}", *cells))
+    return figures.table(
+        f"{first} over {second}, one dense layer",
+        ("I = O", "N", "N / ((I + O) / 2)", *RATIOS.values()),
+        rows,
+        f"In brackets: {first} / {second}, in milliseconds and megabytes.",
+        names=0,
+    )
 
 
-def picture(records: list[dict[str, Any]], config: Config) -> Figure:
+def picture(records: Records) -> Figure:
     """The three ratios as maps over width and batch, with the line N = (I + O) / 2."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
-    widths, batches = np.log2(config.widths), np.log2(config.batches)
-    for axis, (name, title) in zip(axes, RATIOS.items(), strict=True):
+    figure, axes = figures.panels(1, 3, figsize=(13, 4.4), sharey=True)
+    sides, counts = ([*dict.fromkeys(record[name] for record in records)] for name in ("width", "batch"))
+    widths, batches = np.log2(sides), np.log2(counts)
+    for axis, (name, title) in zip(axes[0], RATIOS.items(), strict=True):
         values = np.array([record[name] for record in records]).reshape(len(widths), len(batches)).T
         mesh = axis.pcolormesh(widths, batches, np.log2(values), cmap="RdBu_r", vmin=-5, vmax=5, shading="nearest")
         for (row, column), value in np.ndenumerate(values):
@@ -220,11 +206,11 @@ def picture(records: list[dict[str, Any]], config: Config) -> Figure:
         axis.plot(widths, widths, "k--", linewidth=1.5)
         axis.axis(limits)
         axis.set_title(title, loc="left", fontweight="bold")
-        axis.set_xticks(widths, config.widths)
-        axis.set_yticks(batches, config.batches)
+        axis.set_xticks(widths, sides)
+        axis.set_yticks(batches, counts)
         axis.set_xlabel("width of the layer, I = O")
-    axes[0].set_ylabel("batch, N")
-    first, second = config.pair
+    axes[0, 0].set_ylabel("batch, N")
+    first, second = records[0]["pair"]
     figure.suptitle(f"{first} over {second} (blue: {first} has less; dashed: N = (I + O) / 2)", x=0.01, ha="left")
     return figure
 
@@ -234,11 +220,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = replace(config, output=config.output / "smoke", widths=(8, 16), batches=(4, 8), rounds=2)
     records = run(config)
-    console = Console(width=160)
-    console.print(table(records, config))
-    path = config.output / "crossover.png"
-    picture(records, config).savefig(path, dpi=110)
-    console.print(f"Picture: {path}")
+    figures.present([table(records)], picture(records), config.output / "crossover.png")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 from rich import print as say
@@ -42,8 +43,8 @@ Report = Callable[[str], None]
 class Part(NamedTuple):
     """Images [N, H, W, C], float32 in [0, 1], and their labels [N], int32."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
 
     def first(self, count: int) -> "Part":
         """So many of them."""
@@ -84,54 +85,85 @@ class Table(NamedTuple):
     targets: np.ndarray
 
 
-PUBLISHED = {
-    "mnist/train-images-idx3-ubyte.gz": (
-        47040016,
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    ),
-    "mnist/train-labels-idx1-ubyte.gz": (
-        60008,
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    ),
-    "mnist/t10k-images-idx3-ubyte.gz": (
-        7840016,
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    ),
-    "mnist/t10k-labels-idx1-ubyte.gz": (
-        10008,
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-    "fashion_mnist/train-images-idx3-ubyte.gz": (
-        47040016,
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    ),
-    "fashion_mnist/train-labels-idx1-ubyte.gz": (
-        60008,
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    ),
-    "fashion_mnist/t10k-images-idx3-ubyte.gz": (
-        7840016,
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    ),
-    "fashion_mnist/t10k-labels-idx1-ubyte.gz": (
-        10008,
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    ),
-    "cifar10/cifar10_jpeg75_full.npz": (
-        18069875,
-        "abc644b0495a94840fcd3aa46e1b80eda693eab05cf1c1681838faadd592946a",
-    ),
-    "olivetti/olivettifaces.mat": (
-        1432511,
-        "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
-    ),
-    "tinyshakespeare/input.txt": (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "uci/concrete/data.txt": (57858, "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
-    "uci/energy/data.txt": (35309, "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
-    "uci/power-plant/data.txt": (308680, "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
-    "uci/wine-quality-red/data.txt": (84027, "3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1"),
-    "uci/yacht/data.txt": (11487, "00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1"),
+def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
+    """The batches of an epoch, in an order of its own.
+
+    Args:
+        part: arrays [N, ...]: images and labels, or images alone.
+        size: of a batch; what is left over is dropped.
+        seed: of the orders.
+        epoch: from 0.
+
+    Yields:
+        A batch.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(jax.tree.leaves(part)[0]))
+    for first in range(0, len(order) - size + 1, size):
+        chosen = order[first : first + size]
+        yield jax.tree.map(lambda array, chosen=chosen: array[chosen], part)
+
+
+def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int = 4) -> Iterator[Part]:
+    """Random crops of images with a black margin, of their own size, every other one mirrored.
+
+    Args:
+        stream: batches.
+        seed: of the crops.
+        epoch: from 0; each has its own.
+        by: width of the margin.
+
+    Yields:
+        A batch.
+    """
+    rng = np.random.default_rng((seed, epoch, by))
+    for images, labels in stream:
+        count, height, width, _ = images.shape
+        corners = rng.integers(0, 2 * by + 1, (count, 2, 1))
+        rows, columns = corners[:, 0] + np.arange(height), corners[:, 1] + np.arange(width)
+        columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+        padded = np.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
+        yield Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], labels)
+
+
+_FILES = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+        "train-labels-idx1-ubyte.gz": (60008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+        "t10k-images-idx3-ubyte.gz": (7840016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+        "t10k-labels-idx1-ubyte.gz": (10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte.gz": (47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+        "train-labels-idx1-ubyte.gz": (60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+        "t10k-images-idx3-ubyte.gz": (7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+        "t10k-labels-idx1-ubyte.gz": (10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+    },
+    "cifar10": {
+        "cifar10_jpeg75_full.npz": (18069875, "abc644b0495a94840fcd3aa46e1b80eda693eab05cf1c1681838faadd592946a"),
+    },
+    "olivetti": {
+        "olivettifaces.mat": (1432511, "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),
+    },
+    "tinyshakespeare": {
+        "input.txt": (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    },
+    "uci/concrete": {
+        "data.txt": (57858, "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
+    },
+    "uci/energy": {
+        "data.txt": (35309, "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
+    },
+    "uci/power-plant": {
+        "data.txt": (308680, "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
+    },
+    "uci/wine-quality-red": {
+        "data.txt": (84027, "3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1"),
+    },
+    "uci/yacht": {
+        "data.txt": (11487, "00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1"),
+    },
 }
+PUBLISHED = {f"{folder}/{name}": known for folder, files in _FILES.items() for name, known in files.items()}
 """{file: (bytes, SHA-256)} of the content; of what a .gz holds, since the same file may be packed in several ways."""
 CIFAR_LABELS = "3edb456524d5918aefded81f5aef7c32efab2a788211df998a4eb0c8957baa1f"
 """SHA-256 of the labels of CIFAR-10 as bytes, in the order in which it was published."""

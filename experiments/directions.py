@@ -1,6 +1,9 @@
 """Every method as a direction at given parameters, and the exact damped natural gradient to put beside it.
 
-What each method is shown of the curvature is `Direction.sees`; `fidelity` says why. Nothing here moves the parameters.
+The family of K-FAC and TENGraD see F without sampling. TNT and MBF, whose statistics are squares of a gradient of
+labels drawn from the model, see a hundred draws. What learns from gradients of the true labels (Shampoo, SOAP, Adam),
+or from its own steps (K-BFGS), sees a hundred batches of 100 images at these same parameters, its steps not taken.
+Shampoo, SOAP and Adam divide by a root of F: theirs are no lengths to compare, and dampings of their own.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
 import natgrad_jax as ng
+from experiments.records import Records, finite
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
 
@@ -71,41 +75,15 @@ DIRECTIONS = {
 }
 
 
-class Angle(NamedTuple):
-    """A direction beside d*, at one damping: their cosine, and the relative error; NaN if it has no length of F."""
-
-    method: str
-    damping: float
-    same: bool
-    cosine: float
-    error: float
-
-
-def angles(
-    name: str, model: nn.Module, params: Any, given: Batches, aim: Any, damping: float, draws: int
-) -> list[Angle]:
-    """A method beside d*, at its dampings.
-
-    Args:
-        name: of the method in `DIRECTIONS`.
-        model: the net, known layers alone.
-        params: its parameters.
-        given: the images.
-        aim: d*.
-        damping: of d*.
-        draws: of labels, for a method that sees sampled ones.
-
-    Returns:
-        An angle for each damping.
-    """
-    entry = DIRECTIONS[name]
-    found = []
+def angles(name: str, model: nn.Module, params: Any, given: Batches, aim: Any, damping: float, draws: int) -> Records:
+    """A method beside d*, at its dampings: a record for each, with the relative error where it has a length of F."""
+    entry, found = DIRECTIONS[name], []
     for tried in entry.dampings or [damping * multiple for multiple in MULTIPLES]:
         own = np.asarray(direction(entry, model, draws)(params, given, tried)) / (entry.scale or 1.0)
         cosine = own @ aim / (np.linalg.norm(own) * np.linalg.norm(aim))
-        error = np.nan if entry.scale is None else np.linalg.norm(own - aim) / np.linalg.norm(aim)
+        error = None if entry.scale is None else finite(np.linalg.norm(own - aim) / np.linalg.norm(aim), 12)
         same = entry.dampings is None and tried == damping
-        found.append(Angle(name, tried, same, float(cosine), float(error)))
+        found.append({"method": name, "damping": tried, "same": same, "cosine": float(cosine), "error": error})
     return found
 
 
@@ -135,18 +113,7 @@ def direction(entry: Direction, model: nn.Module, draws: int) -> Callable[[Any, 
 
 @partial(jax.jit, static_argnums=0)
 def natural_gradient(model: nn.Module, params: Any, images: jax.Array, labels: jax.Array, damping: float) -> jax.Array:
-    """d* [P], of all parameters together: the dense F by autodiff, and the gradient of the mean loss.
-
-    Args:
-        model: the net.
-        params: its parameters.
-        images: [N, ...].
-        labels: [N].
-        damping: strength.
-
-    Returns:
-        (F + damping I)^-1 gradient, in the order of `ravel_pytree`.
-    """
+    """d* [P] = (F + damping I)^-1 gradient, of all parameters together, in the order of `ravel_pytree`, by autodiff."""
     flat, tree = ravel_pytree(params)
 
     def logits(flat: jax.Array, image: jax.Array) -> jax.Array:
@@ -162,6 +129,6 @@ def natural_gradient(model: nn.Module, params: Any, images: jax.Array, labels: j
     return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
 
 
-def best(angles: list[Angle]) -> Angle:
+def best(angles: Records) -> dict[str, Any]:
     """The angle of the largest cosine."""
-    return max(angles, key=lambda angle: np.nan_to_num(angle.cosine, nan=-1.0))
+    return max(angles, key=lambda angle: np.nan_to_num(angle["cosine"], nan=-1.0))

@@ -9,20 +9,13 @@ from the states of the package's own methods, undamped.
     3  the A (x) G nearest to F: A and G the largest singular pair of F, arranged so that a product has rank one
        (Van Loan and Pitsianis 1993)
 
-2. Directions: of the dense net, d against d* = (F + damping I)^-1 gradient with the F of ALL parameters together, dense
-and from autodiff alone: the cosine of the two and |d - d*| / |d*|, at the damping of d* and at the best of a few.
-
-Each at the start and after training by Adam. The family of K-FAC and TENGraD see F without sampling. TNT and MBF, whose
-statistics are squares of a gradient of labels drawn from the model, see a hundred draws. What learns from gradients
-of the true labels (Shampoo, SOAP, Adam), or from its own steps (K-BFGS), sees a hundred batches of 100 images at these
-same parameters, its steps not taken. Shampoo, SOAP and Adam divide by a root of F, so that theirs are no lengths to
-compare and dampings of their own; for K-BFGS a direction is all there is: it knows F only along the steps of before.
+2. Directions: of the dense net, d against d* = (F + damping I)^-1 gradient with the dense F of ALL parameters: the
+cosine of the two and |d - d*| / |d*|, at the damping of d* and at the best of a few. What each sees of F stands in
+`directions`. Each at the start and after training by Adam.
 
 Expected. By theory: EKFAC's block no worse than K-FAC's, TEKFAC's no worse than TKFAC's, and 3 no worse than K-FAC's
-and TKFAC's, in every layer; TENGraD's direction with a joint block equal to d*, and layer by layer equal to that of the
-exact blocks. Not by theory: TKFAC's block better than K-FAC's in most layers; larger errors after training, when F
-comes from the few images that the model is not sure of; cosines in the order of what a method keeps of F: TENGraD by
-layer, EKFAC and TEKFAC, K-FAC and TKFAC, TNT, MBF, the gradient.
+and TKFAC's, in every layer; TENGraD's direction with a joint block equal to d*. Not by theory: TKFAC's block better
+than K-FAC's in most layers; larger errors after training; cosines in the order of what a method keeps of F.
 
     make fidelity                            (some two minutes)
     make fidelity ARGS="--smoke"
@@ -48,10 +41,12 @@ from rich.console import Console
 from rich.table import Table
 
 import natgrad_jax as ng
+from experiments import figures
 from experiments.data import Part, digits, folder, mnist
-from experiments.directions import DIRECTIONS, LIKELIHOOD, Angle, Batches, angles, best, natural_gradient
-from experiments.nets import StridedConvnet, TanhNet
-from experiments.records import finite, keep, kept
+from experiments.directions import DIRECTIONS, LIKELIHOOD, Batches, angles, best, natural_gradient
+from experiments.nets import Convnet, Perceptron
+from experiments.records import Records, keep, numbers
+from experiments.running import Runner, Setting, Task
 from natgrad_jax.algebra import averages
 from natgrad_jax.layers.rows import input_rows, output_rows, total
 from natgrad_jax.methods.ekfac import EKFAC
@@ -135,50 +130,26 @@ SMOKE: Any = {"images": 300, "examples": 20, "few": 10, "draws": 5, "batches": 5
 SMALL: Any = {"widths": (4,), "channels": (2,), "hidden": 3}
 
 
-class Record(NamedTuple):
-    """The errors of one layer at one stage, {method: error}, and the share of images that the model then has right."""
-
-    model: str
-    stage: str
-    right: float
-    layer: str
-    errors: dict[str, float]
-
-
-Angles = dict[str, list[Angle]]
-"""{method: its angles, one for each damping}."""
-
-
-class Found(NamedTuple):
-    """The errors of blocks, and {stage: angles} of the dense net."""
-
-    blocks: list[Record]
-    angles: dict[str, Angles]
-
-
-def run(config: Config, report: Callable[[str], None] = lambda doing: None) -> Found:
-    """Measure both models at the start, train them, and measure again.
-
-    Args:
-        config: the numbers.
-        report: called with what is being done.
-
-    Returns:
-        The errors of blocks, model by model, stage by stage, in the order of the layers; the angles of the dense net.
-    """
-    data = load(config)
-    models = {"dense net": TanhNet(config.widths), "CNN": StridedConvnet(config.channels, config.hidden)}
-    found = Found([], {})
+def run(config: Config, report: Callable[[str], None] = lambda doing: None) -> Records:
+    """Measure both models at the start, train them, measure again: records of blocks, and of the dense net's angles."""
+    data, found = load(config), []
+    dense, strides = Perceptron(config.widths, 10), (2,) * len(config.channels)
+    models = {"dense net": dense, "CNN": Convnet(config.channels, strides, (config.hidden,))}
     for name, model in models.items():
-        params = jax.jit(model.init)(jax.random.key(config.seed), data.images[:1])["params"]
+        task = Task(model, LIKELIHOOD, data.first(config.batch), config.seed)
+        runner = Runner(lambda setting, _: optax.adam(setting.rate), Setting(config.learning_rate), task, None)
         for stage in ("start", "trained"):
             if stage == "trained":
                 report(f"{name}: training")
-                params = trained(model, params, data, config)
+                chosen = np.random.default_rng(config.seed).integers(
+                    len(data.images), size=(config.steps, config.batch)
+                )
+                runner.run(Part(data.images[rows], data.labels[rows]) for rows in chosen)
             report(f"{name}, {stage}: blocks")
-            found.blocks.extend(measured(name, stage, model, params, data, config))
-            if isinstance(model, TanhNet):
-                found.angles[stage] = turned(model, params, data, config, report)
+            params, key = runner.variables["params"], {"data": source(config), "seed": config.seed}
+            found += [key | {"model": name, "stage": stage} | row for row in measured(model, params, data, config)]
+            if model is dense:
+                found += [key | {"stage": stage} | row for row in turned(model, params, data, config, report)]
     return found
 
 
@@ -195,40 +166,18 @@ def load(config: Config) -> Part:
     return Part(np.clip(jax.image.resize(images, (len(images), 16, 16, 1), "linear"), 0, 1), labels)
 
 
-def trained(model: nn.Module, params: Any, data: Part, config: Config) -> Any:
-    """The parameters after some steps of Adam."""
-    tx = optax.adam(config.learning_rate)
-
-    def loss(params, images, labels):
-        outputs: Any = model.apply({"params": params}, images)
-        return LIKELIHOOD(outputs, labels)
-
-    @jax.jit
-    def step(params, opt_state, images, labels):
-        updates, opt_state = tx.update(jax.grad(loss)(params, images, labels), opt_state)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state, random = tx.init(params), np.random.default_rng(config.seed)
-    for _ in range(config.steps):
-        chosen = random.integers(len(data.images), size=config.batch)
-        params, opt_state = step(params, opt_state, data.images[chosen], data.labels[chosen])
-    return params
-
-
-def measured(name: str, stage: str, model: nn.Module, params: Any, data: Part, config: Config) -> list[Record]:
-    """The errors of every layer, in double precision."""
+def measured(model: nn.Module, params: Any, data: Part, config: Config) -> Records:
+    """The share of images that the model has right, and the errors of every layer, in double precision."""
     capture = ng.linen.capture(model, LIKELIHOOD, labels="exact")
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         images, labels = data.images[: config.examples].astype(np.float64), data.labels[: config.examples]
         evidence, right = watched(capture, params, images, labels)
-        found = {
-            layer: errors(layer, evidence[layer.name]) for layer in capture.layers({"params": params}, images).known
-        }
-        return [
-            Record(name, stage, float(right), label(layer), {name: float(of_layer[name]) for name in NAMES})
-            for layer, of_layer in found.items()
-        ]
+        rows = []
+        for layer in capture.layers({"params": params}, images).known:
+            own = {name: float(error) for name, error in errors(layer, evidence[layer.name]).items()}
+            rows.append({"right": float(right), "layer": f"{layer.name} {layer.shape[0]}x{layer.shape[1]}"} | own)
+    return rows
 
 
 @partial(jax.jit, static_argnums=0)
@@ -240,15 +189,7 @@ def watched(capture: Any, params: Any, images: jax.Array, labels: jax.Array) -> 
 
 @partial(jax.jit, static_argnums=0)
 def errors(layer: ng.Layer, evidence: ng.Evidence) -> dict[str, jax.Array]:
-    """The relative errors of the methods and of the best Kronecker product, of a layer without stack axes.
-
-    Args:
-        layer: the layer.
-        evidence: of one batch.
-
-    Returns:
-        {method: |F - F~| / |F|}.
-    """
+    """{method: |F - F~| / |F|} of a layer without stack axes, and that of the best Kronecker product."""
     block = exact(layer, evidence)
     others = {name: implied(entry, layer, evidence) for name, entry in METHODS.items()} | {BEST: nearest(block)}
     return {name: jnp.linalg.norm(block - other) / jnp.linalg.norm(block) for name, other in others.items()}
@@ -282,168 +223,126 @@ def nearest(block: jax.Array) -> jax.Array:
     return jnp.outer(block @ outputs, outputs)  # 3
 
 
-def turned(model: nn.Module, params: Any, data: Part, config: Config, report: Callable[[str], None]) -> Angles:
+def turned(model: nn.Module, params: Any, data: Part, config: Config, report: Callable[[str], None]) -> Records:
     """Every direction beside d*, in double precision."""
     few = data.first(config.few)
     rows = np.random.default_rng(config.seed).integers(len(data.images), size=(config.batches, 100))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         stream = data.images[rows].astype(np.float64), data.labels[rows]
-        given = Batches(few.images.astype(np.float64), few.labels, stream)
+        given, found = Batches(few.images.astype(np.float64), few.labels, stream), []
         report("the exact direction")
         aim = np.asarray(natural_gradient(model, params, given.images, few.labels, config.damping))
-        found = {}
         for name in DIRECTIONS:
             report(f"the direction of {name}")
-            found[name] = angles(name, model, params, given, aim, config.damping, config.draws)
+            found += angles(name, model, params, given, aim, config.damping, config.draws)
     return found
 
 
-def groups(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
-    """{model: {stage: the records of its layers}}."""
-    found: dict[str, dict[str, list[Record]]] = {}
-    for record in records:
-        found.setdefault(record.model, {}).setdefault(record.stage, []).append(record)
-    return found
-
-
-def holds(record: Record, name: str) -> bool:
+def holds(row: dict[str, Any], name: str) -> bool:
     """Whether the theorem about this method holds in a layer, up to rounding."""
-    return all(record.errors[name] <= record.errors[other] + 1e-9 for other in NO_WORSE[name])
+    return all(row[name] <= row[other] + 1e-9 for other in NO_WORSE[name])
 
 
-def table(found: Found, config: Config) -> Table:
+def grouped(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]]]:
+    """{(model, stage): its layers}, and {stage: {method: its angles}}."""
+    blocks: dict[tuple[str, str], Records] = {}
+    directions: dict[str, dict[str, Records]] = {}
+    for row in records:
+        if "layer" in row:
+            blocks.setdefault((row["model"], row["stage"]), []).append(row)
+        else:
+            directions.setdefault(row["stage"], {}).setdefault(row["method"], []).append(row)
+    return blocks, directions
+
+
+def title(records: Records) -> str:
+    """Of the table and the picture."""
+    return f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+
+
+def table(records: Records) -> Table:
     """The mean errors of the blocks, the directions, and in how many layers the theorems hold."""
-    held = {name: sum(holds(record, name) for record in found.blocks) for name in NO_WORSE}
+    blocks, directions = grouped(records)
+    layers = [row for group in blocks.values() for row in group]
+    held = {name: sum(holds(row, name) for row in layers) for name in NO_WORSE}
     theorems = "; ".join(f"{name} <= {', '.join(NO_WORSE[name])} in {count}" for name, count in held.items())
-    result = Table(
-        title=f"Fidelity to the Fisher matrix, {source(config)} at 16x16 pixels",
-        caption="Blocks: |F - F~| / |F|, mean over the layers. Directions, of the dense net: cosine with (F + "
-        f"{config.damping:g} I)^-1 gradient and relative error, at the same damping; best cosine of a few dampings "
-        f"(in brackets). Theorems of blocks hold, of {len(found.blocks)} layers: {theorems}.",
-        caption_justify="left",
-    )
-    models = groups(found.blocks)
-    result.add_column("method", no_wrap=True)
-    for heading in (f"{model}\n{stage}" for model, stages in models.items() for stage in stages):
-        result.add_column(heading, justify="right")
-    for heading in (
-        f"{kind}\n{stage}" for stage in ("start", "trained") for kind in ("cosine", "error", "best cosine")
-    ):
-        result.add_column(heading, justify="right")
+    (damping,) = {row["damping"] for row in records if row.get("same")}
+    rows = []
     for name in dict.fromkeys((*DIRECTIONS, *NAMES)):
-        cells = [
-            f"{np.mean([record.errors[name] for record in group]):.3f}" if name in NAMES else ""
-            for stages in models.values()
-            for group in stages.values()
-        ]
-        for shown in found.angles.values():
+        cells = [f"{np.mean(numbers(group, name)):.3f}" if name in NAMES else "" for group in blocks.values()]
+        for shown in directions.values():
             same, top = pair(shown.get(name, []))
-            cells += [f"{same.cosine:.3f}", number(same.error)] if same else ["", ""]
-            cells.append(f"{top.cosine:.3f} ({top.damping:g})" if top else "")
-        result.add_row(name, *cells)
-    return result
+            cells += [f"{same['cosine']:.3f}", number(same["error"])] if same else ["", ""]
+            cells.append(f"{top['cosine']:.3f} ({top['damping']:g})" if top else "")
+        rows.append((name, *cells))
+    measured = [f"{kind}\n{stage}" for stage in directions for kind in ("cosine", "error", "best cosine")]
+    return figures.table(
+        title(records),
+        ("method", *(f"{model}\n{stage}" for model, stage in blocks), *measured),
+        rows,
+        "Blocks: |F - F~| / |F|, mean over the layers. Directions, of the dense net: cosine with (F + "
+        f"{damping:g} I)^-1 gradient and relative error, at the same damping; best cosine of a few dampings "
+        f"(in brackets). Theorems of blocks hold, of {len(layers)} layers: {theorems}.",
+    )
 
 
-def pair(angles: list[Angle]) -> tuple[Angle | None, Angle | None]:
+def pair(angles: Records) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The angle at the damping of d*, if the method shares its units, and the best."""
-    return next((angle for angle in angles if angle.same), None), best(angles) if angles else None
+    return next((angle for angle in angles if angle["same"]), None), best(angles) if angles else None
 
 
-def number(error: float) -> str:
+def number(error: float | None) -> str:
     """A relative error for reading; rounding as what it is."""
-    return "" if np.isnan(error) else f"{error:.0e}" if error < 1e-3 else f"{error:.3f}"
+    return "" if error is None else f"{error:.0e}" if error < 1e-3 else f"{error:.3f}"
 
 
-def label(layer: ng.Layer) -> str:
-    """The name of a layer and the shape of its matrix."""
-    return f"{layer.name} {layer.shape[0]}x{layer.shape[1]}"
-
-
-def picture(found: Found, config: Config) -> Figure:
+def picture(records: Records) -> Figure:
     """Errors of blocks: a panel for each model and stage; cosines of directions: a panel for each stage."""
-    models = groups(found.blocks)
-    figure, axes = plt.subplots(3, 2, figsize=(11, 11), sharey="row", layout="constrained", height_ratios=(1, 1, 1.15))
+    blocks, directions = grouped(records)
+    figure, axes = figures.panels(3, 2, figsize=(11, 11), sharey="row", height_ratios=(1, 1, 1.15))
     width = 0.8 / len(METHODS)
-    for row, (model, stages) in zip(axes[:2], models.items(), strict=True):
-        for axis, (stage, group) in zip(row, stages.items(), strict=True):
-            positions = np.arange(len(group))
-            for index, (name, colour) in enumerate(COLOURS.items()):
-                values = [record.errors[name] for record in group]
-                axis.bar(positions - 0.4 + (index + 0.5) * width, values, width, color=colour, label=name)
-            best = [record.errors[BEST] for record in group]
-            axis.hlines(best, positions - 0.44, positions + 0.44, color="black", linewidth=1.2, label=BEST)
-            axis.set_xticks(positions, [record.layer.replace(" ", "\n") for record in group], fontsize=9)
-            axis.set_title(f"{model}, {stage}: {group[0].right:.0%} right", loc="left", fontweight="bold")
-        row[0].set_ylabel(r"error of a block, $\|F - \tilde{F}\|\;/\;\|F\|$")
+    for axis, ((model, stage), group) in zip(axes[:2].flat, blocks.items(), strict=True):
+        places = np.arange(len(group))
+        for index, (name, colour) in enumerate(COLOURS.items()):
+            axis.bar(places - 0.4 + (index + 0.5) * width, numbers(group, name), width, color=colour, label=name)
+        style = {"color": "black", "linewidth": 1.2, "label": BEST}
+        axis.hlines(numbers(group, BEST), places - 0.44, places + 0.44, **style)
+        axis.set_xticks(places, [row["layer"].replace(" ", "\n") for row in group], fontsize=9)
+        axis.set_title(f"{model}, {stage}: {group[0]['right']:.0%} right", loc="left", fontweight="bold")
+    for axis in axes[:2, 0]:
+        axis.set_ylabel(r"error of a block, $\|F - \tilde{F}\|\;/\;\|F\|$")
     line, *bars = axes[0, 0].get_legend_handles_labels()[0]
     axes[0, 0].legend(handles=[*bars, line], loc="upper left", ncols=2, frameon=False, fontsize=9)
-    positions = np.arange(len(DIRECTIONS))
-    for axis, stage in zip(axes[2], found.angles, strict=True):
-        pairs = [pair(each) for each in found.angles[stage].values()]
-        axis.bar(positions, [0 if same is None else same.cosine for same, _ in pairs], 0.7, color="#2171b5")
-        axis.plot(
-            positions, [np.nan if top is None else top.cosine for _, top in pairs], "D", color="#d94801", markersize=6
-        )
-        axis.set_xticks(positions, list(DIRECTIONS), rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
+    places = np.arange(len(DIRECTIONS))
+    for axis, (stage, found) in zip(axes[2], directions.items(), strict=True):
+        pairs = [pair(each) for each in found.values()]
+        axis.bar(places, [same["cosine"] if same else 0 for same, _ in pairs], 0.7, color="#2171b5")
+        tops = [top["cosine"] if top else np.nan for _, top in pairs]
+        axis.plot(places, tops, "D", color="#d94801", markersize=6)
+        axis.set_xticks(places, list(found), rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
         axis.set_title(f"dense net, {stage}: directions", loc="left", fontweight="bold")
     axes[2, 0].set(ylabel=r"cosine with $(F + \lambda I)^{-1}\,\nabla$, all parameters", ylim=(0, 1.19))
     axes[2, 0].set_yticks(np.linspace(0, 1, 6))
-    entries = [f"same damping, {config.damping:g}", "best of a few dampings"]
+    entries = ["same damping", "best of a few dampings"]
     axes[2, 1].legend([axes[2, 1].patches[0], axes[2, 1].lines[0]], entries, ncols=2, frameon=False, fontsize=9)
+    figures.clean(axes.flat, axis="y", alpha=0.25)
     for axis in axes.flat:
         axis.tick_params(axis="x", length=0)
-        axis.grid(axis="y", alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Fidelity to the Fisher matrix, {source(config)} at 16x16 pixels")
+    figure.suptitle(title(records))
     return figure
 
 
-def keep_all(found: Found, config: Config) -> None:
-    """Write the records, a line of JSON each, in the place of older ones."""
-    setting = {"data": source(config), "seed": config.seed}
-    blocks = [
-        setting | {"model": each.model, "stage": each.stage, "right": each.right, "layer": each.layer} | each.errors
-        for each in found.blocks
-    ]
-    directions = [
-        setting | {"stage": stage} | angle._asdict() | {"error": finite(angle.error, 12)}
-        for stage, found_there in found.angles.items()
-        for angles in found_there.values()
-        for angle in angles
-    ]
-    path = config.output / "fidelity.jsonl"
-    path.unlink(missing_ok=True)
-    keep(path, blocks + directions)
-
-
-def found_in(folder: Path) -> Found:
-    """What `keep_all` wrote into a folder; nothing if there is no file."""
-    found, entries = Found([], {}), {"model", "stage", "right", "layer"}
-    for record in kept(folder / "fidelity.jsonl"):
-        if "layer" in record:
-            errors = {name: record[name] for name in NAMES}
-            found.blocks.append(Record(**{name: record[name] for name in entries}, errors=errors))
-        else:
-            angle = {name: record[name] for name in Angle._fields}
-            angle["error"] = np.nan if angle["error"] is None else angle["error"]
-            found.angles.setdefault(record["stage"], {}).setdefault(record["method"], []).append(Angle(**angle))
-    return found
-
-
 def main(config: Config) -> None:
-    """Measure, print the table, write the picture and the records."""
+    """Measure, write the records in the place of older ones, print the table, write the picture."""
     if config.smoke:
         config = replace(config, output=config.output / "smoke", data=None, **SMOKE, **SMALL)
-    console = Console(width=170)
-    with console.status("") as status:
+    with Console().status("") as status:
         found = run(config, status.update)
-    console.print(table(found, config))
-    path = config.output / "fidelity.png"
-    keep_all(found, config)
-    picture(found, config).savefig(path, dpi=110)
-    console.print(f"Picture: {path}; records: {path.with_suffix('.jsonl')}")
+    path = config.output / "fidelity.jsonl"
+    path.unlink(missing_ok=True)
+    keep(path, found)
+    figures.present([table(found)], picture(found), path.with_suffix(".png"), 170)
 
 
 if __name__ == "__main__":

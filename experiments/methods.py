@@ -13,26 +13,22 @@ which is 0.1 beside a heavy ball of 0.9; our K-BFGS has the average, and their r
 Shampoo and SOAP stands where theirs does, in the units of a root of the gradient's second moment; when Shampoo is
 grafted its learning rate is Adam's.
 
-Usual settings, on the autoencoders: those that the authors have, or the best of a few trials of two epochs on MNIST
-(Adam 3, EKFAC 2, MBF 11 and with sampled labels 3, grafted Shampoo 3, SOAP 5; of TENGraD 3 of 45 steps; TKFAC and
-TEKFAC have those of K-FAC and EKFAC). Of the authors are K-FAC (3 others tried), TNT (3) and K-BFGS (8).
-
-Ranges: a factor of 10 to 30 in the learning rate around the usual setting, and of 10 in the damping. Adam and SGD-m,
-SOAP and grafted Shampoo have a learning rate alone; "adaptive" has nothing: learning rate, momentum and damping come
-from the quadratic model of the loss.
+Usual settings on the autoencoders are those of the authors (K-FAC, TNT, K-BFGS), or the best of a few trials. Ranges: a
+factor of 10 to 30 in the learning rate around the usual setting, and of 10 in the damping. Adam and SGD-m, SOAP and
+grafted Shampoo have a learning rate alone; "adaptive" has nothing.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
 import natgrad_jax as ng
-from experiments.training import Make, Setting
+from experiments.problems import Kind
+from experiments.running import Labels, Make, Setting
 
-Kind = Literal["autoencoder", "classifier"]
-OFTEN = {"statistics_every": 1, "refresh_every": 20}
+OFTEN: Mapping[str, Any] = {"statistics_every": 1, "refresh_every": 20}
 """As in the experiments of TNT."""
 PERIOD = 20
 """Of the refreshes on autoencoders, by which they are timed. MBF has 25, and 5 and 10 divide it."""
@@ -66,26 +62,60 @@ class Method(NamedTuple):
     """A method of the comparisons.
 
     Attributes:
-        of: its name in the package; None for one of Optax.
-        reconstructs: how it is made on an autoencoder.
-        classifies: how it is made on a classifier.
+        of: its name in the package; or of a baseline, rate, damping, weight decay -> the optimizer.
         ranges: of its settings.
-        labels: those of the curvature, as `ng.linen.capture` takes them.
+        reconstructs: its options on an autoencoder.
+        classifies: its options on a classifier.
+        both: its options on both.
+        in_front: whether on an autoencoder the momentum stands in front of the direction.
+        adaptive: whether everything comes from the quadratic model, and nothing is tuned.
+        labels: those of the curvature.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
-        clips: whether it can clip its step.
+        clips: whether `Shared.kl_clip` is for it.
+        has_own_periods: whether those of `Shared` are not for it.
     """
 
-    of: str | None
-    reconstructs: Make
-    classifies: Callable[[Shared], Make]
+    of: str | Callable[..., Any]
     ranges: Mapping[Kind, Range]
-    labels: Literal["sampled", "true"] = "sampled"
+    reconstructs: Mapping[str, Any] = {}
+    classifies: Mapping[str, Any] = {}
+    both: Mapping[str, Any] = {}
+    in_front: bool = False
+    adaptive: bool = False
+    labels: Labels = "sampled"
     warm: bool = False
     clips: bool = False
+    has_own_periods: bool = False
 
     def make(self, kind: Kind, shared: Shared = Shared()) -> Make:  # noqa: B008 (a tuple)
         """How it is made on problems of a kind."""
-        return self.reconstructs if kind == "autoencoder" else self.classifies(shared)
+        decay = shared.weight_decay if kind == "classifier" else 0.0
+        if callable(self.of):
+            return lambda setting, layers: self.of(setting.rate, setting.damping, decay)
+        options = {**self.both, **(self.reconstructs if kind == "autoencoder" else self.classifies)}
+        if self.adaptive:
+            options |= ADAPTIVE | {"weight_decay": decay or None}
+            return lambda setting, layers: getattr(ng, self.of)(layers=layers, **options)
+        if kind == "autoencoder" and self.in_front:
+            direction = getattr(ng, f"scale_by_{self.of}")
+            return lambda setting, layers: optax.chain(
+                optax.trace(0.9),
+                direction(layers, damping=setting.damping, **options),
+                optax.scale_by_learning_rate(setting.rate),
+            )
+        method, given = getattr(ng, self.of), {"kl_clip": None}
+        if kind == "classifier":
+            given |= {"momentum": 0.9, "weight_decay": decay or None} | self.periods(shared)
+            given |= {"kl_clip": shared.kl_clip or None} if self.clips else {}
+        return lambda setting, layers: method(setting.rate, layers, damping=setting.damping, **given | options)
+
+    def periods(self, shared: Shared) -> dict[str, int]:
+        """The periods that all share, of those that it has."""
+        return {} if self.has_own_periods else periods(self.of, shared.statistics_every, shared.refresh_every)
+
+    def warms(self, kind: Kind) -> bool:
+        """Whether a run on problems of a kind begins with a pass that fills the statistics."""
+        return self.warm and kind == "autoencoder"
 
     @property
     def tuned(self) -> bool:
@@ -93,70 +123,39 @@ class Method(NamedTuple):
         return any(found.least != found.most for found in self.ranges.values())
 
 
-def behind_momentum(direction: Callable[..., Any], **options: Any) -> Make:
-    """Momentum in front of a direction whose statistics are of the curvature."""
-    return lambda setting, layers: optax.chain(
-        optax.trace(0.9),
-        direction(layers, damping=setting.damping, **options),
-        optax.scale_by_learning_rate(setting.rate),
-    )
+def periods(of: Any, statistics: int, refresh: int) -> dict[str, int]:
+    """The keywords for periods that a method of the package has."""
+    every = {"statistics_every": statistics, "refresh_every": refresh, "rescale_every": statistics}
+    return {name: steps for name, steps in every.items() if name in inspect.signature(getattr(ng, of)).parameters}
 
 
-def whole(method: Callable[..., Any], **options: Any) -> Make:
-    """A complete optimizer of the package, as long as its learning rate says unless a clip is among the options."""
-    options = {"kl_clip": None} | options
-    return lambda setting, layers: method(setting.rate, layers, damping=setting.damping, **options)
+ADAPTIVE: dict[str, Any] = {
+    "learning_rate": "quadratic",
+    "momentum": "quadratic",
+    "damping": ng.adaptive_damping(),
+    "statistics_every": 5,
+    "refresh_every": 5,
+    "decay": 0.5,
+}
 
 
-def alike(
-    method: Callable[..., Any], *statistics: str, clips: bool = False, refreshes: bool = True, **options: Any
-) -> Callable[[Shared], Make]:
-    """A complete optimizer as all are on a classifier.
-
-    Args:
-        method: of the package.
-        *statistics: its keywords for periods of what it averages.
-        clips: whether the shared `kl_clip` is for it.
-        refreshes: whether it has the keyword `refresh_every`.
-        **options: of its own.
-
-    Returns:
-        What is shared -> how it is made.
-    """
-
-    def make(shared: Shared) -> Make:
-        given = {"momentum": 0.9, "weight_decay": shared.weight_decay or None}
-        given |= dict.fromkeys(statistics, shared.statistics_every)
-        given |= {"kl_clip": shared.kl_clip or None} if clips else {}
-        given |= {"refresh_every": shared.refresh_every} if refreshes else {}
-        return whole(method, **given | options)
-
-    return make
-
-
-def adaptive(method: Callable[..., Any], **options: Any) -> Make:
-    """A method with everything from the quadratic model, and nothing tuned."""
-    often = {"statistics_every": 5, "refresh_every": 5, "decay": 0.5} | options
-    make = partial(method, "quadratic", momentum="quadratic", damping=ng.adaptive_damping(), **often)
-    return lambda setting, layers: make(layers=layers)
-
-
-def sgd(shared: Shared) -> Make:
+def sgd(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """SGD with the momentum and the weight decay in the places where the second-order methods have them."""
-    decay = optax.add_decayed_weights(shared.weight_decay)
-    return lambda setting, layers: optax.chain(decay, optax.trace(0.9), optax.scale_by_learning_rate(setting.rate))
+    del damping
+    return optax.chain(optax.add_decayed_weights(decay), optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
-def adam(shared: Shared) -> Make:
+def adam(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay."""
-    return lambda setting, layers: optax.adamw(setting.rate, weight_decay=shared.weight_decay)
+    del damping
+    return optax.adamw(rate, weight_decay=decay)
 
 
-def adam_of_tnt(setting: Setting, layers: ng.Layers) -> optax.GradientTransformation:
+def adam_of_tnt(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """Adam as the authors of TNT have it: with the second moment of the smoothed gradient."""
-    del layers
-    rms = optax.scale_by_rms(0.999, eps=setting.damping, eps_in_sqrt=False, bias_correction=True)
-    return optax.chain(optax.ema(0.9), rms, optax.scale_by_learning_rate(setting.rate))
+    rms = optax.scale_by_rms(0.999, eps=damping, eps_in_sqrt=False, bias_correction=True)
+    decayed = optax.add_decayed_weights(decay)
+    return optax.chain(optax.ema(0.9), rms, decayed, optax.scale_by_learning_rate(rate))
 
 
 def tuned(usual: Any, rates: tuple[float, float], dampings: tuple[float, float] | None = None) -> Range:
@@ -181,134 +180,52 @@ OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3
 """Of TENGraD: where its batch has no gradients, its step is that of SGD with the learning rate over the damping."""
 OF_MOMENTS = ranges(tuned((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), tuned((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
 """Of K-BFGS; its authors have (0.3, 0.3) on the autoencoder, those of TENGraD (0.01, 0.03) for K-BFGS(L)."""
-PER_MODE = {"scale": "batch", "split": "per_mode"}
-GRAFTED = {"decay": 0.99, "graft_to": "adam", "graft_decay": 0.99}
-ROTATED = {"split": "even", "decay": 0.9, "rescale_every": 5, "refresh": "qr", **OFTEN}
+OF_MODES = ranges(tuned((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)), tuned((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)))
+OF_BLOCKS = tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3))
+OF_LENGTHS = ranges(tuned((3e-4, 1e-8), (5e-5, 2e-3)), tuned((1e-3, 1e-8), (1e-4, 1e-2)))
+
+FACTORS: Mapping[str, Any] = {"split": "even", "decay": 0.9, **OFTEN}
+ROTATED: Mapping[str, Any] = {**FACTORS, "rescale_every": 5, "refresh": "qr"}
 """The basis of EKFAC and TEKFAC by orthogonal iteration."""
-TWO = ("statistics_every", "rescale_every")
+SELDOM: Mapping[str, Any] = {"statistics_every": 2, "refresh_every": 25}
+OWN_MOMENTS: Mapping[str, Any] = {"labels": "true", "warm": True}
+GRAFTED: Mapping[str, Any] = {"decay": 0.99, "graft_to": "adam", "graft_decay": 0.99}
+FAMILY: Mapping[str, Any] = {"in_front": True, "warm": True, "clips": True}
 
 METHODS = {
-    "SGD-m": Method(
-        None,
-        lambda setting, layers: optax.sgd(setting.rate, 0.9),
-        sgd,
-        ranges(tuned((3e-3,), (5e-4, 2e-2)), tuned((3e-2,), (1e-3, 2e-1))),
-    ),
-    "Adam": Method(
-        None,
-        lambda setting, layers: optax.adam(setting.rate),
-        adam,
-        ranges(tuned((4e-3,), (3e-4, 1e-2)), tuned((1e-3,), (1e-4, 2e-2))),
-    ),
-    "K-FAC": Method(
-        "kfac",
-        behind_momentum(ng.scale_by_kfac, split="even", decay=0.9, **OFTEN),
-        alike(ng.kfac, "statistics_every", clips=True),
-        KRONECKER,
-        warm=True,
-        clips=True,
-    ),
-    "EKFAC": Method(
-        "ekfac",
-        behind_momentum(ng.scale_by_ekfac, **ROTATED),
-        alike(ng.ekfac, *TWO, clips=True),
-        EIGENBASIS,
-        warm=True,
-        clips=True,
-    ),
-    "TKFAC": Method(
-        "tkfac",
-        behind_momentum(ng.scale_by_tkfac, split="even", decay=0.9, **OFTEN),
-        alike(ng.tkfac, "statistics_every", clips=True),
-        KRONECKER,
-        warm=True,
-        clips=True,
-    ),
-    "TEKFAC": Method(
-        "tekfac",
-        behind_momentum(ng.scale_by_tekfac, **ROTATED),
-        alike(ng.tekfac, *TWO, clips=True),
-        EIGENBASIS,
-        warm=True,
-        clips=True,
-    ),
-    "TENGraD": Method(
-        "tengrad",
-        behind_momentum(ng.scale_by_tengrad, refresh_every=20),
-        alike(ng.tengrad, clips=True),
-        OF_ONE_BATCH,
-        clips=True,
-    ),
-    "TNT": Method(
-        "tnt",
-        whole(ng.tnt, **PER_MODE, **OFTEN),
-        alike(ng.tnt, "statistics_every", **PER_MODE),
-        ranges(
-            tuned((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)),
-            tuned((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)),
-        ),
-        warm=True,
-    ),
-    "MBF": Method(
-        "mbf",
-        whole(ng.mbf, statistics_every=2, refresh_every=25),
-        alike(ng.mbf, "statistics_every"),
-        ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3))),
-        warm=True,
-    ),
+    "SGD-m": Method(sgd, ranges(tuned((3e-3,), (5e-4, 2e-2)), tuned((3e-2,), (1e-3, 2e-1)))),
+    "Adam": Method(adam, ranges(tuned((4e-3,), (3e-4, 1e-2)), tuned((1e-3,), (1e-4, 2e-2)))),
+    "K-FAC": Method("kfac", KRONECKER, FACTORS, **FAMILY),
+    "EKFAC": Method("ekfac", EIGENBASIS, ROTATED, **FAMILY),
+    "TKFAC": Method("tkfac", KRONECKER, FACTORS, **FAMILY),
+    "TEKFAC": Method("tekfac", EIGENBASIS, ROTATED, **FAMILY),
+    "TENGraD": Method("tengrad", OF_ONE_BATCH, {"refresh_every": 20}, in_front=True, clips=True),
+    "TNT": Method("tnt", OF_MODES, OFTEN, both={"scale": "batch", "split": "per_mode"}, warm=True),
+    "MBF": Method("mbf", ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), OF_BLOCKS), SELDOM, warm=True),
     "MBF, sampled labels": Method(
         "mbf",
-        whole(ng.mbf, statistics="curvature", statistics_every=2, refresh_every=25),
-        alike(ng.mbf, "statistics_every", statistics="curvature"),
-        ranges(tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0)), tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3))),
+        ranges(tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0)), OF_BLOCKS),
+        SELDOM,
+        both={"statistics": "curvature"},
         warm=True,
     ),
-    "Shampoo, grafted": Method(
-        "shampoo",
-        whole(ng.shampoo, **GRAFTED, **OFTEN),
-        alike(ng.shampoo, "statistics_every", **GRAFTED),
-        ranges(tuned((3e-4, 1e-8), (5e-5, 2e-3)), tuned((1e-3, 1e-8), (1e-4, 1e-2))),
-    ),
+    "Shampoo, grafted": Method("shampoo", OF_LENGTHS, OFTEN, both=GRAFTED),
     "SOAP": Method(
         "soap",
-        whole(ng.soap),
-        alike(ng.soap, refreshes=False, momentum=0.95),
         ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2))),
+        classifies={"momentum": 0.95},
+        has_own_periods=True,
     ),
-    "K-BFGS": Method(
-        "kbfgs",
-        whole(ng.kbfgs, weight_decay=1e-5),
-        alike(ng.kbfgs, "statistics_every", refreshes=False),
-        OF_MOMENTS,
-        labels="true",
-        warm=True,
-    ),
-    "K-BFGS(L)": Method(
-        "kbfgs",
-        whole(ng.kbfgs, memory=100, weight_decay=1e-5),
-        alike(ng.kbfgs, "statistics_every", refreshes=False, memory=100),
-        OF_MOMENTS,
-        labels="true",
-        warm=True,
-    ),
-    "K-FAC, adaptive": Method(
-        "kfac",
-        adaptive(ng.kfac, split="even"),
-        lambda shared: adaptive(ng.kfac, weight_decay=shared.weight_decay or None),
-        NOTHING,
-    ),
-    "TNT, adaptive": Method(
-        "tnt",
-        adaptive(ng.tnt),
-        lambda shared: adaptive(ng.tnt, weight_decay=shared.weight_decay or None),
-        NOTHING,
-    ),
+    "K-BFGS": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, **OWN_MOMENTS),
+    "K-BFGS(L)": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, both={"memory": 100}, **OWN_MOMENTS),
+    "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, adaptive=True),
+    "TNT, adaptive": Method("tnt", NOTHING, adaptive=True),
 }
 """What is compared, at its best."""
 OLDER = {
-    "Adam of TNT": METHODS["Adam"]._replace(reconstructs=adam_of_tnt),
+    "Adam of TNT": METHODS["Adam"]._replace(of=adam_of_tnt),
     "Shampoo": METHODS["Shampoo, grafted"]._replace(
-        reconstructs=whole(ng.shampoo, early_refresh=False, **OFTEN), warm=True
+        reconstructs={"early_refresh": False, **OFTEN}, both={}, classifies=GRAFTED, warm=True
     ),
 }
 """What else the authors of TNT ran on the autoencoder: baselines, not compared at their best."""

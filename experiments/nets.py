@@ -1,9 +1,10 @@
-"""The nets of the experiments on classification, and the autoencoder.
+"""The nets of the experiments.
 
-The former take images [N, H, W, C] with pixels in [0, 1] and return logits [N, 10]. `train` says whether batch norm
-takes the moments of the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+They take images [N, H, W, C] with pixels in [0, 1] or rows [N, I]. `train` says whether batch norm takes the moments of
+the batch, and updates its averages, or takes the averages; the nets without one ignore it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,24 +12,62 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-class Autoencoder(nn.Module):
-    """Dense layers with ReLU, but for the code and the outputs; weights and biases uniform in +-1/sqrt(fan in).
+class Perceptron(nn.Module):
+    """Dense layers.
 
     Attributes:
-        widths: of the hidden layers of the encoder, the code last; the decoder mirrors them.
+        widths: of the hidden layers.
+        outputs: of the last layer; None for as many as there are inputs.
+        linear: the hidden layer without an activation, if there is one.
+        activation: of the others.
+        uniform: whether weights and biases start uniform in +-1/sqrt(fan in), else as Flax has them.
     """
 
     widths: tuple[int, ...]
+    outputs: int | None = None
+    linear: int | None = None
+    activation: Callable[[Any], Any] = nn.tanh
+    uniform: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """Rows [N, D] -> outputs [N, D]."""
-        code = len(self.widths) - 1
-        widths = (*self.widths, *self.widths[-2::-1], x.shape[-1])
-        for index, width in enumerate(widths):
-            x = nn.Dense(width, **uniform(x.shape[-1]))(x)
-            x = x if index in (code, len(widths) - 1) else nn.relu(x)
+        """Inputs [N, ...] -> outputs [N, O]."""
+        x = x.reshape(len(x), -1)
+        for index, width in enumerate((*self.widths, self.outputs or x.shape[-1])):
+            x = nn.Dense(width, **start(x.shape[-1], self.uniform))(x)
+            x = x if index in (self.linear, len(self.widths)) else self.activation(x)
         return x
+
+
+def autoencoder(widths: tuple[int, ...]) -> Perceptron:
+    """The autoencoder of the papers with ReLU: an encoder with a linear code at its end, and its mirror image."""
+    return Perceptron((*widths, *widths[-2::-1]), linear=len(widths) - 1, activation=nn.relu, uniform=True)
+
+
+class Convnet(nn.Module):
+    """Convolutions of 3x3, then dense layers; ReLU between them.
+
+    Attributes:
+        channels: of the convolutions.
+        strides: of the convolutions.
+        hidden: widths of the hidden dense layers.
+        uniform: as in `Perceptron`.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    hidden: tuple[int, ...] = ()
+    uniform: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Images [N, H, W, C] -> logits [N, 10]."""
+        for channels, stride in zip(self.channels, self.strides, strict=True):
+            x = nn.relu(nn.Conv(channels, (3, 3), stride, **start(9 * x.shape[-1], self.uniform))(x))
+        x = x.reshape(len(x), -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, **start(x.shape[-1], self.uniform))(x))
+        return nn.Dense(10, **start(x.shape[-1], self.uniform))(x)
 
 
 class ThreeConvolutions(nn.Module):
@@ -41,67 +80,11 @@ class ThreeConvolutions(nn.Module):
     def __call__(self, x, train: bool = False):
         """Images [N, 28, 28, 1] -> logits [N, 10]."""
         for _ in range(3):
-            x = nn.relu(nn.Conv(self.channels, (3, 3), **uniform(9 * x.shape[-1]))(x))
+            x = nn.relu(nn.Conv(self.channels, (3, 3), **start(9 * x.shape[-1]))(x))
         x = x[:, :27, :27].reshape(-1, 9, 3, 9, 3, self.channels).max((2, 4))  # on a CPU faster than `nn.max_pool`
         x = x.reshape(len(x), -1)
-        x = nn.relu(nn.Dense(self.units, **uniform(x.shape[-1]))(x))
-        return nn.Dense(10, **uniform(self.units))(x)
-
-
-class SmallConvnet(nn.Module):
-    """Two convolutions, the second of stride 2 and twice the channels, and a dense layer of logits."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, H, W, C] -> logits [N, 10]."""
-        x = nn.relu(nn.Conv(self.channels, (3, 3), **uniform(9 * x.shape[-1]))(x))
-        x = nn.relu(nn.Conv(2 * self.channels, (3, 3), 2, **uniform(9 * self.channels))(x))
-        x = x.reshape(len(x), -1)
-        return nn.Dense(10, **uniform(x.shape[-1]))(x)
-
-
-class TanhNet(nn.Module):
-    """Dense layers with tanh between them."""
-
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, H, W, C] -> logits [N, 10]."""
-        x = x.reshape(len(x), -1)
-        for width in self.widths:
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-class StridedConvnet(nn.Module):
-    """Convolutions of 3x3 and stride 2, then two dense layers; ReLU between them."""
-
-    channels: tuple[int, ...]
-    hidden: int
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, H, W, C] -> logits [N, 10]."""
-        for channels in self.channels:
-            x = nn.relu(nn.Conv(channels, (3, 3), strides=2)(x))
-        x = nn.relu(nn.Dense(self.hidden)(x.reshape(len(x), -1)))
-        return nn.Dense(10)(x)
-
-
-class ThreeStages(nn.Module):
-    """Three convolutions of 3x3, the second and the third of stride 2, with ReLU, and a dense layer of logits."""
-
-    channels: tuple[int, int, int]
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, H, W, C] -> logits [N, 10]."""
-        for channels, stride in zip(self.channels, (1, 2, 2), strict=True):
-            x = nn.relu(nn.Conv(channels, (3, 3), strides=stride)(x))
-        return nn.Dense(10)(x.reshape(len(x), -1))
+        x = nn.relu(nn.Dense(self.units, **start(x.shape[-1]))(x))
+        return nn.Dense(10, **start(self.units))(x)
 
 
 class Transformer(nn.Module):
@@ -159,7 +142,7 @@ class ResNet(nn.Module):
         for stage in range(3):
             for block in range(blocks):
                 x = Block(self.channels * 2**stage, 2 if stage and not block else 1)(x, train)
-        return nn.Dense(10, kernel_init=KAIMING, bias_init=uniform(x.shape[-1])["bias_init"])(x.mean((1, 2)))
+        return nn.Dense(10, kernel_init=KAIMING, bias_init=start(x.shape[-1])["bias_init"])(x.mean((1, 2)))
 
 
 CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -190,10 +173,10 @@ def _norm(train: bool) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=0.9)
 
 
-def uniform(fan_in: int) -> dict[str, Any]:
-    """The initializers of a layer: weights and biases uniform in +-1/sqrt(fan in)."""
+def start(fan_in: int, uniform: bool = True) -> dict[str, Any]:
+    """The initializers of a layer: weights and biases uniform in +-1/sqrt(fan in), or those of Flax."""
 
     def draw(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-    return {"kernel_init": draw, "bias_init": draw}
+    return {"kernel_init": draw, "bias_init": draw} if uniform else {}

@@ -6,7 +6,7 @@ equation in one begins as a sine, and its solution is an integral of Cole and Ho
 would, by `jax.grad` and `jax.jvp`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import natgrad_jax as ng
+from experiments.data import Part
 
 Name = Literal["poisson 2d", "poisson 5d", "heat 4+1d", "burgers 1+1d"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -105,25 +106,62 @@ EQUATIONS: dict[Name, Equation] = {
 
 
 class Task(NamedTuple):
-    """An equation with its points, as what an optimizer needs.
+    """An equation with its points, as what a `running.Runner` trains.
 
     Attributes:
-        params: the first parameters.
-        loss: the two terms.
-        inputs: points of either.
-        targets: what they are compared with.
-        error: parameters -> the relative L2 error at points that were not trained on.
-        value: parameters, inputs, targets -> the loss, without any capture.
-        net: parameters, points [M, d] -> values [M].
+        equation: the equation.
+        batch: points of the two terms, and what they are compared with.
+        seed: of the first parameters.
+        options: none.
     """
 
-    params: Any
-    loss: ng.Terms
-    inputs: dict[str, Any]
-    targets: dict[str, Any]
-    error: Callable[[Any], Any]
-    value: Callable[..., Any]
-    net: Callable[[Any, Any], Any]
+    equation: Equation
+    batch: Part
+    seed: int = 0
+    options: Mapping[str, Any] = {}
+
+    def init(self, key: Any) -> Any:
+        """The first parameters, by Glorot."""
+        widths = len(self.equation.low), *self.equation.widths, 1
+        keys, make = jax.random.split(key, len(widths) - 1), jax.nn.initializers.glorot_normal()
+        sizes = zip(keys, widths[:-1], widths[1:], strict=True)
+        return {"params": [{"w": make(each, (i, o), float), "b": jnp.zeros(o, float)} for each, i, o in sizes]}
+
+    @property
+    def functions(self) -> dict[str, Callable[[Any, Any], Any]]:
+        """Parameters, points -> what is trained, of either term."""
+
+        def residual(params, x):
+            return jax.vmap(lambda point: self.equation.residual(lambda y: net(params, y), point))(x)[:, None]
+
+        return {"inside": residual, "edge": lambda params, x: net(params, x)[:, None]}
+
+    def loss(self, variables: Any, x: Any, y: Any) -> Any:
+        """The loss, without any capture."""
+        outputs = {name: function(variables["params"], x[name]) for name, function in self.functions.items()}
+        return sum(jnp.mean((outputs[name] - y[name]) ** 2) / 2 for name in outputs)
+
+    def capture(self, labels: Any) -> "Watched":
+        """What watches the two terms."""
+        del labels
+        options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
+        terms = {name: ng.capture(f, ng.losses.squared_error, **options) for name, f in self.functions.items()}
+        return Watched(ng.terms(terms))
+
+
+class Watched(NamedTuple):
+    """The terms as a function of variables."""
+
+    terms: ng.Terms
+
+    def layers(self, variables: Any, x: Any) -> Any:
+        """Of the net."""
+        return self.terms.layers(variables["params"], x)
+
+    def value_and_grad(self, variables: Any, x: Any, y: Any, key: Any) -> Any:
+        """Loss, gradient by the parameters, curvature."""
+        del key
+        return self.terms.value_and_grad(variables["params"], x, y)
 
 
 def net(params: Any, x: Any) -> Any:
@@ -132,16 +170,6 @@ def net(params: Any, x: Any) -> Any:
     for layer in hidden:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
     return (x @ last["w"] + last["b"])[..., 0]
-
-
-def initial(widths: tuple[int, ...], key: Any) -> list[dict[str, Any]]:
-    """Parameters of a net, by Glorot."""
-    keys = jax.random.split(key, len(widths) - 1)
-    make = jax.nn.initializers.glorot_normal()
-    return [
-        {"w": make(each, (size, after), float), "b": jnp.zeros(after, float)}
-        for each, size, after in zip(keys, widths[:-1], widths[1:], strict=True)
-    ]
 
 
 def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndarray:
@@ -159,44 +187,26 @@ def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndar
     return points
 
 
-def task(equation: Equation, seed: int, scale: float = 1.0, tests: int = 2000) -> Task:
-    """An equation with points, a net and its two terms.
-
-    Args:
-        equation: the equation.
-        seed: of points and parameters.
-        scale: of the numbers of points.
-        tests: points of the error.
-
-    Returns:
-        The task, in double precision where that is enabled.
-    """
+def points(equation: Equation, seed: int, scale: float = 1.0) -> Part:
+    """Points inside and at the edge, `scale` times as many, with zeros and the values of the solution."""
     random = np.random.default_rng(seed)
     inside, outside = (max(4, int(scale * count)) for count in equation.points)
-    inputs = {
-        "inside": jnp.asarray(random.uniform(equation.low, equation.high, (inside, len(equation.low)))),
-        "edge": jnp.asarray(edge(equation, outside, random)),
+    found = {
+        "inside": random.uniform(equation.low, equation.high, (inside, len(equation.low))),
+        "edge": edge(equation, outside, random),
     }
-    values = jnp.asarray(equation.solution(inputs["edge"]))
-    targets = {"inside": jnp.zeros((inside, 1)), "edge": values[:, None]}
-    seen = jnp.asarray(np.random.default_rng(10_000).uniform(equation.low, equation.high, (tests, len(equation.low))))
-    right = jnp.asarray(equation.solution(seen))
+    targets = {"inside": np.zeros((inside, 1)), "edge": np.asarray(equation.solution(found["edge"]))[:, None]}
+    x, y = jax.tree.map(jnp.asarray, (found, targets))
+    return Part(x, y)
 
-    def residual(params, x):
-        return jax.vmap(lambda point: equation.residual(lambda y: net(params, y), point))(x)[:, None]
 
-    def values_of(params, x):
-        return net(params, x)[:, None]
+def error(equation: Equation, tests: int = 2000) -> Callable[[Any], float]:
+    """Variables -> the relative L2 error at points that were not trained on."""
+    seen = np.random.default_rng(10_000).uniform(equation.low, equation.high, (tests, len(equation.low)))
+    right, seen = jnp.asarray(equation.solution(seen)), jnp.asarray(seen)
 
-    functions = {"inside": residual, "edge": values_of}
-    options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
-    captures = {name: ng.capture(f, ng.losses.squared_error, **options) for name, f in functions.items()}
+    @jax.jit
+    def of(variables):
+        return jnp.linalg.norm(net(variables["params"], seen) - right) / jnp.linalg.norm(right)
 
-    def error(params):
-        return jnp.linalg.norm(net(params, seen) - right) / jnp.linalg.norm(right)
-
-    def value(params, inputs, targets):
-        return sum(jnp.mean((f(params, inputs[name]) - targets[name]) ** 2) / 2 for name, f in functions.items())
-
-    params = initial((len(equation.low), *equation.widths, 1), jax.random.key(seed))
-    return Task(params, ng.terms(captures), inputs, targets, error, value, net)
+    return lambda variables: float(of(variables))

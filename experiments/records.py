@@ -1,11 +1,10 @@
 """What an experiment has found, line by line, and the states from which its runs go on.
 
-A record is a dictionary, and a line of JSON; what tells it from all others is its key, a part of it. Whoever is about
-to do some work looks with `kept` for a record that has the key, and adds one with `keep` when it is done.
+A record is a dictionary, and a line of JSON. Its key, a part of it, tells it from all others. Whoever is about to do
+some work looks with `kept` for records with the key, and adds one with `keep` when it is done.
 
-A process can be killed at any moment. In the middle of a line: then the half line is left out, with a warning, and the
-next record begins on a line of its own. In the middle of a state: then the one before it is still whole, since a state
-is written beside it and takes its place in one stroke.
+A process can be killed at any moment. Half a line is left out, with a warning, and the next record begins on a line of
+its own. A state is written beside the one before it and takes its place in one stroke.
 """
 
 import json
@@ -52,9 +51,14 @@ def keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.write(text.encode())
 
 
-def finite(number: float, digits: int) -> float | None:
+def finite(number: Any, digits: int) -> float | None:
     """A number for a line of JSON; None if it is not finite."""
     return round(float(number), digits) if np.isfinite(number) else None
+
+
+def significant(number: Any, digits: int = 6) -> float | None:
+    """A number with so many significant digits; None if it is not finite."""
+    return float(f"{number:.{digits}g}") if np.isfinite(number) else None
 
 
 def machine() -> dict[str, Any]:
@@ -67,13 +71,18 @@ def machine() -> dict[str, Any]:
     return {"jax": jax.__version__, "device": f"{cores} CPU core{'s' * (cores != 1)}"}
 
 
-class State(NamedTuple):
-    """Where a run stands.
+def numbers(records: Iterable[Mapping[str, Any]], entry: str) -> np.ndarray:
+    """An entry of records; infinite where it is None, as where a run has diverged."""
+    return np.array([np.inf if record[entry] is None else record[entry] for record in records], float)
 
-    Attributes:
-        leaves: the arrays of it.
-        rows: its records up to there.
-    """
+
+def by_seed(seeds: list[Records], entry: str) -> np.ndarray:
+    """An entry of the records of a run by seed [seeds, epochs + 1]."""
+    return np.stack([numbers(records, entry) for records in seeds])
+
+
+class State(NamedTuple):
+    """Where a run stands: its arrays, and its records up to there."""
 
     leaves: list[np.ndarray]
     rows: Records

@@ -1,39 +1,21 @@
 """What do a step, its compilation and its memory cost, in units of Adam's on the same model?
 
-Three models: the MNIST autoencoder of the papers (784-1000-500-250-30-250-500-1000-784, ReLU, batch 500), a small
-convolutional network (16, 32 and 64 channels, strides 1, 2 and 2, dense head, 28 x 28, batch 128), and, where it is
-asked for, a transformer (4 layers of 256, vocabulary 8,192, context 128, 8 sequences). The inputs are noise: a step
-costs the same on noise. Every method of the package, SGD with momentum and, where it can be imported (its release wants
-jax <= 0.9.1), kfac-jax with fixed settings; each with statistics at every step and a refresh at every 10th, and with
-statistics at every 10th and a refresh at every 100th. What EKFAC, TEKFAC and SOAP measure in their basis goes with the
-statistics; TENGraD takes its statistics where it refreshes, K-BFGS refreshes nothing. "rank" is `rank="auto"`.
+Three models: the MNIST autoencoder of the papers, a small convolutional network (16, 32 and 64 channels, 28 x 28, batch
+128), and, where it is asked for, a transformer (4 layers of 256, vocabulary 8,192, context 128, 8 sequences). The
+inputs are noise: a step costs the same on noise. Every method is there with statistics at every step and a refresh at
+every 10th, and with 10 and 100; where it can be imported kfac-jax, too, of which only step and held are known. Each is
+made, measured and dropped in one process with an Adam of its own, and all figures are over this Adam's:
 
-Each method is made, measured and dropped in one process with an Adam of its own, and all figures are over this Adam's,
-so that a busy machine spoils both alike:
-
-    step      median over rounds of the time of a block of steps over that of Adam's block just before it. A block
-              holds whole periods. What comes with the first step alone is not in it.
-    compile   seconds of tracing, lowering and compiling the jitted step, with JAX's caches empty. A refresh and
-              statistics are branches of that one program.
-    held      bytes of the parameters and of the optimizer's state, which stay between the steps.
-    peak      bytes that the compiled step needs at once by XLA's account: arguments, outputs and scratch, less what an
-              output takes over from an argument. The branches share their scratch, so it is that of the dearest,
-              whether or not a step takes it. LAPACK's own workspace on a CPU is not in it.
-    p95       of single steps over two periods, the 95th percentile over the median: what a refresh costs the step that
-              has it. Each of them waits for its end.
-    program   lines of the compiled program, in XLA's text.
-
-Of kfac-jax, which owns its loop and its programs, only step and held.
+    step      median over rounds of a block of steps over Adam's block just before it; a block holds whole periods
+    compile   seconds of tracing, lowering and compiling the jitted step, with JAX's caches empty
+    held      bytes of the parameters and of the optimizer's state, which stay between the steps
+    peak      bytes that the compiled step needs at once by XLA's account, without LAPACK's own workspace
+    p95       of single steps over two periods, the 95th percentile over the median
+    program   lines of the compiled program, in XLA's text
 
 Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with statistics every 10 and inverses every 100
-steps, and more for the methods with an eigenbasis or a root. Adam holds three arrays of the size of the parameters.
-K-FAC holds two, parameters and momentum, and two pairs of factors: for a layer of I x O, 2 (I^2 + O^2) / (I O) times
-its weights, which is 4 where it is square and 600 for the head of the convnet, 3136 x 10. To compile, a program with
-branches for statistics and refreshes takes several times as long as Adam's.
-
-glibc returns blocks above 32 MB to the system at once, so a step whose scratch memory is larger than that faults it in
-again page by page, which takes more than half of Adam's time on these models. `make bench` sets the variables that
-keep it.
+steps, and more for methods with an eigenbasis or a root. `make bench` sets the variables that keep glibc from returning
+scratch memory to the system after every step, which takes more than half of Adam's time otherwise.
 
     make bench                                        (some 20 minutes)
     make bench ARGS="--models cnn --methods K-FAC SOAP"
@@ -42,24 +24,143 @@ keep it.
 A record is kept as soon as a method is measured; table and picture show the newest of each that this machine made.
 """
 
+import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import tyro
+from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import natgrad_jax as ng
+from experiments import figures, nets
+from experiments.data import Part
+from experiments.figures import shown
+from experiments.methods import ADAPTIVE, periods
 from experiments.records import Records, finite, keep, kept, machine
-from experiments.stepping import ADAM, METHODS, MODELS, Method, Peer, Problem, Runner, problem
-from experiments.training import Setting
+from experiments.running import Labels, Make, Peer, Runner, Setting, Task, has_peer
+
+
+class Method(NamedTuple):
+    """A method at its periods.
+
+    Attributes:
+        name: for people.
+        of: its name in the package it comes from.
+        make: setting, layers -> optimizer; None for what owns its loop.
+        statistics_every: steps between statistics, if it has such a period.
+        refresh_every: steps between refreshes, if it has such a period.
+        labels: of the curvature; None for plain gradients.
+    """
+
+    name: str
+    of: str
+    make: Make | None
+    statistics_every: int | None = None
+    refresh_every: int | None = None
+    labels: Labels | None = None
+
+    @property
+    def period(self) -> int:
+        """Steps after which everything has come round."""
+        return math.lcm(self.statistics_every or 1, self.refresh_every or 1)
+
+
+FREQUENT, RARE = (1, 10), (10, 100)
+
+
+def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sampled", **options: Any) -> list[Method]:
+    """A method of the package at pairs of periods, of statistics and of refreshes, as far as it has such keywords."""
+    found, of = [], method.__name__
+    for often in (FREQUENT, *between, RARE):
+        given = periods(of, *often) | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False})
+
+        def make(setting: Setting, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
+            return method(
+                layers=layers, **{"learning_rate": setting.rate, "damping": setting.damping} | given | options
+            )
+
+        found.append(Method(name, of, make, given.get("statistics_every"), given.get("refresh_every"), labels))
+    return found
+
+
+ADAM = Method("Adam", "adam", lambda setting, _: optax.adam(setting.rate))
+STEADY: dict[str, Any] = {name: ADAPTIVE[name] for name in ("learning_rate", "momentum")} | {
+    "damping": ng.adaptive_damping(calibration=0)  # which would test each of the first steps
+}
+METHODS = (
+    ADAM,
+    Method("SGD-m", "sgd", lambda setting, _: optax.sgd(setting.rate, 0.9)),
+    *ours("K-FAC", ng.kfac, (10, 10)),
+    *ours("K-FAC, adaptive", ng.kfac, **STEADY),
+    *ours("TKFAC", ng.tkfac),
+    *ours("EKFAC", ng.ekfac),
+    *ours("K-FAC, rank", ng.kfac, rank="auto"),
+    *ours("EKFAC, rank", ng.ekfac, rank="auto"),
+    *ours("K-FAC, rolling", ng.kfac, rolling=True),
+    *ours("TEKFAC", ng.tekfac),
+    *ours("TENGraD", ng.tengrad),
+    *ours("K-BFGS", ng.kbfgs, labels="true"),
+    *ours("K-BFGS(L)", ng.kbfgs, labels="true", memory=100),
+    *ours("TNT", ng.tnt),
+    *ours("MBF", ng.mbf),
+    *ours("Shampoo, grafted", ng.shampoo, graft_to="adam"),
+    *ours("SOAP", ng.soap),
+    *([Method("kfac-jax", "kfac-jax", None, *FREQUENT)] if has_peer() else ()),
+)
+
+TOKENS = 8192
+MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "autoencoder": (nets.autoencoder((1000, 500, 250, 30)), (500, 784)),
+    "cnn": (nets.Convnet((16, 32, 64), (1, 2, 2)), (128, 28, 28, 1)),
+    "transformer": (nets.Transformer(layers=4, width=256, heads=4, tokens=TOKENS), (8, 128)),
+    "tiny": (nets.Perceptron((8,), 10), (16, 12)),
+}
+"""A model and the shape of its inputs."""
+
+
+def noise(name: str, seed: int) -> Task:
+    """The model of that name with a batch of noise."""
+    model, shape = MODELS[name]
+    if name == "transformer":
+        x = jax.random.randint(jax.random.key(seed), shape, 0, TOKENS)
+    else:
+        x = jax.random.uniform(jax.random.key(seed), shape)
+    if name == "autoencoder":
+        return Task(model, ng.losses.sigmoid_binary_cross_entropy, Part(x, x), seed)
+    y = jnp.roll(x, -1, axis=1) if name == "transformer" else jnp.arange(len(x)) % 10
+    return Task(model, ng.losses.softmax_cross_entropy, Part(x, y), seed)
+
+
+def made(method: Method, task: Task, setting: Setting) -> Any:
+    """A method compiled on a task, after its first step."""
+    if method.make:
+        runner: Any = Runner(method.make, setting, task, method.labels, cold=True)
+    else:
+        options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
+        runner = Peer(task, False, setting.damping, **options)
+        runner.begin(setting)
+    runner.run([task.batch])
+    return runner
+
+
+def peak(found: Any) -> int | None:
+    """Bytes that a program needs at once, by what XLA says of it; None if it says nothing."""
+    if found is None:
+        return None
+    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
+    return sum(sizes) - found.alias_size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -89,32 +190,29 @@ class Config:
     smoke: bool = False
 
 
-def measure(name: str, given: Problem, method: Method, config: Config) -> dict[str, Any]:
-    """One method on one model, and an Adam in turn with it.
-
-    Args:
-        name: of the model.
-        given: the model.
-        method: to measure.
-        config: the numbers.
-
-    Returns:
-        A record: what was measured, with units, and its ratios to Adam's without; None for what could not be.
-    """
+def measure(name: str, task: Task, method: Method, config: Config) -> dict[str, Any]:
+    """One method on one model, and an Adam in turn with it: what was measured, with units, and its ratios without."""
     setting = Setting(config.learning_rate, config.damping)
-    base = Runner(ADAM, given, setting)
-    runner = base if method is ADAM else (Runner if method.make else Peer)(method, given, setting)
-    steps = config.block + -config.block % method.period
-    mine, adams = [], []
+    base = made(ADAM, task, setting)
+    runner = base if method is ADAM else made(method, task, setting)
+
+    def block(runner: Any, steps: int) -> float:
+        return runner.run([task.batch] * steps)[1] / steps
+
+    steps, mine, adams = config.block + -config.block % method.period, [], []
     for _ in range(config.rounds):
-        adams.append(base.block(config.block) / config.block)
-        mine.append(adams[-1] if runner is base else runner.block(steps) / steps)
+        adams.append(block(base, config.block))
+        mine.append(adams[-1] if runner is base else block(runner, steps))
     ratios = [one / other for one, other in zip(mine, adams, strict=True)]
-
-    def over(one: float | None, other: float | None) -> float | None:
-        return finite(one / other, 3) if one and other else None
-
-    singles = sorted(runner.block(1) for _ in range(max(40, 2 * method.period)))
+    singles = sorted(block(runner, 1) for _ in range(max(40, 2 * method.period)))
+    sizes = {"compile_seconds": [each.compile_seconds for each in (runner, base)]}
+    sizes |= {"held_bytes": [each.held for each in (runner, base)]}
+    sizes |= {"peak_bytes": [each.program and peak(each.program.memory_analysis()) for each in (runner, base)]}
+    sizes |= {"program_lines": [each.program and (each.program.as_text() or "").count("\n") for each in (runner, base)]}
+    found: dict[str, Any] = {}
+    for entry, (one, other) in sizes.items():
+        found[entry] = one and finite(one, 3)
+        found[entry.split("_")[0]] = finite(one / other, 3) if one and other else None
     return {
         "model": name,
         "method": method.name,
@@ -125,30 +223,13 @@ def measure(name: str, given: Problem, method: Method, config: Config) -> dict[s
         "step": finite(statistics.median(ratios), 3),
         "least": finite(min(ratios), 3),
         "most": finite(max(ratios), 3),
-        "compile_seconds": runner.seconds and finite(runner.seconds, 3),
-        "compile": over(runner.seconds, base.seconds),
-        "held_bytes": runner.held,
-        "held": over(runner.held, base.held),
-        "peak_bytes": runner.peak,
-        "peak": over(runner.peak, base.peak),
-        "p95": over(float(np.percentile(singles, 95)), statistics.median(singles)),
-        "program_lines": runner.lines,
-        "program": over(runner.lines, base.lines),
+        "p95": finite(np.percentile(singles, 95) / statistics.median(singles), 3),
+        **found,
     }
 
 
 def run(config: Config) -> Records:
-    """Measure every method that is asked for on every model, and keep the records.
-
-    Args:
-        config: every number.
-
-    Returns:
-        The newest records that this machine made of these models, in the order of the methods.
-
-    Raises:
-        ValueError: if there is no model or no method of a name.
-    """
+    """Measure and keep what is asked for; the newest records of this machine. A `ValueError` for an unknown name."""
     names = {name for method in METHODS for name in (method.name, method.of)}
     for asked, there in ((config.models, set(MODELS)), (config.methods, names)):
         if unknown := set(asked) - there:
@@ -158,11 +239,10 @@ def run(config: Config) -> Records:
         for method in METHODS
         if not config.methods or method is ADAM or {method.name, method.of} & set(config.methods)
     ]
-    path = config.output / "speed.jsonl"
-    Runner(ADAM, problem("tiny", config.seed), Setting(0.0))  # a process loads the compiler with its first program
-    problems = {name: problem(name, config.seed) for name in config.models}
-    for name, method in track([(name, method) for name in problems for method in wanted], "measuring"):
-        keep(path, [measure(name, problems[name], method, config)])
+    path, tasks = config.output / "speed.jsonl", {name: noise(name, config.seed) for name in config.models}
+    made(ADAM, noise("tiny", config.seed), Setting(0.0))  # a process loads the compiler with its first program
+    for name, method in track([(name, method) for name in tasks for method in wanted], "measuring"):
+        keep(path, [measure(name, tasks[name], method, config)])
     return [record for record in newest(kept(path, machine())) if record["model"] in config.models]
 
 
@@ -187,45 +267,24 @@ COLORS = ("#1f5f99", "#a9c4de")
 
 def table(records: Records) -> Table:
     """Every figure, with its ratio to Adam's."""
-    result = Table(
-        title="A step, its compilation and its memory, over those of Adam (x Adam)",
-        caption="A step: median over rounds, and their range; held: parameters and state; MB are a million bytes.",
-        caption_justify="left",
-    )
-    for heading in ("model", "method"):
-        result.add_column(heading)
-    for heading in ("statistics", "refresh", "ms", "x Adam", "range", "compile s", "x Adam", "held MB", "x Adam"):
-        result.add_column(heading, justify="right")
-    for heading in ("peak MB", "x Adam"):
-        result.add_column(heading, justify="right")
-    later = [name for name in LATER if any(record.get(name) for record in records)]
-    for name in later:
-        result.add_column(LATER[name], justify="right")
-    before = None
+    later, rows = [name for name in LATER if any(record.get(name) for record in records)], []
     for record in records:
-        if before not in (None, record["model"]):
-            result.add_section()
-        before = record["model"]
-        periods = (str(record[name] or "") for name in ("statistics_every", "refresh_every"))
+        held, peak = ((record[f"{name}_bytes"] or np.nan) / 1e6 for name in ("held", "peak"))
         spread = "-".join(shown(record[name]) for name in ("least", "most"))
-        megabytes = {name: (record[f"{name}_bytes"] or np.nan) / 1e6 for name in ("held", "peak")}
-        result.add_row(
-            record["model"],
-            record["method"],
-            *periods,
-            *(shown(record["milliseconds"]), shown(record["step"]), spread),
-            *(shown(record["compile_seconds"]), shown(record["compile"])),
-            *(cell for name in megabytes for cell in (shown(megabytes[name]), shown(record[name]))),
-            *(shown(record.get(name)) for name in later),
-        )
-    return result
-
-
-def shown(number: float | None) -> str:
-    """A number with three digits; a dash if there is none."""
-    if number is None or not np.isfinite(number):
-        return "-"
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+        times = shown(record["milliseconds"]), shown(record["step"]), spread, shown(record["compile_seconds"])
+        sizes = shown(record["compile"]), shown(held), shown(record["held"]), shown(peak), shown(record["peak"])
+        every = (str(record[name] or "") for name in ("statistics_every", "refresh_every"))
+        others = (shown(record.get(name)) for name in later)
+        rows.append((record["model"], record["method"], *every, *times, *sizes, *others))
+    ratio, periods = "x Adam", ("statistics", "refresh")
+    return figures.table(
+        "A step, its compilation and its memory, over those of Adam (x Adam)",
+        ("model", "method", *periods, "ms", ratio, "range", "compile s", ratio, "held MB", ratio, "peak MB", ratio)
+        + tuple(LATER[name] for name in later),
+        rows,
+        "A step: median over rounds, and their range; held: parameters and state; MB are a million bytes.",
+        names=2,
+    )
 
 
 def label(record: dict[str, Any]) -> str:
@@ -239,15 +298,9 @@ def picture(records: Records) -> Figure:
     models = list(dict.fromkeys(record["model"] for record in records))
     rows = [[record for record in records if record["model"] == model] for model in models]
     heights = [len(row) for row in rows]
-    figure, axes = plt.subplots(
-        len(models),
-        len(FIGURES),
-        figsize=(16, 1.2 + sum(0.9 + 0.27 * height for height in heights)),
-        gridspec_kw={"height_ratios": [height + 3 for height in heights]},
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
-    )
+    size = (16, 1.2 + sum(0.9 + 0.27 * height for height in heights))
+    ratios = {"height_ratios": [height + 3 for height in heights]}
+    figure, axes = figures.panels(len(models), len(FIGURES), figsize=size, gridspec_kw=ratios, sharey="row")
     for model, row, line in zip(models, rows, axes, strict=True):
         for axis, (title, ratios) in zip(line, FIGURES.values(), strict=True):
             bars(axis, row, ratios)
@@ -279,13 +332,10 @@ def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
     found = values[np.isfinite(values)]
     if len(found) and found.max() > 10 * found.min():
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
+        figures.plain(axis.xaxis, "")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.margins(x=0.16, y=0.01)
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    figures.clean([axis], axis="x", alpha=0.25)
 
 
 def main(config: Config) -> None:
@@ -293,11 +343,8 @@ def main(config: Config) -> None:
     if config.smoke:
         config = replace(config, output=config.output / "smoke", models=("tiny",), methods=("TENGraD", "MBF"), rounds=1)
     jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
-    records, console = run(config), Console(width=160)
-    console.print(table(records))
-    path = config.output / "speed.png"
-    picture(records).savefig(path, dpi=110)
-    console.print(f"Picture: {path}")
+    records = run(config)
+    figures.present([table(records)], picture(records), config.output / "speed.png")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def test_every_cell_is_measured_and_shown(config):
         formula = 4 * (2 * width * batch + batch**2), 16 * width**2  # rows and kernel; factors and their inverses
         for size, least in zip(record["bytes"], formula, strict=True):
             assert least < size < least + 64  # counters
-    assert crossover.table(records, config).row_count == 2
-    assert len(crossover.picture(records, config).axes) == 3
+    assert crossover.table(records).row_count == 2
+    assert len(crossover.picture(records).axes) == 3
 
 
 @pytest.mark.slow

@@ -150,13 +150,13 @@ def test_offline_an_experiment_goes_on_with_the_digits_under_their_own_name_unle
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
-    what = problems.reconstruction(name) if name in ("mnist", "faces") else problems.problem(name, 4)
-    found = what.load(None)
+    what = problems.reconstruction(name) if name in ("mnist", "faces") else problems.classification(name, 4)
+    found = what.data(None)
     size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[name]
     assert found.name == "digits" and found.train.images.shape == (1500, *size)
     assert "Going on with the digits" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(FileNotFoundError, match="is missing"):
-        what.load(tmp_path)
+        what.data(tmp_path)
 
 
 def test_digits_come_in_the_size_of_other_images():

@@ -8,18 +8,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import records, speed, stepping
-from experiments.training import Setting
+from experiments import records, speed
+from experiments.running import Runner, Setting
 from tests import methods_table as table_of
 
 SETTING = Setting(1e-6, 1.0)
+FEW = ("Adam", "K-FAC")
+STEPPED = [
+    pytest.param(name, marks=() if name in FEW else pytest.mark.full)
+    for name in dict.fromkeys(method.name for method in speed.METHODS if method.make)
+]
+"""Methods; the registry of `methods` makes each of them."""
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """SGD and TENGraD on the tiny net; the tests that follow find what was compiled before."""
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
-    monkeypatch.setattr(speed, "METHODS", [method for method in stepping.METHODS if method.refresh_every != 100])
+    monkeypatch.setattr(speed, "METHODS", [method for method in speed.METHODS if method.refresh_every != 100])
     return speed.Config(output=tmp_path, models=("tiny",), methods=("sgd", "TENGraD"), rounds=2, block=3)
 
 
@@ -55,7 +61,7 @@ def test_every_method_is_measured_beside_adam_kept_and_shown(config):
 
 
 def test_only_the_newest_record_of_this_machine_is_shown(config, monkeypatch):
-    monkeypatch.setattr(speed, "Runner", lambda *_: None)
+    monkeypatch.setattr(speed, "made", lambda *_: None)
     steps = iter((2.0, 3.0))
     monkeypatch.setattr(speed, "measure", lambda *_: record("Adam", step=next(steps), refresh_every=None))
     monkeypatch.setattr(speed, "METHODS", (speed.ADAM,))
@@ -84,34 +90,34 @@ def test_the_picture_has_a_bar_for_every_number_and_a_log_axis_where_ratios_spre
 
 
 def test_a_backend_that_says_nothing_of_memory_leaves_no_peak():
-    assert stepping.peak(None) is None
+    assert speed.peak(None) is None
     names = ("argument", "temp", "output", "alias")
     found = SimpleNamespace(**{f"{name}_size_in_bytes": 10**power for power, name in enumerate(names)})
-    assert stepping.peak(found) == 1 + 10 + 100 - 1000
+    assert speed.peak(found) == 1 + 10 + 100 - 1000
 
 
 def test_every_method_of_the_package_occurs_often_and_rarely():
-    ours = [method for method in stepping.METHODS if method.labels]
+    ours = [method for method in speed.METHODS if method.labels]
     assert {method.of for method in ours} == {name.split()[0] for name in table_of.ALL_NAMES}
     for name in {method.name for method in ours}:
         assert len({method[3:5] for method in ours if method.name == name}) >= 2
-    assert len({method[:1] + method[3:5] for method in stepping.METHODS}) == len(stepping.METHODS)
+    assert len({method[:1] + method[3:5] for method in speed.METHODS}) == len(speed.METHODS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", dict.fromkeys(method.name for method in stepping.METHODS if method.make))
+@pytest.mark.parametrize("name", STEPPED)
 def test_a_step_of_every_method_leaves_a_state_of_the_same_shapes(name):
-    given = stepping.problem("tiny", 0)
-    method = next(method for method in stepping.METHODS if method.name == name)
-    step, init = stepping.program(method, given, SETTING)
-    before = given.params, jax.eval_shape(init, given.params)
-    after = jax.eval_shape(step, *before, given.inputs, given.targets, jax.random.key(0))
+    task = speed.noise("tiny", 0)
+    method = next(method for method in speed.METHODS if method.name == name)
+    runner = Runner(method.make, SETTING, task, method.labels)
+    before = jax.eval_shape(lambda: runner.carry)
+    after, _ = jax.eval_shape(runner._steps, before, *task.batch, jax.random.key(0), SETTING)
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (before, after)]
     assert shapes[0] == shapes[1]
 
 
 def test_a_block_holds_whole_periods():
-    periods = {(method.name, *method[3:5]): method.period for method in stepping.METHODS}
+    periods = {(method.name, *method[3:5]): method.period for method in speed.METHODS}
     assert periods["Adam", None, None] == 1
     assert periods["K-FAC", 10, 100] == periods["TENGraD", None, 100] == 100
     assert periods["K-BFGS", 10, None] == 10

@@ -1,14 +1,11 @@
-"""The experiment on physics-informed nets: its equations have their solutions, its runs their records."""
+"""The differential equations of the experiments have their solutions, and are a task."""
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from rich.console import Console
 
-from experiments import pde, pinn
-from experiments.tables import markdown
+from experiments import pde
 
 EXACT = {
     "poisson 2d": lambda x: jnp.prod(jnp.sin(jnp.pi * x)),
@@ -56,37 +53,16 @@ def test_points_of_the_edge_are_on_it_and_those_of_an_evolution_not_at_its_end()
         assert not equation.is_evolution or np.sum(points[:, 0] == low[0]) >= 20
 
 
-def records():
-    """Runs of two methods on two equations, one of them lost."""
-    found = []
-    for equation, errors in {"poisson 2d": (1e-6, 1e-2), "heat 4+1d": (1e-3, None)}.items():
-        for method, error in zip(("TENGraD, joint", "Adam"), errors, strict=True):
-            key = {"equation": equation, "method": method, "trial": False, "setting": 1.0, "seed": 0}
-            found.append(key | {"steps": [0, 5], "seconds": [0.0, 1.0], "errors": [1.0, error]})
-    return found
-
-
-def test_the_table_has_the_errors_and_the_ratio():
-    console = Console(width=200, record=True)
-    found = pinn.table(records(), 8.0)
-    console.print(found)
-    text = console.export_text()
-    assert "1.0e-06 (5)" in text and "10000.0" in text and "ratio" in markdown(found)
-
-
-def test_the_picture_has_a_column_for_every_equation():
-    figure = pinn.picture(records())
-    assert len(figure.axes) == 4 and {line.get_label() for line in figure.axes[0].lines} == {"TENGraD, joint", "Adam"}
-    plt.close(figure)
-
-
 @pytest.mark.slow
-def test_a_run_gives_a_record_for_every_trial_and_seed(tmp_path):
-    config = pinn.Config(tmp_path, 0.01, 0.01, 1, 0.02, ("poisson 2d",), ("Adam", "L-BFGS"))
-    pinn.main(config)
-    found = pinn.kept(tmp_path / "pinn.jsonl")
-    assert [record["trial"] for record in found] == 2 * [True, True, True, False]
-    assert all(record["errors"][-1] is not None and record["steps"][-1] > 0 for record in found)
-    assert (tmp_path / "pinn.png").exists() and "| Adam |" in (tmp_path / "pinn.md").read_text()
-    pinn.main(config)
-    assert len(pinn.kept(tmp_path / "pinn.jsonl")) == len(found)
+@pytest.mark.full
+@pytest.mark.usefixtures("x64")
+def test_the_loss_without_a_capture_is_that_of_the_two_terms_and_the_error_of_the_solution_is_one_for_zeros():
+    equation = pde.EQUATIONS["poisson 2d"]._replace(widths=(3,))
+    task = pde.Task(equation, pde.points(equation, 0, 0.02))
+    variables = task.init(jax.random.key(0))
+    out = task.capture("sampled").value_and_grad(variables, *task.batch, None)
+    value, grad = jax.value_and_grad(lambda params: task.loss({"params": params}, *task.batch))(variables["params"])
+    np.testing.assert_allclose(out.value, value)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-9), out.grad, grad)
+    zero = jax.tree.map(jnp.zeros_like, variables)
+    assert pde.error(equation)(zero) == pytest.approx(1)

@@ -1,0 +1,148 @@
+"""Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds, bands over seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.records import Records, numbers
+
+
+def table(
+    title: str, headings: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "", names: int = 1
+) -> Table:
+    """A table whose first columns are names; a line where the first of several changes."""
+    result = Table(title=title, caption=caption, caption_justify="left")
+    for index, heading in enumerate(headings):
+        result.add_column(heading, justify="left" if index < names else "right", no_wrap=index < names)
+    before = None
+    for first, *others in rows:
+        if names > 1 and before not in (None, first):
+            result.add_section()
+        before = first
+        result.add_row(first, *others)
+    return result
+
+
+def spread(values: np.ndarray, digits: int) -> str:
+    """The median of numbers [seeds], with their range if there are several; those that are not finite are counted."""
+    there = values[np.isfinite(values)]
+    if not len(there):
+        return "-"
+    text = f"{np.median(there):.{digits}f}"
+    if len(there) > 1:
+        text += f" [{there.min():.{digits}f}, {there.max():.{digits}f}]"
+    return text if len(there) == len(values) else f"{text}, {len(values) - len(there)} of {len(values)} diverged"
+
+
+def shown(number: float | None) -> str:
+    """A number with three digits; a dash if there is none."""
+    if number is None or not np.isfinite(number):
+        return "-"
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown: the title above it, the caption below."""
+    sides = {"left": "---", "right": "---:"}
+    lines = [
+        _line(str(column.header) for column in table.columns),
+        _line(sides.get(column.justify, "---") for column in table.columns),
+        *(map(_line, zip(*(map(str, column.cells) for column in table.columns), strict=True))),
+    ]
+    parts = (f"**{table.title}**" if table.title else "", "\n".join(lines), str(table.caption or ""))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+
+def present(tables: Iterable[Table], picture: Figure | None, path: Path, width: int = 160) -> None:
+    """Print tables, and write a picture."""
+    console = Console(width=width)
+    for each in tables:
+        console.print(each)
+    if picture is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(path, dpi=110)
+        plt.close(picture)
+        console.print(f"Picture: {path}")
+
+
+def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of panels [rows, columns]."""
+    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+
+
+def clean(axes: Iterable[Axes], **grid: Any) -> None:
+    """A faint grid, and no frame above and on the right."""
+    for axis in axes:
+        options: dict[str, Any] = {"alpha": 0.2} | grid
+        axis.grid(**options)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def plain(axis: Any, minor: str = "{x:g}") -> None:
+    """Numbers without powers of ten on the x or y axis."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(minor)
+
+
+def band(axis: Axes, time: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A line at the median of values [seeds, T], and their range behind it."""
+    axis.plot(time, np.median(values, axis=0), **style)
+    axis.fill_between(time, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
+
+
+def middle(runs: Records) -> dict[str, Any]:
+    """The run whose last loss is the median."""
+    ends = [np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs]
+    return runs[int(np.argsort(ends, kind="stable")[len(runs) // 2])]
+
+
+def curves(
+    rows: Records,
+    label: str,
+    *,
+    across: str = "log",
+    up: str = "log",
+    levels: Mapping[str, float] | None = None,
+    seconds: str = "seconds of training",
+) -> Figure:
+    """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
+    problems, names = ([*dict.fromkeys(row[entry] for row in rows)] for entry in ("problem", "name"))
+    figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
+    for pair, problem in zip(axes, problems, strict=True):
+        for index, name in enumerate(names):
+            runs = [row for row in rows if (row["problem"], row["name"]) == (problem, name)]
+            for run in runs:
+                thick = run is middle(runs)
+                style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
+                style |= {"linewidth": 1.8, "label": name} if thick else {"linewidth": 0.6, "alpha": 0.5}
+                losses = np.array([np.nan if loss is None else loss for loss in run["losses"]])
+                first = int(across == "log")  # there is no step 0
+                for axis, unit in zip(pair, ("seconds", "steps"), strict=True):
+                    axis.plot(run[unit][first:], losses[first:], **style)
+        for axis, unit in zip(pair, (seconds, "steps"), strict=True):
+            axis.set(xscale=across, yscale=up, xlabel=unit)
+            plain(axis.xaxis, "")
+            if levels:
+                axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
+        pair[0].set_ylabel(label)
+        pair[0].set_title(problem, loc="left", fontweight="bold")
+    clean(axes.flat)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The last losses of runs; infinite of those that diverged."""
+    return numbers(({"loss": run["losses"][-1]} for run in runs), "loss")

@@ -1,0 +1,436 @@
+"""The engine of the experiments: a method compiled on a task, steps, runs that go on, costs measured in turn.
+
+`Runner` compiles one method for all its settings, and kfac-jax has the same face (`Peer`). `resumable` takes a run from
+where it stopped to where it should end, keeping every epoch. `paced` measures what a step costs, with all methods in
+turn in one process, so that a busy machine slows all alike.
+"""
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+import natgrad_jax as ng
+from experiments.data import Part
+from experiments.records import Records, State, finite, keep, kept, machine, save, saved, state_path
+
+
+class Setting(NamedTuple):
+    """What is tuned: the learning rate and, for a second-order method, the damping."""
+
+    rate: Any
+    damping: Any = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.rate:g}" + (f", {self.damping:g}" if self.damping else "")
+
+
+Make = Callable[[Any, Any], optax.GradientTransformation]
+"""Setting, or other numbers, and layers -> the optimizer."""
+Labels = Literal["sampled", "true"]
+
+
+class Task(NamedTuple):
+    """What all methods of a comparison have in common; `pde.Task` is another one.
+
+    Attributes:
+        model: its `__call__` takes inputs and, as keywords, `options`.
+        likelihood: of its outputs.
+        batch: for shapes, with as many examples as a step has; one of them draws the parameters.
+        seed: of the initial parameters and of the labels drawn.
+        options: of the model while it trains, such as `train`.
+    """
+
+    model: nn.Module
+    likelihood: ng.losses.Likelihood
+    batch: Any
+    seed: int = 0
+    options: Mapping[str, Any] = {}
+
+    def init(self, key: jax.Array) -> Any:
+        """The first variables."""
+        return self.model.init(key, self.batch.images[:1])
+
+    def loss(self, variables: Any, x: Any, y: Any) -> Any:
+        """The loss of a batch, without any capture."""
+        outputs: Any = self.model.apply(variables, x, **self.options)
+        return self.likelihood(outputs, y)
+
+    def capture(self, labels: Labels) -> Any:
+        """What watches the model."""
+        return ng.linen.capture(self.model, self.likelihood, labels=labels)
+
+
+class Seen(NamedTuple):
+    """What a warm start reads of one batch."""
+
+    grad: Any
+    curvature: Any
+
+
+class Runner:
+    """One method on a task, compiled once for all settings.
+
+    Attributes:
+        carry: parameters, state of the optimizer, and the other collections of the model.
+        steps: taken since the start.
+        compile_seconds: of tracing, lowering and compiling, once that is done, at the first step.
+    """
+
+    def __init__(
+        self,
+        make: Make,
+        setting: Any,
+        task: Any,
+        labels: Labels | None = "sampled",
+        *,
+        stretch: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+        cold: bool = False,
+    ):
+        """Watch the model, and stand at the start with a setting.
+
+        Args:
+            make: setting, layers -> optimizer.
+            setting: numbers; others of the same structure need no compilation.
+            task: what is trained.
+            labels: of the curvature; None for plain gradients and values, without any capture.
+            stretch: steps that are compiled into one program.
+            clock: seconds.
+            cold: whether JAX is to forget what it has traced before.
+        """
+        self._task, self._init = task, jax.jit(task.init)
+        self._stretch, self._clock = stretch, clock
+        self._capture, layers = None, None
+        if labels:
+            variables = jax.eval_shape(self._init, jax.random.key(task.seed))
+            self._capture = task.capture(labels)
+            layers = self._capture.layers(variables, task.batch.images, **task.options)
+        self._optimizer = lambda setting: optax.with_extra_args_support(make(setting, layers))
+        self.begin(setting)
+        self._cold = cold
+        self.compile_seconds: float | None = None
+
+    @cached_property
+    def program(self) -> Any:
+        """The compiled step, or so many of them."""
+        if self._cold:
+            jax.clear_caches()
+        before = time.perf_counter()
+        arguments = next(self._stretches([self._task.batch] * self._stretch))
+        program = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._setting).compile()
+        self.compile_seconds = time.perf_counter() - before
+        return program
+
+    def _evaluate(self, params: Any, others: Any, x: Any, y: Any, key: jax.Array) -> Any:
+        assert self._capture is not None
+        return self._capture.value_and_grad({"params": params, **others}, x, y, key=key, **self._task.options)
+
+    def _step(self, carry: Any, x: Any, y: Any, key: jax.Array, setting: Any) -> Any:
+        params, state, others = carry
+        optimizer = self._optimizer(setting)
+        if self._capture is None:
+
+            def loss(params):
+                return self._task.loss({"params": params, **others}, x, y)
+
+            if optax.tree.get(state, "value") is None:
+                value, grad = jax.value_and_grad(loss)(params)
+            else:  # a line search has both at its end
+                value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
+            updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        else:
+            out = self._evaluate(params, others, x, y, key)
+            value, others = out.value, getattr(out, "updated", None) or others
+            updates, state = optimizer.update(out.grad, state, params, curvature=out.curvature)
+        return (optax.apply_updates(params, updates), state, others), value
+
+    def _steps(self, carry: Any, x: Any, y: Any, key: jax.Array, setting: Any) -> Any:
+        if self._stretch == 1:
+            return self._step(carry, x, y, key, setting)
+        return jax.lax.scan(lambda carry, now: self._step(carry, *now, setting), carry, (x, y, key))
+
+    def _stretches(self, stream: Iterable[Part]) -> Iterator[Any]:
+        """Batches and keys, for so many steps at a time; what is left over is dropped.
+
+        Args:
+            stream: batches.
+
+        Yields:
+            Inputs, labels and key, stacked if there are several steps.
+        """
+        stream, count = iter(stream), self.steps
+        while len(some := list(islice(stream, self._stretch))) == self._stretch:
+            keys = [jax.random.fold_in(self._key, (count + index) % 2**31) for index in range(self._stretch)]
+            count += self._stretch
+            if self._stretch == 1:
+                yield *some[0], keys[0]
+            else:
+                yield *jax.tree.map(lambda *leaves: np.stack(leaves), *some), jnp.stack(keys)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables where it stands."""
+        return {"params": self.carry[0], **self.carry[2]}
+
+    @property
+    def held(self) -> int:
+        """Bytes of the parameters and of the state."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry) if hasattr(leaf, "nbytes"))
+
+    def begin(self, setting: Any, seed: int | None = None) -> None:
+        """Go back to the start, with a setting; of the parameters and labels of another seed, if it is given."""
+        self._key = jax.random.key(self._task.seed if seed is None else seed)
+        others = dict(self._init(self._key))
+        params = others.pop("params")
+        carry = params, self._optimizer(setting).init(params), others
+        self.carry: tuple[Any, Any, Any] = jax.tree.map(jnp.array, carry)  # which is donated, each array once
+        self.steps, self._setting = 0, jax.tree.map(jnp.float32, setting)
+
+    def warm(self, stream: Iterable[Part]) -> None:
+        """Fill the statistics with the batches of a pass at the first parameters."""
+        params, state, others = self.carry
+        seen = jax.jit(lambda *given: Seen((out := self._evaluate(*given)).grad, out.curvature()))
+        keys = (jax.random.fold_in(self._key, (-1 - index) % 2**31) for index in range(2**31))
+        passed = (seen(params, others, x, y, key) for (x, y), key in zip(stream, keys, strict=False))
+        self.carry = params, ng.warm_start(self._optimizer(self._setting), state, passed, params), others
+
+    def restore(self, leaves: list[np.ndarray], steps: int) -> bool:
+        """Go on from what was saved of `carry`; false if that is of another shape."""
+        own, structure = jax.tree.flatten(self.carry)
+        if [(leaf.shape, leaf.dtype) for leaf in own] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+            return False
+        self.carry, self.steps = jax.tree.unflatten(structure, map(jnp.array, leaves)), steps
+        return True
+
+    def run(self, stream: Iterable[Part]) -> tuple[np.ndarray, float]:
+        """A step for every batch; the losses of the batches, and the seconds that the steps took together."""
+        program, losses, before = self.program, [], self._clock()
+        for x, y, key in self._stretches(stream):
+            self.carry, loss = program(self.carry, x, y, key, self._setting)
+            losses.append(loss)
+            self.steps += self._stretch
+        jax.block_until_ready(self.carry)
+        return np.ravel(losses), self._clock() - before
+
+
+def has_peer() -> bool:
+    """Whether kfac-jax can be imported; its release 0.0.8 wants jax <= 0.9.1."""
+    return importlib.util.find_spec("kfac_jax") is not None
+
+
+class Peer:
+    """kfac-jax, which owns its loop and its programs: as far as it can be, the same as a `Runner`."""
+
+    compile_seconds = program = None
+
+    def __init__(self, task: Task, adaptive: bool, damping: float, **options: Any):
+        """Compile every branch, and stand at the start.
+
+        Args:
+            task: what is trained.
+            adaptive: whether it chooses rate, momentum and damping; else the first is given to `begin`.
+            damping: the first, or that of all steps.
+            **options: of its optimizer.
+        """
+        kfac_jax = importlib.import_module("kfac_jax")
+
+        def loss(params, batch):
+            outputs: Any = task.model.apply({"params": params}, batch[0])
+            if task.likelihood is ng.losses.softmax_cross_entropy:
+                kfac_jax.register_softmax_cross_entropy_loss(outputs, batch[1])
+            else:
+                kfac_jax.register_multi_bernoulli_predictive_distribution(outputs, batch[1])
+            return task.likelihood(outputs, batch[1])
+
+        names = ("learning_rate", "momentum", "damping")
+        self._optimizer = kfac_jax.Optimizer(
+            jax.value_and_grad(loss),
+            l2_reg=0.0,
+            num_burnin_steps=0,
+            multi_device=False,
+            **{f"use_adaptive_{name}": adaptive for name in names},
+            **({"initial_damping": damping} if adaptive else {}),
+            **options,
+        )
+        self._task, self._adaptive, self._damping = task, adaptive, damping
+        self.begin(Setting(0.0))
+        self.run([task.batch] * 6)
+        self.begin(Setting(0.0))
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables where it stands."""
+        return {"params": self.carry[0]}
+
+    held = Runner.held
+
+    def begin(self, setting: Any, seed: int | None = None) -> None:
+        """Go back to the start."""
+        self._key, self.steps = jax.random.key(self._task.seed if seed is None else seed), 0
+        params = jax.jit(self._task.init)(self._key)["params"]
+        self.carry = params, self._optimizer.init(params, self._key, tuple(self._task.batch))
+        given = {"learning_rate": getattr(setting, "rate", 0.0), "momentum": 0.9, "damping": self._damping}
+        self._given = {} if self._adaptive else {name: jnp.asarray(number) for name, number in given.items()}
+
+    def run(self, stream: Iterable[Part]) -> tuple[np.ndarray, float]:
+        """As that of a `Runner`; the losses are not read."""
+        before = time.perf_counter()
+        for x, y in stream:
+            key = jax.random.fold_in(self._key, self.steps)
+            given: dict[str, Any] = {"batch": (x, y), "global_step_int": self.steps, **self._given}
+            self.carry = self._optimizer.step(*self.carry, key, **given)[:2]
+            self.steps += 1
+        jax.block_until_ready(self.carry)
+        return np.zeros(0), time.perf_counter() - before
+
+
+def by_epoch(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The records of a run: {epoch: record}."""
+    return {record["epoch"]: record for record in records}
+
+
+def resumable(
+    path: Path,
+    key: Mapping[str, Any],
+    start: Callable[[], Runner],
+    epoch: Callable[[int], Iterable[Part]],
+    measure: Callable[[Runner], Mapping[str, Any]],
+    *,
+    epochs: int,
+    steps: int,
+    prepare: Callable[[Runner], None] = lambda runner: None,
+) -> Records:
+    """One run, from where it stopped if it did.
+
+    Args:
+        path: of the records; the states are beside it.
+        key: what tells the run from all others.
+        start: the runner at the start, if there is anything to do.
+        epoch: the batches of an epoch, counted from 0.
+        measure: entries of a record, of where the runner stands.
+        epochs: to be done in all.
+        steps: of an epoch.
+        prepare: what is to be done at the start alone, such as a warm start.
+
+    Returns:
+        A record for the start and for every epoch.
+    """
+    rows = by_epoch(kept(path, key))
+    if len(rows) > epochs:
+        return [rows[count] for count in range(epochs + 1)]
+    runner, place = start(), state_path(path, key)
+    state = saved(place)
+    if state and runner.restore(state.leaves, state.rows[-1]["epoch"] * steps):
+        done = state.rows
+        keep(path, (row for row in done if row["epoch"] not in rows))
+    else:
+        prepare(runner)
+        done: Records = [{**key, **machine(), "epoch": 0, "seconds": 0.0, "batch_losses": [], **measure(runner)}]
+        keep(path, done)
+    with progress(str(key["name"]), len(done) - 1, epochs) as say:
+        for count in range(len(done), epochs + 1):
+            losses, seconds = runner.run(epoch(count - 1))
+            row = {
+                "epoch": count,
+                "seconds": round(done[-1]["seconds"] + seconds, 2),
+                "batch_losses": [finite(stretch.mean(), 5) for stretch in np.array_split(losses, min(10, len(losses)))],
+            }
+            done.append({**key, **machine(), **row, **measure(runner)})
+            save(place, State(jax.tree.leaves(runner.carry), done))
+            keep(path, done[-1:])
+            say(count, losses[-1], seconds / len(losses))
+    return done[: epochs + 1]
+
+
+@contextmanager
+def progress(name: str, done: int, total: int, unit: str = "epoch") -> Generator[Callable[[int, float, float], None]]:
+    """A line about work while it goes on: epoch or trial, loss, seconds per step, time left.
+
+    Args:
+        name: of the method.
+        done: epochs before.
+        total: epochs in all.
+        unit: what is counted, if not epochs.
+
+    Yields:
+        A function that is told how many are done, the loss and the seconds of a step.
+    """
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        TextColumn(unit + " {task.completed} of {task.total}, {task.fields[told]}left:"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as bar:
+        line = bar.add_task(name, total=total, completed=done, told="")
+
+        def say(count: int, loss: float, step: float) -> None:
+            bar.update(line, completed=count, told=f"loss {loss:.4g}, {step:.3f} s a step, ")
+
+        yield say
+
+
+class Pace(NamedTuple):
+    """What a step costs, measured in turn.
+
+    Attributes:
+        idle: seconds a step of the baseline where it was least disturbed.
+        first: {method: steps of the first refresh period, over those of the baseline}.
+        later: {method: steps of later periods, over those of the baseline}.
+    """
+
+    idle: float
+    first: Mapping[str, float]
+    later: Mapping[str, float]
+
+    def seconds(self, name: str, steps: float, period: int) -> float:
+        """Of so many steps from the start, with refreshes in such periods."""
+        early = min(steps, period)
+        return self.idle * (early * self.first[name] + (steps - early) * self.later[name])
+
+
+def timed(runners: Mapping[str, Any], stream: list[Part], period: int, rounds: int, baseline: str) -> Pace:
+    """The first refresh period, and so many later ones, of all methods in turn, a fifth of a period at a time.
+
+    Args:
+        runners: name -> runner at its start, the baseline among them.
+        stream: some batches, taken again and again.
+        period: steps from refresh to refresh.
+        rounds: periods after the first.
+        baseline: whose steps are the unit.
+
+    Returns:
+        The costs.
+    """
+    stretch = -(-period // 5)
+    stream = (stream * (stretch // len(stream) + 1))[:stretch]
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in track(range(5 * (rounds + 1)), description="timing"):
+        for name, runner in runners.items():
+            taken[name].append(runner.run(stream)[1])
+    periods = {name: np.reshape(seconds, (-1, 5)).sum(axis=1) for name, seconds in taken.items()}
+    ratios = {name: seconds / periods[baseline] for name, seconds in periods.items()}
+    return Pace(
+        round(min(taken[baseline]) / stretch, 6),
+        {name: round(float(ratio[0]), 3) for name, ratio in ratios.items()},
+        {name: round(float(np.median(ratio[1:])), 3) for name, ratio in ratios.items()},
+    )
+
+
+def known_pace(path: Path, key: Mapping[str, Any], names: Iterable[str]) -> Pace | None:
+    """The last cost of steps in a file that has all these methods, if any."""
+    known = [record for record in kept(path, key) if set(names) <= set(record["first"])]
+    return Pace(*(known[-1][entry] for entry in Pace._fields)) if known else None
