@@ -32,48 +32,6 @@ from experiments.nets import Perceptron
 from experiments.records import Records
 
 KFAC: dict[str, Any] = {"statistics_every": 2, "refresh_every": 10}
-Optimizer = optax.GradientTransformationExtraArgs
-
-
-def given(layers: Any, rate: Any, damping: Any, bound: Any) -> Optimizer:
-    """The learning rate is given, and the step shortened by the KL clip; an infinite bound shortens none."""
-    return ng.kfac(rate, layers, damping=damping, kl_clip=bound, **KFAC)
-
-
-def grafted(layers: Any, rate: Any, damping: Any) -> Optimizer:
-    """The direction is K-FAC's, the length of every array of parameters Adam's."""
-    direction = ng.graft(ng.scale_by_kfac(layers, damping=damping, **KFAC), optax.scale_by_adam())
-    return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(rate))
-
-
-def model_rate(layers: Any, rate: Any, damping: Any, momentum: Any) -> Optimizer:
-    """The learning rate comes from the model."""
-    del rate
-    return ng.kfac("quadratic", layers, damping=damping, momentum=momentum, **KFAC)
-
-
-def model_both(layers: Any, rate: Any, damping: Any) -> Optimizer:
-    """Learning rate and momentum come from the model."""
-    del rate
-    return ng.kfac("quadratic", layers, damping=damping, momentum="quadratic", **KFAC)
-
-
-def adaptive(layers: Any, rate: Any, momentum: Any) -> Optimizer:
-    """The damping adapts itself to steps of a given learning rate."""
-    return ng.kfac(rate, layers, damping=ng.adaptive_damping(), momentum=momentum, **KFAC)
-
-
-def everything(layers: Any, rate: Any, least: Any) -> Optimizer:
-    """Learning rate, momentum and damping come from the model; the damping stays above a bound."""
-    del rate
-    rule = replace(ng.adaptive_damping(), least=least)
-    return ng.kfac("quadratic", layers, damping=rule, momentum="quadratic", **KFAC)
-
-
-def nothing(layers: Any, rate: Any) -> Optimizer:
-    """Nothing is said: length, averaging and damping come from what the next batch says."""
-    del rate
-    return ng.kfac(layers=layers, **KFAC)
 
 
 class Control(NamedTuple):
@@ -85,28 +43,63 @@ class Control(NamedTuple):
         style: colour and dashes of its line.
     """
 
-    make: Callable[..., Optimizer]
+    make: Callable[..., Any]
     tried: tuple[study.Numbers, ...]
     style: tuple[str, str]
 
 
 RATES, DAMPINGS = (0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
 MORE, grid = (1e-4, 1e-3, *DAMPINGS), study.grid
+MODEL: dict[str, Any] = {"learning_rate": "quadratic", **KFAC}
+BOTH: dict[str, Any] = {"momentum": "quadratic", **MODEL}
+
+
+def clipped(layers: Any, rate: Any, damping: Any, bound: Any) -> Any:
+    """A given rate, and a step shortened by the KL clip; an infinite bound shortens none."""
+    return ng.kfac(rate, layers, damping=damping, kl_clip=bound, **KFAC)
+
+
+def grafted(layers: Any, rate: Any, damping: Any) -> Any:
+    """The direction is K-FAC's, the length of every array of parameters Adam's."""
+    direction = ng.graft(ng.scale_by_kfac(layers, damping=damping, **KFAC), optax.scale_by_adam())
+    return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(rate))
+
+
+def of_model(layers: Any, rate: Any, damping: Any, momentum: Any) -> Any:
+    """The learning rate comes from the model."""
+    del rate
+    return ng.kfac(layers=layers, damping=damping, momentum=momentum, **MODEL)
+
+
+def adaptive(layers: Any, rate: Any, least: Any) -> Any:
+    """Everything comes from the model; the damping stays above a bound."""
+    del rate
+    return ng.kfac(layers=layers, damping=replace(ng.adaptive_damping(), least=least), **BOTH)
+
+
 CONTROLS = {
-    "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS, bound=(np.inf,)), ("#17375e", "-")),
+    "learning rate": Control(clipped, grid(rate=RATES, damping=DAMPINGS, bound=(np.inf,)), ("#17375e", "-")),
     "learning rate, KL clip": Control(
-        given, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), ("#3f8fd2", "-")
+        clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), ("#3f8fd2", "-")
     ),
     "learning rate, Adam's length": Control(
         grafted, grid(rate=(0.003, 0.01, 0.03, 0.1), damping=DAMPINGS), ("#4da167", "-")
     ),
-    "quadratic rate": Control(model_rate, grid(damping=MORE, momentum=(0.0,)), ("#f0a202", "-")),
-    "quadratic rate, momentum 0.9": Control(model_rate, grid(damping=MORE, momentum=(0.9,)), ("#f0a202", ":")),
-    "quadratic rate and momentum": Control(model_both, grid(damping=MORE), ("#d95f02", "-")),
-    "adaptive damping, learning rate": Control(adaptive, grid(rate=RATES[1:], momentum=(0.0, 0.9)), ("#a05fb4", ":")),
-    "everything adaptive": Control(everything, grid(least=(1e-8,)), ("#b2182b", ":")),
-    "everything adaptive, bounded": Control(everything, grid(least=MORE), ("#b2182b", "-")),
-    "nothing said": Control(nothing, ({},), ("#000000", "-")),
+    "quadratic rate": Control(of_model, grid(damping=MORE, momentum=(0.0,)), ("#f0a202", "-")),
+    "quadratic rate, momentum 0.9": Control(of_model, grid(damping=MORE, momentum=(0.9,)), ("#f0a202", ":")),
+    "quadratic rate and momentum": Control(
+        lambda layers, rate, damping: ng.kfac(layers=layers, damping=damping, **BOTH),
+        grid(damping=MORE),
+        ("#d95f02", "-"),
+    ),
+    "adaptive damping, learning rate": Control(
+        lambda layers, rate, momentum: ng.kfac(rate, layers, damping=ng.adaptive_damping(), momentum=momentum, **KFAC),
+        grid(rate=RATES[1:], momentum=(0.0, 0.9)),
+        ("#a05fb4", ":"),
+    ),
+    "everything adaptive": Control(adaptive, grid(least=(1e-8,)), ("#b2182b", ":")),
+    "everything adaptive, bounded": Control(adaptive, grid(least=MORE), ("#b2182b", "-")),
+    "nothing said": Control(lambda layers, rate: ng.kfac(layers=layers, **KFAC), ({},), ("#000000", "-")),
 }
 LEAST = 1e-6
 """Losses below it are rounding in float32."""
@@ -158,7 +151,7 @@ def entry(name: str, stretch: int) -> study.Entry:
     """A control."""
     control = CONTROLS[name]
 
-    def make(numbers: study.Numbers, layers: Any) -> Optimizer:
+    def make(numbers: study.Numbers, layers: Any) -> Any:
         others = {name: number for name, number in numbers.items() if name not in ("rate", "horizon")}
         return control.make(layers, study.cosine(numbers.get("rate", 0.0), numbers["horizon"]), **others)
 

@@ -6,7 +6,6 @@
     digits                   1,500 + 297 images [8, 8, 1] of scikit-learn, or enlarged to the size of another set
     curves                   20,000 + 10,000 rows of 784 pixels: one curve through three random points
     faces                    10,000 + 4,000 rows of 625 pixels: turned and enlarged pieces of the Olivetti faces
-    table                    a small regression of the UCI repository
     shakespeare              1.1 megabytes of his works
 
 Pixels are float32 in [0, 1], except those of `faces`, which are centred; labels are int32. `curves` and `faces` follow
@@ -78,13 +77,6 @@ def told(records: Iterable[Mapping[str, Any]]) -> Data:
     return Data(largest["data"], blank, blank.first(0))
 
 
-class Table(NamedTuple):
-    """A regression: inputs [N, D] and targets [N], float32, in the units of the file."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-
-
 def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
     """The batches of an epoch, in an order of its own.
 
@@ -125,45 +117,20 @@ def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int =
         yield Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], labels)
 
 
-_FILES = {
-    "mnist": {
-        "train-images-idx3-ubyte.gz": (47040016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-        "train-labels-idx1-ubyte.gz": (60008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-        "t10k-images-idx3-ubyte.gz": (7840016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-        "t10k-labels-idx1-ubyte.gz": (10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    },
-    "fashion_mnist": {
-        "train-images-idx3-ubyte.gz": (47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-        "train-labels-idx1-ubyte.gz": (60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-        "t10k-images-idx3-ubyte.gz": (7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-        "t10k-labels-idx1-ubyte.gz": (10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
-    },
-    "cifar10": {
-        "cifar10_jpeg75_full.npz": (18069875, "abc644b0495a94840fcd3aa46e1b80eda693eab05cf1c1681838faadd592946a"),
-    },
-    "olivetti": {
-        "olivettifaces.mat": (1432511, "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),
-    },
-    "tinyshakespeare": {
-        "input.txt": (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    },
-    "uci/concrete": {
-        "data.txt": (57858, "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de"),
-    },
-    "uci/energy": {
-        "data.txt": (35309, "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950"),
-    },
-    "uci/power-plant": {
-        "data.txt": (308680, "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31"),
-    },
-    "uci/wine-quality-red": {
-        "data.txt": (84027, "3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1"),
-    },
-    "uci/yacht": {
-        "data.txt": (11487, "00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1"),
-    },
-}
-PUBLISHED = {f"{folder}/{name}": known for folder, files in _FILES.items() for name, known in files.items()}
+_SUMS = """
+47040016 ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db mnist/train-images-idx3-ubyte.gz
+60008 65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5 mnist/train-labels-idx1-ubyte.gz
+7840016 0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7 mnist/t10k-images-idx3-ubyte.gz
+10008 ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2 mnist/t10k-labels-idx1-ubyte.gz
+47040016 c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888 fashion_mnist/train-images-idx3-ubyte.gz
+60008 bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9 fashion_mnist/train-labels-idx1-ubyte.gz
+7840016 5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b fashion_mnist/t10k-images-idx3-ubyte.gz
+10008 0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34 fashion_mnist/t10k-labels-idx1-ubyte.gz
+18069875 abc644b0495a94840fcd3aa46e1b80eda693eab05cf1c1681838faadd592946a cifar10/cifar10_jpeg75_full.npz
+1432511 b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d olivetti/olivettifaces.mat
+1115394 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed tinyshakespeare/input.txt
+"""
+PUBLISHED = {file: (int(size), known) for size, known, file in map(str.split, _SUMS.strip().splitlines())}
 """{file: (bytes, SHA-256)} of the content; of what a .gz holds, since the same file may be packed in several ways."""
 CIFAR_LABELS = "3edb456524d5918aefded81f5aef7c32efab2a788211df998a4eb0c8957baa1f"
 """SHA-256 of the labels of CIFAR-10 as bytes, in the order in which it was published."""
@@ -210,18 +177,10 @@ def digits(size: int = 8, channels: int = 1) -> Data:
 
 
 def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Rows:
-    """Images of curves, in the manner of CURVES: called "curves-like"; 28x28 pixels in 256 grey levels.
+    """Images of curves, in the manner of CURVES: called "curves-like"; rows of 28x28 pixels in 256 grey levels.
 
     Three points uniform in [3, 24]^2, the quadratic curve through them at 64 values of its parameter, and a pen that
-    falls off as a Gaussian of deviation 0.7 pixels around the nearest of these.
-
-    Args:
-        train: how many images, from the seed.
-        test: how many, from the next seed.
-        seed: of the points.
-
-    Returns:
-        Rows of pixels in [0, 1].
+    falls off as a Gaussian of deviation 0.7 pixels around the nearest of these. Those for testing have the next seed.
     """
     return Rows("curves-like", _drawn(train, seed), _drawn(test, seed + 1))
 
@@ -241,20 +200,12 @@ def _drawn(count: int, seed: int) -> np.ndarray:
 
 
 def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = say) -> Rows:
-    """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; 25x25 pixels.
+    """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; rows of 25x25 pixels.
 
     A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
-    pixels in the middle every other one is taken. Every pixel has zero mean over the training set, and all are divided
-    by one number, their standard deviation. The first 25 people are for training, the last 10 for testing.
-
-    Args:
-        given: a folder with olivetti/; without one they are downloaded.
-        pieces: of each of the ten images of a person; FACES has 414.
-        seed: of angles and factors.
-        report: told of a download.
-
-    Returns:
-        Rows of pixels.
+    pixels in the middle every other one is taken, `pieces` times of each image; FACES has 414. Every pixel has zero
+    mean over the training set, and all are divided by their standard deviation. The first 25 people are for training,
+    the last 10 for testing.
     """
     rng, images = np.random.default_rng(seed), olivetti(given, report)
     angles = np.radians(rng.uniform(-90, 90, (len(images), pieces, 1, 1)))
@@ -285,30 +236,13 @@ def shakespeare(given: Path | None) -> bytes:
     return content(given, "tinyshakespeare/input.txt")
 
 
-def table(name: str, given: Path | None) -> Table:
-    """A table of the UCI repository, from uci/ in a folder: concrete, energy, power-plant, wine-quality-red, yacht."""
-    if given is None:
-        raise ValueError(f"Nothing downloads {name}; {_REMEDY} uci/{name}/data.txt.")
-    numbers = np.loadtxt(io.BytesIO(content(given, f"uci/{name}/data.txt")), np.float32)
-    return Table(numbers[:, :-1], numbers[:, -1])
-
-
 _REMEDY = "NATGRAD_DATA, or --data, names a folder with"
 
 
 def content(given: Path, file: str) -> bytes:
     """What a file of the folder holds, unpacked, if it is what was published.
 
-    Args:
-        given: the folder.
-        file: one of `PUBLISHED`.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, damaged or another file.
+    A `FileNotFoundError` if there is no such file, a `ValueError` if it is truncated, damaged or another one.
     """
     path = given / file
     if not path.exists():

@@ -237,14 +237,7 @@ class Peer:
     compile_seconds = program = None
 
     def __init__(self, task: Task, adaptive: bool, damping: float, **options: Any):
-        """Compile every branch, and stand at the start.
-
-        Args:
-            task: what is trained.
-            adaptive: whether it chooses rate, momentum and damping; else the first is given to `begin`.
-            damping: the first, or that of all steps.
-            **options: of its optimizer.
-        """
+        """Compile every branch, and stand at the start; `damping` is the first, if not adaptive that of all steps."""
         kfac_jax = importlib.import_module("kfac_jax")
 
         def loss(params, batch):
@@ -313,7 +306,7 @@ def resumable(
     steps: int,
     prepare: Callable[[Runner], None] = lambda runner: None,
 ) -> Records:
-    """One run, from where it stopped if it did.
+    """One run, from where it stopped if it did: a record for the start and for every epoch.
 
     Args:
         path: of the records; the states are beside it.
@@ -324,9 +317,6 @@ def resumable(
         epochs: to be done in all.
         steps: of an epoch.
         prepare: what is to be done at the start alone, such as a warm start.
-
-    Returns:
-        A record for the start and for every epoch.
     """
     rows = by_epoch(kept(path, key))
     if len(rows) > epochs:
@@ -405,15 +395,8 @@ class Pace(NamedTuple):
 def timed(runners: Mapping[str, Any], stream: list[Part], period: int, rounds: int, baseline: str) -> Pace:
     """The first refresh period, and so many later ones, of all methods in turn, a fifth of a period at a time.
 
-    Args:
-        runners: name -> runner at its start, the baseline among them.
-        stream: some batches, taken again and again.
-        period: steps from refresh to refresh.
-        rounds: periods after the first.
-        baseline: whose steps are the unit.
-
-    Returns:
-        The costs.
+    The runners stand at their start, the baseline, whose steps are the unit, among them; batches are taken again and
+    again.
     """
     stretch = -(-period // 5)
     stream = (stream * (stretch // len(stream) + 1))[:stretch]

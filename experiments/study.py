@@ -219,9 +219,6 @@ def run(
         seeds: of the runs; without any the trials are all.
         trial: limits of the trials, if others.
         trial_seed: their seed.
-
-    Returns:
-        A row for each case, entry and seed, or for each trial.
     """
     rows: Records = []
     for case in cases:

@@ -236,12 +236,3 @@ def test_a_piece_of_a_face_is_turned_and_enlarged_as_drawn(olivetti, monkeypatch
     down, across = np.mgrid[-24:25:2, -24:25:2] / 1.6
     expected = 2 * (31.5 + down) + (31.5 - across)  # right has become down, down has become left
     np.testing.assert_allclose(piece / piece[12, 12], expected / expected[12, 12], rtol=1e-5)
-
-
-def test_a_table_has_its_target_in_the_last_column(tmp_path, monkeypatch):
-    write(tmp_path, "uci/yacht/data.txt", b"-2.3 0.5 0.11\n-2.4 0.6 0.27\n\n", monkeypatch)
-    found = data.table("yacht", tmp_path)
-    np.testing.assert_allclose(found.inputs, [[-2.3, 0.5], [-2.4, 0.6]])
-    np.testing.assert_allclose(found.targets, [0.11, 0.27])
-    with pytest.raises(ValueError, match=r"Nothing downloads yacht; NATGRAD_DATA, or --data, names a folder with uci/"):
-        data.table("yacht", None)
