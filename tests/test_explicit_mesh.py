@@ -69,7 +69,7 @@ found = {}
 for name in json.loads(sys.argv[1]):
     one = trained(name, 0)
     far = lambda other: [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in zip(one, other)]
-    found[name] = {devices: far(trained(name, devices)) for devices in (2, 4)}
+    found[name] = {devices: far(trained(name, devices)) for devices in json.loads(sys.argv[2])[name]}
     if name == "tengrad":
         found[name]["half"] = far(trained(name, 0, slice(4)))
 print(json.dumps(found))
@@ -78,13 +78,19 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [FEW, pytest.param(tuple(name for name in ALL_NAMES if name not in FEW), marks=pytest.mark.full)]
+    ("names", "eight"),
+    [
+        (FEW, FEW[:1]),
+        pytest.param(FEW[1:], FEW[1:], marks=pytest.mark.full),
+        pytest.param(tuple(name for name in ALL_NAMES if name not in FEW), ("soap", "mbf"), marks=pytest.mark.full),
+    ],
 )
-def test_c13_an_explicit_mesh_trains_like_one_device(names):
-    found = json.loads(on_devices(4, SCRIPT, json.dumps(names), timeout=300))
+def test_c13_an_explicit_mesh_trains_like_one_device(names, eight):
+    devices = {name: (2, 4, 8) if name in eight else (2, 4) for name in names}
+    found = json.loads(on_devices(8, SCRIPT, json.dumps(names), json.dumps(devices), timeout=400))
     assert set(found) == set(names)
     for name, errors in found.items():
-        for devices in ("2", "4"):
-            assert max(errors[devices]) < (1e-3 if name == "soap" else 1e-5), (name, devices)
+        for count in map(str, devices[name]):
+            assert max(errors[count]) < (1e-3 if name == "soap" else 1e-5), (name, count)
     if "tengrad" in names:  # the control: half of each batch
         assert min(found["tengrad"]["half"]) > 1e-3

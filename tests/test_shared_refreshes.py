@@ -166,3 +166,51 @@ def test_what_has_no_layers_is_refused():
         ng.sharding.share_refreshes(optax.adam(0.1), "data")
     with pytest.raises(ValueError, match=r"policy.*'factor'"):
         ng.sharding.share_refreshes(optax.adam(0.1), mesh, "factor")
+
+
+ROWS = """
+import json
+import jax, jax.numpy as jnp, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import natgrad_jax as ng
+from experiments.programs import Program
+
+keys = jax.random.split(jax.random.key(0), 4)
+params = {"a": jax.random.normal(keys[0], (20, 24)), "b": jax.random.normal(keys[1], (24, 12))}
+x, y = jax.random.normal(keys[2], (32, 20)), jax.random.normal(keys[3], (32, 12))
+watched = ng.capture(lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"], ng.losses.squared_error)
+tx = ng.scale_by_tengrad(watched.layers(params, x), damping=0.1, refresh_every=2)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+shardings = ng.sharding.state_specs(tx, params, mesh, "factor")
+
+def trained(tx, batch, params, state, there=None):
+    @jax.jit
+    def step(params, state, x, y, key):
+        out = watched.value_and_grad(params, x, y, key=key)
+        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+        state = state if there is None else jax.lax.with_sharding_constraint(state, there)
+        return optax.apply_updates(params, jax.tree.map(lambda update: -0.05 * update, updates)), state
+
+    program = Program(step.lower(params, state, *batch, jax.random.key(0)).compile().as_text(), 4)
+    for t in range(3):
+        params, state = step(params, state, *batch, jax.random.key(t))
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]), program
+
+one, alone = trained(tx, (x, y), params, tx.init(params))
+everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+batch = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("data")))
+shared = ng.sharding.share_refreshes(tx, mesh)
+four, program = trained(shared, batch, everywhere, jax.device_put(tx.init(params), shardings), shardings)
+sent = [each.shape for each in program.sent() if each.what == "all-gather"]
+print(json.dumps({"error": float(jnp.linalg.norm(four - one) / jnp.linalg.norm(one)), "sent": sent,
+                  "solves": [alone.solves()[32], program.solves()[32]]}))
+"""
+
+
+@pytest.mark.full
+def test_c13_the_rows_of_tengrad_are_gathered_once_and_its_kernels_shared():
+    found = json.loads(on_devices(4, ROWS, timeout=400))
+    assert found["error"] < 1e-5
+    for rows in ("f32[32,20]", "f32[32,24]", "f32[1,32,1,24]", "f32[1,32,1,12]"):  # a and g of both layers
+        assert found["sent"].count(rows) == 1, rows
+    assert 2 * found["solves"][1] == found["solves"][0]

@@ -120,7 +120,7 @@ def plan(
     checks.size("batch", batch)
     if max_factor_dim is not None:
         checks.size("max_factor_dim", max_factor_dim, least=0)
-    if rank is not None:
+    if rank not in (None, "auto"):
         checks.rank("rank", rank)
     axes = axes_of(mesh, axis, (Mesh, AbstractMesh))
     devices, kept = _Devices(mesh.size, prod(mesh.shape[each] for each in axes)), Kept(max_factor_dim, rank)
@@ -238,10 +238,17 @@ def _step(layer: Layer, kept: Kept, policy: Policy, devices: _Devices) -> tuple[
         rank = kept.vectors(size)
         diagonal = one_hot or kept.diagonal(size)
         flops += 0 if diagonal else (2 * size if rank is None else 4 * rank) * size * other
-    copies, size = prod(layer.stack), rows * columns * _width(layer)
-    if policy == "layer" and layer.stack and layer.stack[0] % devices.sharing == 0:
-        return copies * flops / devices.sharing, _ring(copies * size, devices.sharing)
-    return copies * flops, 0.0
+    copies, width = prod(layer.stack), _width(layer)
+    flops, size, sharing = copies * flops, copies * rows * columns * width, devices.sharing
+    if policy in ("layer", "factor") and layer.stack and layer.stack[0] % sharing == 0:
+        return flops / sharing, _ring(size, sharing)  # each has the direction of its copies
+    if policy != "factor":
+        return flops, 0.0
+    whole = [not diagonal for diagonal in (layer.one_hot or kept.diagonal(rows), kept.diagonal(columns))]
+    cut = [full and n % sharing == 0 for full, n in zip(whole, layer.shape, strict=True)]
+    last = copies * width * columns * (kept.vectors(columns) or columns)
+    sent = _ring(size, sharing) * cut[0] + _ring(last, sharing) * cut[1]  # rows of the direction; the inverse behind it
+    return flops / sharing if cut[0] else flops, sent
 
 
 def _flops(count: float) -> str:
