@@ -156,6 +156,7 @@ FAMILIES = tuple(families.NETS)
 """Further nets, of linen alone, of the laws that no relative stands for on them."""
 _OTHERS = {
     **{name: {} for name in FAMILIES},
+    **{f"{name} true labels": {"labels": "true"} for name in FAMILIES},
     "mlp": {},
     "convnet": {},
     "mlp true labels": {"labels": "true"},
@@ -164,7 +165,7 @@ _OTHERS = {
     "mlp wide": {"examples": 1024, "width": 16},
     "dense": {"labels": "true"},
 }
-ALL_TASKS = tuple(name for name in _OTHERS if name not in FAMILIES)
+ALL_TASKS = tuple(name for name in _OTHERS if name.split()[0] not in FAMILIES)
 """Those that have a twin in NNX."""
 
 

@@ -23,7 +23,7 @@ from methods_table import (
     step,
     wrapped,
 )
-from tasks import FAMILIES, TASKS, task
+from tasks import TASKS, task
 
 from natgrad_jax import addresses
 
@@ -38,8 +38,8 @@ EVERYWHERE = [
     pytest.param(name, where, marks=() if where == "mlp" or name in table.LIFTED else pytest.mark.full)
     for name in ALL_NAMES
     for where in TASKS
-] + [pytest.param(name, where, marks=pytest.mark.full) for where in FAMILIES for name in ALL_NAMES]
-"""Every method on the net of dense layers, the representatives on the convnet; with `-m full` all on all families."""
+]
+"""Every method on the net of dense layers, the representatives on the convnet; with `-m full` all on both."""
 ANY = NAMES[0]
 
 
@@ -126,9 +126,9 @@ def test_a_method_that_mixes_entries_is_not_positive_definite():
 
 
 @table.kept
-def looped(tx):
-    """Ten jitted, donated steps on the MLP: the last (params, state), the records, and how often a step was traced."""
-    problem, traces, records = task("mlp"), [], []
+def looped(tx, where="mlp"):
+    """Ten jitted, donated steps: the last (params, state), the records, and how often a step was traced."""
+    problem, traces, records = task(where), [], []
 
     @partial(jax.jit, donate_argnums=0)
     def jitted(carry, t):
@@ -142,9 +142,9 @@ def looped(tx):
     return carry, records, len(traces)
 
 
-def traces_once(tx):
+def traces_once(tx, where="mlp"):
     """The first step is traced, the nine that follow are not: nothing about the state changes but its values."""
-    _, _, traces = looped(tx)
+    _, _, traces = looped(tx, where)
     assert traces == 1
 
 
@@ -300,9 +300,9 @@ def test_statistics_at_every_step_fail_the_law_of_the_compiled_cost():
 # --- scale and symmetry -----------------------------------------------------------------------------------------------
 
 
-def tends_to_the_gradient(build, rate, power=1.0):
+def tends_to_the_gradient(build, rate, power=1.0, where="convnet"):
     """damping^power * direction -> gradient, with 1 / damping (exact) or a root of it (factored damping); C54, C76."""
-    problem = task("convnet")
+    problem = task(where)
     params = problem.params
 
     @jax.jit
@@ -343,9 +343,9 @@ def test_factored_damping_does_not_have_the_rate_of_exact_damping():
     fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", "convnet", damping=damping), 1.0)
 
 
-def ignores_the_order_of_examples(tx):
+def ignores_the_order_of_examples(tx, where="mlp true labels"):
     """The same examples in another order give the same update; C5."""
-    problem = task("mlp true labels")
+    problem = task(where)
     params = problem.params
 
     @jax.jit

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from flax import linen as nn
@@ -152,3 +153,92 @@ def test_the_block_of_a_norm_is_that_of_the_dense_fisher_matrix(case):
         assert_equal(found, np.linalg.solve(damped, mine[..., None])[..., 0])
         if norm.shape[1] == 2:  # the control: shift and scale do correlate
             assert np.abs(blocks[norm.name][:, 0, 1]).max() > 1e-3 * np.abs(blocks[norm.name]).max()
+
+
+def simple(params, x):
+    """A layer norm on what a product gives, and another product."""
+    y = x @ params["w"]
+    y = (y - y.mean(-1, keepdims=True)) / (y.std(-1, keepdims=True) + 0.1)
+    return (jnp.tanh(y * params["scale"] + params["shift"]) @ params["v"]).mean(1)
+
+
+def simple_params(dtype="float64"):
+    shapes = {"w": (4, 4), "scale": (4,), "shift": (4,), "v": (4, 3)}
+    return {name: reference.normal(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_c2_the_gradients_of_weighted_examples_also_in_pieces():
+    params, weights = simple_params(), np.array([1.0, 0.0, 2.0, 0.5])
+    x, y = np.where(np.arange(4)[:, None, None] == 1, np.nan, X[:4]), Y[:4]
+
+    def found(microbatches):
+        capture = ng.capture(simple, LOSS, labels="exact", microbatches=microbatches, verify=False)
+        out = capture.value_and_grad(params, x, y, weights=weights)
+        return {role: leaf for role, leaf in out.curvature()["scale+shift"].examples.items()}
+
+    whole, pieces = jax.jit(lambda: (found(1), found(2)))()
+
+    def outputs(scale, shift, x):
+        return simple(params | {"scale": scale, "shift": shift}, x[None])[0]
+
+    at = params["scale"], params["shift"]
+    jacobians = jax.vmap(jax.jacrev(outputs, (0, 1)), (None, None, 0))(*at, X[:4])
+    hessians = jax.vmap(jax.hessian(reference.LOSSES["softmax_cross_entropy"]))(
+        jax.vmap(outputs, (None, None, 0))(*at, X[:4]), y
+    )
+    for role, jacobian in zip(("scale", "shift"), jacobians, strict=True):
+        square = weights[:, None] * np.einsum("nap,nab,nbp->np", jacobian, hessians, jacobian)
+        for mine in (whole, pieces):
+            assert_equal(np.mean(np.square(mine[role]), axis=0), square)
+
+
+def test_what_a_mask_leaves_of_a_norm_has_a_block_of_its_own():
+    params = simple_params("float32")
+    layers = ng.capture(simple, LOSS).layers(params, np.float32(X))
+    assert [layer.shape for layer in layers.rest] == [(4, 2)]
+    tx = optax.masked(ng.scale_by_kfac(layers, damping=DAMPING), {"w": True, "v": True, "scale": True, "shift": False})
+    assert tx.init(params).inner_state.statistics["scale+shift"].total.shape == (4, 1, 1)
+
+
+def test_a_norm_is_told_in_the_report_and_can_be_excluded():
+    params = simple_params("float32")
+    layers = ng.capture(simple, LOSS).layers(params, np.float32(X))
+    assert "scale+shift  4 of 2 x 2" in str(layers)
+    assert "Every parameter is covered" in str(layers)
+    found = ng.capture(simple, LOSS, exclude="shift").layers(params, np.float32(X))
+    assert [(layer.name, layer.note) for layer in found.rest] == [("scale", "excluded"), ("shift", "excluded")]
+    forward = ng.capture(simple, LOSS, labels="forward").layers(params, np.float32(X))
+    assert [layer.kind for layer in forward.rest] == ["parameter", "parameter"]
+
+
+FACTOR, ADDED = "a factor entry by entry, not of a product", "added, not as the bias of a product"
+REFUSED = {
+    "a table of positions": (lambda p, y: y * p["table"], {"table": (3, 4)}, {"table": FACTOR}),
+    "a product of its own": (lambda p, y: y * p["s"] + (y @ p["s"])[..., None], {"s": (4,)}, {"s": FACTOR}),
+    "a factor before a product": (lambda p, y: y @ (p["m"] * jnp.arange(4.0)), {"m": (4, 4)}, {"m": FACTOR}),
+    "a number before a product": (lambda p, y: y @ (1 + p["m"]), {"m": (4, 4)}, {"m": ADDED}),
+    "a shift behind more": (lambda p, y: jnp.tanh(y * p["s"]) + p["t"], {"s": (4,), "t": (4,)}, {"t": ADDED}),
+    "a shift of two": (
+        lambda p, y: (y * p["s"] + p["t"]) * p["r"] + p["t"],
+        {"s": (4,), "r": (4,), "t": (4,)},
+        {"t": ADDED},
+    ),
+    "a shift alone": (lambda p, y: jnp.tanh(y) + p["t"], {"t": (4,)}, {"t": ADDED}),
+    "noise": (lambda p, y: y * (p["m"] + p["s"] * jnp.arange(4.0)), {"m": (4,), "s": (4,)}, {"m": ADDED, "s": ADDED}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_norm_is_named(case):
+    apply, shapes, notes = REFUSED[case]
+    params = {name: reference.normal(*shape, dtype="float32") for name, shape in shapes.items()}
+
+    def net(params, x):
+        return apply(params, x).mean(1)
+
+    with pytest.warns(UserWarning, match="no layer"):
+        found = ng.capture(net, ng.losses.squared_error).layers(params, np.float32(X))
+    said = {layer.name: layer.note for layer in found.rest if layer.kind == "parameter"}
+    assert {name: said[name] for name in notes} == notes
