@@ -5,18 +5,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import HIGHEST
 from natgrad_jax.base import Array, Scalar
 
 
 def dot(one: Any, other: Any) -> Array:
-    """The dot product of two trees, in float32 at least."""
-
-    def of_leaves(a, b):
+    """The dot product of two trees, in float32 at least; all vectors of a dtype as one, since each sum is compiled."""
+    found, vectors = jnp.zeros(()), {}
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         dtype = jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.vdot(a.astype(dtype), b.astype(dtype), precision=HIGHEST)
-
-    return sum(jax.tree.leaves(jax.tree.map(of_leaves, one, other)), jnp.zeros(()))
+        a, b = a.astype(dtype), b.astype(dtype)
+        if a.ndim < 2:
+            vectors.setdefault(jnp.promote_types(dtype, b.dtype), []).append((a.ravel(), b.ravel()))
+        else:
+            found += jnp.sum(a * b)
+    for pairs in vectors.values():
+        a, b = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
+        found += jnp.sum(a * b)
+    return found
 
 
 def dots(trees: Any, other: Any) -> Array:

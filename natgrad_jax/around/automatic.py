@@ -168,7 +168,7 @@ def automatic(
             weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
             rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
             foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
-            sound = guards.finite((foretold, bent, u), 0, by_diagonal=False)
+            sound = guards.finite((foretold, bent, u), 0)
             known = heard & sound
             rate, bent, foretold = (jnp.where(known, number, 0) for number in (rate, bent, foretold))
             step = jax.tree.map(lambda leaf: jnp.where(known, rate * leaf, 0).astype(leaf.dtype), u)  # 7

@@ -142,7 +142,7 @@ def controlled(
         step = step if last is None else trees.add(step, last, weights[1])
         ratio, taken, heard = state.ratio, jnp.array(True), says(curvature)
         calibrating = state.calibrating
-        sound = guards.finite(step, 0, by_diagonal=False)
+        sound = guards.finite(step, 0)
         if rule:
             is_due = rule.is_due(count, state.ratio, calibrating) & heard  # a batch of weight zero tests nothing
             test = partial(_tested, curvature, params, weights, penalised)

@@ -105,7 +105,7 @@ def searched(
         changes = jax.vmap(change)(lengths)  # 2
         changes = jnp.where(jnp.isfinite(changes), changes, jnp.inf)
         best = jnp.argmin(changes)
-        taken = (changes[best] < 0) & guards.finite(u, 0, by_diagonal=False) & says(curvature)
+        taken = (changes[best] < 0) & guards.finite(u, 0) & says(curvature)
         length = jnp.where(taken, lengths[best], 0)
         step = jax.tree.map(lambda leaf: jnp.where(taken, length * leaf, 0).astype(leaf.dtype), u)  # 3
         return step, SearchState(

@@ -85,9 +85,11 @@ def advance(
         def refresh(state, evidence=None):
             return in_turn(order, groups, partial(refresh_of, evidence=evidence), state)
 
+    operators, both = ("operators", "metrics"), ("statistics", "operators", "metrics")
+    of_batch = both if any(block.method.follow for block in blocks) else ("statistics", "metrics")
     if not any(block.method.rescale or block.method.measure for block in blocks):
-        state = when(statistics_due, lambda state: observe(state, evidence_of()), state)
-        return when(refresh_due, refresh, state)
+        state = _when(statistics_due, lambda state: observe(state, evidence_of()), state, of_batch)
+        return _when(refresh_due, refresh, state, operators)
 
     rescales = any(block.method.rescale for block in blocks)
     own_due = due(count, schedule.rescale_every)
@@ -95,15 +97,32 @@ def advance(
 
     def with_evidence(state):
         evidence = evidence_of()
-        state = when(statistics_due, lambda state: observe(state, evidence), state)
+        state = _when(statistics_due, lambda state: observe(state, evidence), state, of_batch)
         former = state.operators
-        state = when(refresh_due, lambda state: refresh(state, evidence), state)
+        state = _when(refresh_due, lambda state: refresh(state, evidence), state, operators)
         if not rescales:
             return state
         everywhere = own_due if schedule.rolling else True
-        return when(rescale_due, lambda state: _rescaled(blocks, evidence, state, former, everywhere), state)  # 3
+        return _when(
+            rescale_due, lambda state: _rescaled(blocks, evidence, state, former, everywhere), state, operators
+        )  # 3
 
-    return when(_either(statistics_due, rescale_due), with_evidence, state)
+    return _when(_either(statistics_due, rescale_due), with_evidence, state, both)
+
+
+def _when(
+    predicate: bool | Array,
+    function: Callable[[NaturalGradientState], NaturalGradientState],
+    state: NaturalGradientState,
+    fields: Sequence[str],
+) -> NaturalGradientState:
+    """`when` of a function that changes these fields alone: XLA copies what a branch hands through."""
+
+    def changed(part):
+        new = function(state._replace(**part))
+        return {name: getattr(new, name) for name in fields}
+
+    return state._replace(**when(predicate, changed, {name: getattr(state, name) for name in fields}))
 
 
 def _observed(

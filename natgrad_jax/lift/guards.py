@@ -1,6 +1,7 @@
 """What is not finite is dropped, one copy of a layer at a time."""
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +10,51 @@ from natgrad_jax.algebra.stacks import per_stack
 from natgrad_jax.base import Array
 
 State = TypeVar("State")
+_SMALL = 4096  # vectors up to this length are filled up to the longest and summed as one: a sum takes 60 ms to compile
 
 
-def finite(state: State, axes: int, *, by_diagonal: bool) -> Array:
+def finite(state: State, axes: int) -> Array:
     """Whether a copy is finite throughout.
+
+    Zero times what is not finite is NaN, and one NaN makes a sum NaN. On a CPU such a sum is one call of a library:
+    2 ms to compile for a matrix of 1,000 columns, where the same of booleans takes 100 ms, and of a diagonal 70.
 
     Args:
         state: arrays that lead with `axes` stack axes.
         axes: number of stack axes.
-        by_diagonal: whether the diagonal of a square matrix tells for the whole. It does for factors: an entry of a
-            second moment that is not finite comes from a row whose own square is not, and a factorisation that fails
-            is NaN throughout. That saves a pass over the largest arrays. (Of a scale that happens to be square, an
-            entry that overflows by itself off the diagonal is not seen.)
 
     Returns:
         Booleans [S].
     """
     good = jnp.array(True)
     for leaf in jax.tree.leaves(state):
-        if by_diagonal and leaf.ndim == axes + 2 and leaf.shape[-1] == leaf.shape[-2]:
-            leaf = jnp.diagonal(leaf, axis1=-2, axis2=-1)
-        good = good & jnp.all(jnp.isfinite(leaf), axis=tuple(range(axes, leaf.ndim)))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            good = good & jnp.isfinite(jnp.sum(leaf * 0, axis=tuple(range(axes, leaf.ndim))))
     return good
+
+
+def finite_each(states: Mapping[str, tuple[Any, int]]) -> dict[str, Array]:
+    """Whether copies of some states are finite throughout, the vectors of all states in one sum.
+
+    Args:
+        states: {name: state and number of its stack axes}, as `finite` takes them.
+
+    Returns:
+        {name: booleans [S]}.
+    """
+    found, vectors = {}, {}
+    for name, (state, axes) in states.items():
+        leaves = jax.tree.leaves(state)
+        is_small = [not axes and leaf.ndim == 1 and 0 < leaf.size <= _SMALL for leaf in leaves]
+        found[name] = finite([leaf for leaf, small in zip(leaves, is_small, strict=True) if not small], axes)
+        for leaf in (leaf for leaf, small in zip(leaves, is_small, strict=True) if small):
+            vectors.setdefault(leaf.dtype, []).append((name, leaf))
+    for pairs in vectors.values():
+        longest = max(leaf.size for _, leaf in pairs)
+        rows = jnp.stack([jnp.pad(leaf, (0, longest - leaf.size)) for _, leaf in pairs])
+        for (name, _), good in zip(pairs, jnp.isfinite(jnp.sum(rows * 0, axis=1)), strict=True):
+            found[name] = found[name] & good
+    return found
 
 
 def choose(good: Array, new: State, old: State) -> State:

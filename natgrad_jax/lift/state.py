@@ -115,7 +115,6 @@ def kept_finite(
     new: Mapping[str, Any],
     old: Mapping[str, Any],
     *,
-    by_diagonal: bool = True,
     held: Array | bool = False,
 ) -> tuple[dict[str, Any], Array]:
     """New values where they are finite, old ones elsewhere, and how many copies of layers these are.
@@ -124,20 +123,19 @@ def kept_finite(
         layers: the layers.
         new: {name: value}.
         old: the same.
-        by_diagonal: whether the diagonal of a matrix tells for the whole, as `guards.finite` says; never of a
-            parameter's own array.
         held: whether the old ones are kept in any case, which is no rejection.
 
     Returns:
         {name: value}, and the int32 number of copies of which the old one was kept since the new one is not finite.
     """
     found, rejected = {}, jnp.zeros((), jnp.int32)
+    finite = guards.finite_each({layer.name: (new[layer.name], len(layer.stack)) for layer in layers})
     for layer in layers:
-        name, axes = layer.name, len(layer.stack)
+        name = layer.name
         if not jax.tree.leaves(new[name]):
             found[name] = new[name]
             continue
-        good = guards.finite(new[name], axes, by_diagonal=by_diagonal and layer.is_known)
+        good = finite[name]
         found[name] = guards.choose(good if held is False else good & ~held, new[name], old[name])
         rejected += jnp.sum(~good, dtype=jnp.int32)
     return found, rejected

@@ -169,7 +169,7 @@ def lift_stepping(
                 layer.name: _seen(method_of(layer), layer, evidence[layer.name], strengths, state) for layer in blocks
             }  # 1
             held = evidences.is_empty(evidence)
-            good, _ = kept_finite(blocks, seen, old, by_diagonal=False, held=held)
+            good, _ = kept_finite(blocks, seen, old, held=held)
             found = stepped({name: operator for name, (_, operator) in good.items()})
             there = optax.apply_updates(params, found)
             again = evidences.lazy(partial(curvature, there), blocks)()
@@ -246,7 +246,7 @@ def _learned(
         skips = jax.tree.map(jnp.add, skips, more)
     if held is not False:
         skips = jax.tree.map(lambda number: jnp.where(held, 0, number), skips)
-    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), by_diagonal=False, held=held)
+    kept, rejected = kept_finite(blocks, new, _paired(blocks, state), held=held)
     state = counted(state, {name: statistics for name, (statistics, _) in kept.items()}, rejected, held=held)
     metrics = state.metrics
     return state._replace(
@@ -282,7 +282,7 @@ def _answer(
     for layer in blocks:
         old = state.statistics[layer.name]
         new[layer.name] = method_of(layer).observe(layer, old, evidence[layer.name], decay)
-    return counted(state, *kept_finite(blocks, new, state.statistics, by_diagonal=False))
+    return counted(state, *kept_finite(blocks, new, state.statistics))
 
 
 def _check(curvature: Any, params: Any) -> None:
