@@ -33,7 +33,7 @@ from rich.table import Table
 
 import natgrad_jax as ng
 from experiments.data import digits
-from experiments.nets import TanhNet
+from experiments.nets import Perceptron
 from experiments.records import State, save, saved
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
@@ -153,7 +153,7 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
     Yields:
         Steps done before, and the loss of the batch.
     """
-    model, data = TanhNet((config.units, config.units)), digits().train
+    model, data = Perceptron((config.units, config.units), 10), digits().train
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
