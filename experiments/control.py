@@ -162,8 +162,8 @@ def run(config: Config) -> Records:
     """Train every problem with every control and batch size."""
     look = config.steps // config.measurements
     entries, limits = {name: entry(name, look) for name in config.controls}, study.Limits(config.steps, look)
-    key = {"steps": config.steps, "tuning_seed": config.tuning_seed}
-    key |= {"widths": [[*config.autoencoder_widths], [*config.classifier_widths]]}
+    names = ("steps", "measurements", "tuning_seed", "autoencoder_widths", "classifier_widths")
+    key = study.key(config, *names)
     path = config.output / "control.jsonl"
     return study.run(path, key, cases(config), entries, limits, config.seeds, trial_seed=config.tuning_seed)
 

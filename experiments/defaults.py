@@ -96,13 +96,13 @@ def _entry(name: str, tried: tuple[study.Numbers, ...], options: Mapping[str, An
 def run(config: Config) -> tuple[Records, Records]:
     """The rows of both tables; those of the first are trials, which have a row for every rate."""
     images, limits = digits.images(), study.Limits(config.steps, config.steps)
-    path, key = config.output / "defaults.jsonl", {"steps": config.steps}
+    path, key = config.output / "defaults.jsonl", study.key(config, "steps")
 
     def case(net: str, batch: int) -> study.Case:
         return digits.case({"problem": net, "batch": batch}, NETS[net], images, batch)
 
     cases = [case(net, config.batch) for net in config.nets]
-    first = study.run(path, key | {"rates": [*config.rates]}, cases, with_rates(config), limits, ())
+    first = study.run(path, study.key(config, "steps", "rates"), cases, with_rates(config), limits, ())
     cases = [case(net, batch) for net in config.nets for batch in config.batches]
     return first, study.run(path, key, cases, without(config), limits, range(config.seeds))
 

@@ -139,7 +139,7 @@ def entries(case: study.Case, config: Config) -> dict[str, study.Entry]:
 
 def run(config: Config) -> Records:
     """Train every model with every method, in turn, from the same parameters on the same batches."""
-    key = {"measurements": config.measurements, "warmup": config.warmup, "smoke": config.smoke}
+    key = study.key(config, "measurements", "warmup", "smoke")
     path, limits = config.output / "demo.jsonl", study.Limits(0, 1)
     path.unlink(missing_ok=True)  # it takes a minute, and its settings stand in this file
     return study.run(path, key, cases(config), lambda case: entries(case, config), limits, (config.seed,))

@@ -153,7 +153,7 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
     Yields:
         Steps done before, and the loss of the batch.
     """
-    model, data = Perceptron((config.units, config.units), outputs=10), digits().train
+    model, data = Perceptron((config.units, config.units), 10), digits().train
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))

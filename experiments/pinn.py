@@ -116,7 +116,7 @@ def run(config: Config) -> Records:
     with jax.enable_x64(True):
         cases = [case(name, config) for name in config.equations]
         limits = study.Limits(10**9, 1, config.seconds, clock=time.process_time)
-        entries, key = {name: METHODS[name] for name in config.methods}, {"seconds": config.seconds}
+        entries, key = {name: METHODS[name] for name in config.methods}, study.key(config, "seconds", "trial", "scale")
         path, trial = config.output / "pinn.jsonl", limits._replace(seconds=config.trial)
         return study.run(path, key, cases, entries, limits, range(config.seeds), trial)
 

@@ -102,7 +102,8 @@ def run(config: Config) -> Records:
         {"problem": "autoencoder"}, Perceptron(config.widths), digits.rows(digits.images(28)), config.batch
     )
     limits = study.Limits(config.steps, 5, level=min(config.levels))
-    key = {"batch": config.batch, "steps": config.steps, "adam_steps": config.adam_steps, "level": limits.level}
+    names = ("batch", "levels", "steps", "adam_steps", "adam_rates", "peer_damping", "widths")
+    key = study.key(config, *names)
     return study.run(config.output / "race.jsonl", key, [case], entries(config), limits, range(config.seeds))
 
 

@@ -89,6 +89,12 @@ class Limits(NamedTuple):
         return self._replace(steps=entry.steps or self.steps, look=entry.look or self.look)
 
 
+def key(config: Any, *names: str) -> dict[str, Any]:
+    """The numbers of a configuration that its rows depend on, as a record has them."""
+    found = {name: getattr(config, name) for name in names}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
+
+
 def grid(**tried: Iterable[float]) -> tuple[Numbers, ...]:
     """Every number with every other, by their names."""
     return tuple(dict(zip(tried, numbers, strict=True)) for numbers in product(*tried.values()))

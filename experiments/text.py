@@ -133,8 +133,7 @@ def run(config: Config) -> Records:
     """The trials of all methods, then their runs in turn; a `ValueError` if there is no method of a name."""
     if unknown := set(config.methods) - set(METHODS):
         raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
-    names = ("budget", "trial", "steps", "every", "batch", "context", "width")
-    key = {name: getattr(config, name) for name in names}
+    key = study.key(config, "budget", "trial", "steps", "every", "batch", "context", "width", "seed")
     limits, seed = study.Limits(config.steps, config.every), config.seed
     trial, entries = limits._replace(steps=config.trial), {name: entry(name, config) for name in config.methods}
     return study.run(config.output / "text.jsonl", key, [case(config)], entries, limits, (seed,), trial, seed)

@@ -32,8 +32,8 @@ def cells(notebook):
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_there_are_four_notebooks():
-    assert NAMES == ["1_quickstart", "2_fisher", "3_race", "4_pinn"]
+def test_notebooks_are_numbered():
+    assert len(NAMES) >= 4 and [int(name[0]) for name in NAMES] == [*range(1, len(NAMES) + 1)]
 
 
 @pytest.mark.parametrize("where", ["", "rendered"])
