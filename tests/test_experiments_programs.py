@@ -24,7 +24,7 @@ HloModule step, entry_computation_layout={(f32[4,8]{1,0})->f32[4,8]{1,0}}
 %due (x: f32[4,8]) -> f32[4,8] {
   %x = f32[4,8]{1,0} parameter(0)
   %start = (s32[], f32[8,8]{1,0}) tuple(%x, %x)
-  %loop = (s32[], f32[8,8]) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %loop = (s32[], f32[8,8]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %gathered = f32[4,8]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
 }
 
