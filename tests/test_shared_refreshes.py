@@ -12,9 +12,10 @@ import methods_table
 import optax
 import pytest
 from devices import on_devices
+from jax.sharding import PartitionSpec
 
 import natgrad_jax as ng
-from natgrad_jax.lift.shares import shares
+from natgrad_jax.lift.shares import Devices, shares
 from natgrad_jax.methods.kfac import KFAC
 
 SCRIPT = """
@@ -166,6 +167,19 @@ def test_what_has_no_layers_is_refused():
         ng.sharding.share_refreshes(optax.adam(0.1), "data")
     with pytest.raises(ValueError, match=r"policy.*'factor'"):
         ng.sharding.share_refreshes(optax.adam(0.1), mesh, "factor")
+
+
+def test_sharing_is_refused_where_the_axes_are_taken_or_missing():
+    mesh, other, spec = jax.make_mesh((1,), ("data",)), jax.make_mesh((1,), ("model",)), PartitionSpec()
+
+    def shared(x):
+        return Devices(mesh, ("data",)).each(jnp.square, (spec,), spec)(x)
+
+    assert shared(jnp.ones(3)).shape == (3,)
+    with pytest.raises(ValueError, match=r"\['data'\] are manual.*jax\.jit"):
+        jax.shard_map(shared, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(3))
+    with jax.set_mesh(other), pytest.raises(ValueError, match=r"\['model'\] and not \['data'\]"):
+        shared(jnp.ones(3))
 
 
 ROWS = """

@@ -54,6 +54,11 @@ class Devices:
         if around.empty:
             kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
             mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
+        elif missing := set(self.axes) - set(around.axis_names):
+            raise ValueError(
+                f"The mesh around has axes {list(around.axis_names)} and not {sorted(missing)}, over which refreshes "
+                "are shared: give `ng.sharding.share_refreshes` the mesh that the batch is on."
+            )
         elif by_hand := set(self.axes) & set(around.manual_axes):
             raise ValueError(
                 f"The axes {sorted(by_hand)} are manual here, inside of `jax.shard_map` or `jax.pmap`, so that "
