@@ -82,7 +82,9 @@ CASES = {
     "masked": lambda: case(
         lambda p, x: x @ (p["w"] * jnp.eye(4, 3)), {"w": (4, 3)}, (N, 4), "", w="factor entry by entry"
     ),
-    "cut with steps": lambda: case(lambda p, x: x @ p["w"][:, ::2], {"w": (4, 3)}, (N, 4), "", w="cut with steps"),
+    "cut with steps": lambda: case(
+        lambda p, x: x @ jax.lax.slice(p["w"], (0, 0), (4, 3), (1, 2)), {"w": (4, 3)}, (N, 4), "", w="cut with steps"
+    ),
     "rounded": lambda: case(
         lambda p, x: x @ p["w"].astype(int).astype(x.dtype), {"w": (4, 3)}, (N, 4), "", w="goes through"
     ),
@@ -245,10 +247,17 @@ def _sine(x):
 _sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
 
 
+def seen(name):
+    """The case of that name, watched."""
+    if name == "a shard_map" and jax.__version_info__ < (0, 9):
+        pytest.skip("JAX 0.8 does not batch the pullback of one, which the oracle needs")
+    return watched(CASES[name])
+
+
 @pytest.mark.filterwarnings("ignore:.*has no layer")
 @pytest.mark.parametrize("name", CASES)
 def test_the_layers_are_what_is_done_with_the_parameters(name):
-    one, layers, *_ = watched(CASES[name])
+    one, layers, *_ = seen(name)
     assert set(layers) == set(one.layers)
     notes = {block.name: block.note for block in layers.rest}
     assert notes.keys() == flat(one.params).keys() - {leaf.address for layer in layers.known for leaf in layer.leaves}
@@ -259,7 +268,7 @@ def test_the_layers_are_what_is_done_with_the_parameters(name):
 @pytest.mark.filterwarnings("ignore:.*has no layer")
 @pytest.mark.parametrize("name", CASES)
 def test_c2_rows_give_the_gradient_of_every_example(name):
-    _, layers, evidence, grad, jacobian = watched(CASES[name])
+    _, layers, evidence, grad, jacobian = seen(name)
     idle = ("v",) if name == "cond" else ()  # the branch that is not taken
     rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian, idle)
 
