@@ -432,10 +432,11 @@ def picture(found: Found, config: Config) -> Figure:
             figures.plain(pair[0].yaxis)
         else:
             above = [top for top in np.ravel(tops) if top >= np.max(tops) / 2]
-            lowest = min(above) - 0.1 * (max(above) - min(above)) - 0.1
-            pair[0].set(ylabel="test accuracy, %", ylim=(lowest, None))
+            margin = 0.1 * (max(above) - min(above)) + 0.1
+            pair[0].set(ylabel="test accuracy, %", ylim=(min(above) - margin, max(above) + margin))
         pair[0].set_title(title, loc="left", fontweight="bold")
         pair[0].set_xlabel("epochs")
+        pair[0].xaxis.get_major_locator().set_params(integer=True)
         pair[1].set_xlabel("seconds on the idle machine (see the experiment)")
     figures.clean(axes.flat, which="both")
     for pair in axes if not config.is_classifier else axes[:1]:
