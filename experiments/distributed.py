@@ -49,7 +49,7 @@ class Config:
         batch: images in a batch, of all processes.
         units: of the two hidden layers.
         every: steps between checkpoints.
-        killed: the step before which the last process dies.
+        killed: the step after whose loss the last process dies.
         patience: seconds until a process that hears nothing of another gives up, at least 10.
         limit: seconds that any run may take.
     """
@@ -89,7 +89,7 @@ def run(config: Config, folder: Path, processes: int, killed: int = -1) -> Ended
         config: the numbers.
         folder: for checkpoints and what the processes say.
         processes: how many.
-        killed: the step before which the last one dies; -1 for none.
+        killed: the step after whose loss the last one dies; -1 for none.
 
     Returns:
         What became of them.

@@ -61,7 +61,7 @@ def apply(params, x):
     return h @ params["last"]
 
 
-def measure(config: Config) -> list[dict[str, Any]]:
+def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[str, Any]]:
     """Flops, bytes sent and bytes held on one of the devices that there are, for Adam and every policy."""
     count = jax.device_count()
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
@@ -114,7 +114,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
 
     adam = optax.adam(0.1)
     rows = [told("Adam", *programs(adam, jax.tree.map(lambda _: everywhere, jax.eval_shape(adam.init, params))))]
-    for name in POLICIES:
+    for name in policies:
         policy, shared = cast(Any, name.split(", ")[0]), "shared" in name
         tx = ng.sharding.share_refreshes(kfac, mesh, policy) if shared else kfac
         rows.append(told(name, *programs(tx, ng.sharding.state_specs(kfac, params, mesh, policy))))

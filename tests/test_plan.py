@@ -21,15 +21,19 @@ shapes = {"first": (config.ends, config.units), "deep": (config.depth, config.un
 params = {name: jnp.ones(shape) for name, shape in (shapes | {"last": (config.units, config.ends)}).items()}
 layers = ng.capture(apply, ng.losses.squared_error).layers(params, jnp.ones((config.batch, config.ends)))
 planned = ng.sharding.plan(layers, jax.make_mesh((jax.device_count(),), ("data",)), config.batch)
-print(json.dumps([measure(config), [cost._asdict() for cost in planned.costs]]))
+policies = json.loads(sys.argv[2]) or tuple(cost.policy for cost in planned.costs)
+print(json.dumps([measure(config, policies), [planned[name]._asdict() for name in policies]]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.full)])
-def test_the_plan_is_what_the_compiled_programs_do(devices):
+@pytest.mark.parametrize(
+    ("devices", "policies"),
+    [(4, ["layer, shared"]), *(pytest.param(count, [], marks=pytest.mark.full) for count in (4, 8))],
+)
+def test_the_plan_is_what_the_compiled_programs_do(devices, policies):
     sizes = {"units": 32, "depth": 8, "ends": 16, "batch": 64}
-    measured, planned = json.loads(on_devices(devices, MEASURE, json.dumps(sizes), timeout=560))
+    measured, planned = json.loads(on_devices(devices, MEASURE, json.dumps(sizes), json.dumps(policies), timeout=560))
     adam, *measured = measured
     here, units, ends = sizes["batch"] // devices, sizes["units"], sizes["ends"]
     forward = 2 * here * (sizes["depth"] * units**2 + 2 * units * ends)
