@@ -151,12 +151,13 @@ def _of_layer(
     if weights:
         row["weight"] = float(min(weights))
     date, newest = np.min(operator.date), max(np.max(each.date) for each in state.operators.values())
-    plain = layers is not None and name in {layer.name for layer in layers.rest}
+    kind = None if layers is None else {layer.name: layer.kind for layer in layers.rest}.get(name)
+    plain = kind is not None
     if not plain and date >= 0:
         row["age"] = float(state.count - 1 - date)
     if not plain:
         row["rejected"] = float(date < newest)
-    spectrum = _spectrum(statistics, operator.value, plain)  # 1
+    spectrum = _spectrum(statistics, operator.value, kind)  # 1
     damping = whole.get("damping", 0.0)
     if spectrum is not None and row.get("weight", 1) > 0:
         row |= {"smallest": spectrum.smallest, "largest": spectrum.largest}
@@ -173,10 +174,13 @@ def _averages(tree: Any) -> list[Average]:
     return [leaf for leaf in leaves if isinstance(leaf, Average)]
 
 
-def _spectrum(statistics: Any, operator: Any, plain: bool) -> _Spectrum | None:
+def _spectrum(statistics: Any, operator: Any, kind: str | None) -> _Spectrum | None:
     """The eigenvalues of the block of a layer, or of its factor with the widest range; None if nothing is kept."""
-    if plain:
-        return _of(np.ravel(averages.mean(statistics))) if _averages(statistics) else None
+    if kind is not None:
+        if not _averages(statistics):
+            return None
+        mean = averages.mean(statistics)
+        return _of(np.ravel(_eigenvalues(mean) if kind == "norm" else mean))
     if isinstance(operator, Rotated):
         return _of(np.ravel(averages.mean(operator.scale)))
     if isinstance(statistics, kronecker.Pair):

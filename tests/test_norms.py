@@ -140,12 +140,15 @@ def test_the_block_of_a_norm_is_that_of_the_dense_fisher_matrix(case):
     def step():
         out = capture.value_and_grad(model(), X, Y)
         updates, state = tx.update(out.grad, tx.init(params), curvature=out.curvature)
-        return addresses.flatten(out.grad), addresses.flatten(updates), state.operators
+        return addresses.flatten(out.grad), addresses.flatten(updates), state
 
-    gradient, updates, operators = step()
+    gradient, updates, state = step()
+    said = ng.diagnose(state, layers)
     blocks = jax.jit(lambda params: {norm.name: dense_block(apply, params, norm) for norm in norms})(params)
     for norm in norms:
-        assert_equal(operators[norm.name].value, blocks[norm.name])
+        assert_equal(state.operators[norm.name].value, blocks[norm.name])
+        largest = np.linalg.eigvalsh(np.asarray(blocks[norm.name])).max()
+        np.testing.assert_allclose(said[f"{norm.name}/largest"], largest, rtol=1e-6)
         mine, found = (
             np.stack([np.ravel(tree[leaf.address]) for leaf in norm.leaves], axis=-1) for tree in (gradient, updates)
         )
