@@ -156,15 +156,9 @@ class Truncatable(Averaged):
     rank: Annotated[
         Rank | Literal["auto"] | None,
         "eigenvectors that a side of a layer keeps, with one mean eigenvalue for the rest: a number, a share of its "
-<<<<<<< HEAD
         'size (0.1), or "auto", an eighth of it and 32 at least, since shapes are fixed before any data is seen. What '
         "is kept and what a product takes then grow with the size of a side instead of its square, a refresh with no "
         "cube. None for whole factors.",
-=======
-        'size (0.1), or "auto", an eighth of it and 32 at least, since shapes precede data. What is kept '
-        "and what a product takes then grow with the size of a side instead of its square, a refresh with no cube. "
-        "None for whole factors.",
->>>>>>> h_cost
         Vectors(),
     ] = None
 
