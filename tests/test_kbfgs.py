@@ -283,7 +283,7 @@ def test_the_steps_of_the_mean_outputs_are_those_of_the_model_also_of_groups_and
     before, after = (np.mean(np.asarray(found["head"]["__call__"][0]), axis=0) for found in seen)
     assert_equal(secant(state, "head").s, after - before, 1e-7)
     assert state.operators["blocks/dense"].value.outputs.shape == (2, 4, 4)
-    assert state.statistics["norm/scale"].weight > 0
+    assert state.statistics["norm/scale+bias"].weight > 0
     assert state.metrics.rejected_statistics == 0
 
 

@@ -80,7 +80,7 @@ def watched(labels="sampled"):
 def test_the_layers_are_printed_as_those_of_linen_are():
     _, layers = watched()
     assert list(layers) == ["conv", "shared", "heads/0"] and layers["shared"].positions == 2
-    assert [block.name for block in layers.rest] == ["norm/bias", "norm/scale"]
+    assert [(block.name, block.kind) for block in layers.rest] == [("norm/scale+bias", "norm")]
     assert pickle.loads(pickle.dumps(layers)) == layers
     assert "conv/kernel" in str(layers)
 

@@ -207,7 +207,7 @@ def plain():
 @pytest.mark.parametrize("statistics", ["curvature", "gradient"])
 def test_without_groups_and_stacks_the_layers_need_not_be_known(statistics):
     gradient, evidence, found = plain()
-    parts = {"norm/scale": evidence["norm/scale"].gradient["value"]}
+    parts = {"norm/scale": evidence["norm/scale"].gradient["scale"]}
     for name in ("conv", "last"):
         parts |= {f"{name}/{role}": draws for role, draws in evidence[name].gradient.items()}
     for name, modes in PLAIN.items():
