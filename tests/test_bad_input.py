@@ -201,10 +201,22 @@ def test_excluding_what_the_model_does_not_have():
 
 
 def test_a_model_without_a_known_layer_warns_and_lists_its_parameters():
-    capture, variables = watch(nn.LayerNorm())
-    with pytest.warns(UserWarning, match=r"LayerNorm has no layer that natgrad_jax can watch.*bias, scale"):
+    class Shift(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + self.param("shift", nn.initializers.zeros, x.shape[-1:])
+
+    capture, variables = watch(Shift())
+    with pytest.warns(UserWarning, match=r"Shift has no layer that natgrad_jax can watch.*: shift"):
         layers = capture.layers(variables, X)
-    assert len(layers) == 0 and "bias" in str(layers) and "scale" in str(layers)
+    assert len(layers) == 0 and "shift" in str(layers)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_norm_by_itself_has_its_block_without_a_warning():
+    capture, variables = watch(nn.LayerNorm())
+    layers = capture.layers(variables, X)
+    assert len(layers) == 0 and [layer.kind for layer in layers.rest] == ["norm"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -363,9 +375,10 @@ def test_evidence_of_other_shapes(method, field):
 @pytest.mark.slow
 def test_evidence_for_a_remaining_parameter_without_its_gradient():
     gradient, evidence = measured("convnet")
+    norm = "BatchNorm_0/scale+bias"
     tx = direction("kfac pi", "convnet")
-    bad = {**evidence, "BatchNorm_0/scale": evidence["BatchNorm_0/scale"]._replace(gradient=None)}
-    with says(ValueError, "'BatchNorm_0/scale'", "`gradient` and `count`"):
+    bad = {**evidence, norm: evidence[norm]._replace(gradient=None)}
+    with says(ValueError, f"{norm!r}", "`gradient` and `count`"):
         tx.update(gradient, tx.init(gradient), curvature=bad)
 
 

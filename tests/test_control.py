@@ -291,7 +291,7 @@ def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitud
     assert state.damping > 1e-4
     assert losses[-1] < losses[0]
     without = np.array(trained(0)[1])
-    assert not np.max(without) < 2 * np.max(losses)
+    assert not np.max(without) < 1.5 * np.max(losses)
 
 
 @pytest.mark.slow

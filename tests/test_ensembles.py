@@ -103,7 +103,8 @@ def assert_differ(found):
 @pytest.mark.slow
 def test_members_of_different_age_of_which_some_refresh_afresh_train_as_they_would_alone():
     alone, together, by_one, at_once = compared(complete("ekfac qr pi"), task("mlp"), offsets=(0, 1, 3))
-    assert_alike(alone, together)
+    assert_alike(*(jax.tree.map(jnp.abs, each) for each in (alone, together)))  # eigenvectors have no sign
+    assert_alike(alone[1], together[1])
     assert by_one[0] <= STEPS / 2 and at_once[0] == STEPS  # due for one of them at every step
 
 

@@ -208,7 +208,7 @@ CASES = {
     ),
     "einsum": lambda: model(net(lambda x: nn.Einsum((4, 2, 3), "nd,dhk->nhk", name="e")(x)), (N, 4), "e"),
     "prelu": lambda: model(
-        net(lambda x: nn.PReLU(name="p")(nn.Dense(3, name="d")(x))), (N, 4), "d", {"p/negative_slope": "factor"}
+        net(lambda x: nn.PReLU(name="p")(nn.Dense(3, name="d")(x))), (N, 4), "d", {"p/negative_slope": ""}
     ),
     "scan of layers": lambda: model(Scanned(), (N, 3), "block"),
     "scan of layers on axis 1, rematerialised": lambda: model(Scanned(1, True), (N, 3), "block"),

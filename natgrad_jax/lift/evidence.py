@@ -152,10 +152,11 @@ def _of_parameters(
     layers: tuple[Layer, ...], evidence: Mapping[str, Evidence], there: Layers | None
 ) -> dict[str, Evidence]:
     """The evidence of single parameters that are part of a layer of the batch: its gradient is all that is needed."""
-    owners = {} if there is None else {leaf.address: (layer, leaf) for layer in there.blocks for leaf in layer.leaves}
+    wider = () if there is None else (layer for layer in there.blocks if layer.kind != "parameter")
+    owners = {leaf.address: (layer, leaf) for layer in wider for leaf in layer.leaves}
     found = {}
     for layer in layers:
-        if layer.kind != "parameter" or layer.name in evidence or layer.leaves[0].address not in owners:
+        if layer.kind != "parameter" or layer.leaves[0].address not in owners:
             continue
         owner, leaf = owners[layer.leaves[0].address]
         origin = evidence[owner.name]

@@ -105,10 +105,11 @@ class Watch:
                 stacklevel=3,
             )
             forward = self._forward(model, inputs.args, inputs.kwargs)
-        if not forward.layers.known:
+        alone = [layer.name for layer in forward.layers.rest if layer.kind == "parameter"]
+        if alone and not forward.layers.known:
             warnings.warn(
                 f"{model.name} has no layer that natgrad_jax can watch: every parameter gets a diagonal Fisher block: "
-                f"{', '.join(layer.name for layer in forward.layers.rest)}.",
+                f"{', '.join(alone)}.",
                 stacklevel=3,
             )
         return replace(forward.layers, mixed=found.mixed)

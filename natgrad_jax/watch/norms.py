@@ -195,7 +195,7 @@ def _multiplied(product: Product, cotangent: Array, seen: Mapping[Any, Array]) -
 
 
 def _by(product: Product, cotangent: Array, value: Array) -> Array:
-    value = value.astype(cotangent.dtype)
+    value = value.astype(cotangent.dtype).reshape((1,) * (cotangent.ndim - value.ndim) + value.shape)
     if product.primitive == "div":
         return cotangent / jnp.where(value != 0, value, 1)  # zero in a branch that was not taken
     return cotangent * value
