@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import einsum, matmul, plus_identity, transpose, triangular_inverse
+from natgrad_jax.algebra.stacks import all_finite, einsum, matmul, plus_identity, transpose, triangular_inverse
 from natgrad_jax.base import Array, Scalar
 
 
@@ -106,7 +106,7 @@ def updated(inverse: Inverse, s: Array, y: Array, bound: Scalar = 0.0) -> tuple[
     cross = s[..., :, None] * hy[..., None, :]
     square = s[..., :, None] * s[..., None, :]
     new = inverse + (1 + dot(y, hy))[..., None, None] * square - (cross + transpose(cross))  # 1
-    taken &= jnp.isfinite(jnp.sum(new * 0, axis=(-2, -1)))
+    taken &= all_finite(new, (-2, -1))
     return jnp.where(taken[..., None, None], new, inverse), ~taken
 
 

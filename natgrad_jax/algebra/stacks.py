@@ -354,6 +354,15 @@ def trace(factor: Factor) -> Array:
     return jnp.sum(jnp.where(here, factor, 0), axis=(-2, -1))  # half the compilation of a sum of the diagonal
 
 
+def all_finite(array: Array, axes: tuple[int, ...]) -> Array:
+    """Whether an array is finite throughout some of its axes; booleans over the others.
+
+    Zero times what is not finite is NaN, and one NaN makes a sum NaN. On a CPU such a sum is one call of a library:
+    2 ms to compile for a matrix of 1,000 columns, where the same of booleans takes 100 ms, and of a diagonal 70.
+    """
+    return jnp.isfinite(jnp.sum(array * 0, axis=axes))
+
+
 def mean_diagonal(factor: Factor) -> Array:
     """Trace over dimension: [..., n, n] -> [...]."""
     return trace(factor) / size_of(factor)

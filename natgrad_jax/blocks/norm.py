@@ -10,7 +10,7 @@ every step than to keep. Not here: the products of different channels.
 import jax.numpy as jnp
 
 from natgrad_jax.algebra import averages
-from natgrad_jax.algebra.stacks import floored
+from natgrad_jax.algebra.stacks import floored, trace
 from natgrad_jax.base import Array, Method, Scalar
 from natgrad_jax.layers.norm import gradients
 
@@ -41,8 +41,7 @@ def norm(decay: Scalar) -> Method:
 
     def apply(layer, operator, gradient, damping):
         del layer
-        trace = jnp.trace(operator, axis1=-2, axis2=-1)
-        return _solved(operator, gradient, floored(damping, jnp.max(trace, initial=0.0)))  # 2
+        return _solved(operator, gradient, floored(damping, jnp.max(trace(operator), initial=0.0)))  # 2
 
     def follow(layer, statistics, operator):
         del layer, operator

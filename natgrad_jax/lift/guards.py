@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.stacks import per_stack
+from natgrad_jax.algebra.stacks import all_finite, per_stack
 from natgrad_jax.base import Array
 
 State = TypeVar("State")
@@ -15,9 +15,6 @@ _SMALL = 4096  # vectors up to this length are filled up to the longest and summ
 
 def finite(state: State, axes: int) -> Array:
     """Whether a copy is finite throughout.
-
-    Zero times what is not finite is NaN, and one NaN makes a sum NaN. On a CPU such a sum is one call of a library:
-    2 ms to compile for a matrix of 1,000 columns, where the same of booleans takes 100 ms, and of a diagonal 70.
 
     Args:
         state: arrays that lead with `axes` stack axes.
@@ -29,7 +26,7 @@ def finite(state: State, axes: int) -> Array:
     good = jnp.array(True)
     for leaf in jax.tree.leaves(state):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            good = good & jnp.isfinite(jnp.sum(leaf * 0, axis=tuple(range(axes, leaf.ndim))))
+            good = good & all_finite(leaf, tuple(range(axes, leaf.ndim)))
     return good
 
 
@@ -52,7 +49,7 @@ def finite_each(states: Mapping[str, tuple[Any, int]]) -> dict[str, Array]:
     for pairs in vectors.values():
         longest = max(leaf.size for _, leaf in pairs)
         rows = jnp.stack([jnp.pad(leaf, (0, longest - leaf.size)) for _, leaf in pairs])
-        for (name, _), good in zip(pairs, jnp.isfinite(jnp.sum(rows * 0, axis=1)), strict=True):
+        for (name, _), good in zip(pairs, all_finite(rows, (1,)), strict=True):
             found[name] = found[name] & good
     return found
 
