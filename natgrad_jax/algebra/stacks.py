@@ -104,8 +104,7 @@ def _triangular_inverse(lower: Array) -> Array:
     """L^-1 of a lower triangular L [n, n]."""
     size = lower.shape[-1]
     if size <= _SMALL:
-        found = lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
-        return lax.optimization_barrier(found.T).T  # else XLA turns it for the products: a kernel of 100 ms to compile
+        return lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
     cut = _halves(size)
     first, last = _triangular_inverse(lower[:cut, :cut]), _triangular_inverse(lower[cut:, cut:])
     below = -matmul(last, matmul(lower[cut:, :cut], first))
