@@ -290,8 +290,8 @@ def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitud
     assert state.rejected > 0
     assert state.damping > 1e-4
     assert losses[-1] < losses[0]
-    without = np.array(trained(0)[1])
-    assert not np.max(without) < 1.5 * np.max(losses)
+    without = trained(0)[1]
+    assert np.mean(without[-5:]) > 2 * np.mean(losses[-5:])  # of single steps the rounding decides
 
 
 @pytest.mark.slow
