@@ -4,7 +4,7 @@ The matrix of such a block is a mapping {layer: its matrix [S, I, O]}, and so is
 of their own addresses. It has no stack: the copies of a stacked layer are in the block like any other parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -13,23 +13,62 @@ from natgrad_jax.base import Array, Evidence, Kind, Layer, Layers, Leaf, Matrix
 from natgrad_jax.layers.parameter import widest
 
 NAME = "joint"
+Groups = Mapping[str, Collection[str]]
+"""{block: the names of its layers}."""
 
 
-def joint(layers: Layers) -> Layers:
-    """The known layers as one block.
+def joint(layers: Layers, groups: Groups | None = None) -> Layers:
+    """The known layers as one block, or as one for each group.
 
     Args:
         layers: of the model.
+        groups: which layers each block has; None for one block of all, called "joint".
 
     Returns:
-        Layers of which one is known, called "joint"; the remaining parameters stay as they are.
+        Layers in which a block stands for its members, where the first of them stood. A group none of whose layers is
+        there has no block. Layers of no group and the remaining parameters stay as they are.
     """
-    if not layers.known:
-        return layers
-    leaves = tuple(Leaf(leaf.address, leaf.address, leaf.shape) for layer in layers.known for leaf in layer.leaves)
+    block_of = _block_of(layers, groups)
+    blocks: dict[str, list[Layer]] = {}
+    for layer in layers.known:
+        blocks.setdefault(block_of.get(layer.name, layer.name), []).append(layer)
+    known = (_block(name, inside) if inside[0].name in block_of else inside[0] for name, inside in blocks.items())
+    return replace(layers, known=tuple(known))
+
+
+def _block_of(layers: Layers, groups: Groups | None) -> dict[str, str]:
+    """The name of the block of each layer that is in one."""
+    if groups is None:
+        return {layer.name: NAME for layer in layers.known}
+    return {name: block for block, names in groups.items() for name in names}
+
+
+def _block(name: str, inside: Sequence[Layer]) -> Layer:
+    """Some layers as one block."""
+    leaves = tuple(Leaf(leaf.address, leaf.address, leaf.shape) for layer in inside for leaf in layer.leaves)
     size = sum(prod(leaf.shape) for leaf in leaves)
-    block = Layer(NAME, "joint", (size,), leaves, dtype=widest(layers.known), geometry=layers.known)
-    return replace(layers, known=(block,))
+    return Layer(name, NAME, (size,), leaves, dtype=widest(tuple(inside)), geometry=tuple(inside))
+
+
+def check_groups(layers: Layers, groups: Groups) -> None:
+    """Refuse groups of what is no known layer, or of a layer twice.
+
+    Raises:
+        ValueError: if a name is that of no known layer, stands in two groups, or is that of a block, too.
+    """
+    named = [name for names in groups.values() for name in names]
+    known = [layer.name for layer in layers.known]
+    if strange := [name for name in named if name not in known]:
+        raise ValueError(
+            f"`blocks` names {', '.join(map(repr, strange))}, which is no layer with rows of examples; expected names "
+            f"of these: {', '.join(map(repr, known))}."
+        )
+    if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+        raise ValueError(f"`blocks` names {', '.join(map(repr, twice))} twice; a layer is in one block.")
+    if taken := [block for block in groups if block in known and block not in groups[block]]:
+        raise ValueError(
+            f"`blocks` calls a block {taken[0]!r}, which is the name of a layer outside of it; take another name."
+        )
 
 
 def is_joint(layer: Layer) -> bool:
@@ -53,21 +92,25 @@ def from_members(layer: Layer, values: tuple[Any, ...]) -> Any:
     return dict(zip(names, values, strict=True)) if is_joint(layer) else values[0]
 
 
-def joint_evidence(layers: Layers, evidence_of: Callable[[], Mapping[str, Evidence]]) -> Callable[[], dict[str, Any]]:
-    """The evidence for `joint(layers)`, when it is called.
+def joint_evidence(blocks: Layers, evidence_of: Callable[[], Mapping[str, Evidence]]) -> Callable[[], dict[str, Any]]:
+    """The evidence for joint blocks, when it is called.
 
     Args:
-        layers: of the model, before they were joined.
-        evidence_of: gives {name: Evidence} of all of them.
+        blocks: what `joint` gave.
+        evidence_of: gives {name: Evidence} of all layers, before they were joined.
 
     Returns:
-        A function that gives {"joint": {name: Evidence}}, and the evidence of the remaining parameters.
+        A function that gives {block: {name: Evidence}}, and the evidence of what is in no block.
     """
 
     def found():
         evidence = evidence_of()
-        apart = {layer.name: evidence[layer.name] for layer in layers.rest}
-        return apart | ({NAME: {layer.name: evidence[layer.name] for layer in layers.known}} if layers.known else {})
+        return {
+            layer.name: {one.name: evidence[one.name] for one in members(layer)}
+            if is_joint(layer)
+            else evidence[layer.name]
+            for layer in (*blocks.known, *blocks.rest)
+        }
 
     return found
 

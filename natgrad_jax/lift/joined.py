@@ -8,15 +8,31 @@ import optax
 
 from natgrad_jax import addresses
 from natgrad_jax.base import Layers
-from natgrad_jax.layers.joint import joint, joint_evidence
+from natgrad_jax.layers.joint import Groups, check_groups, joint, joint_evidence
 from natgrad_jax.lift import evidence as evidences
 
 
-def of_joint_block(
-    layers: Layers, lifted: Callable[[Layers], optax.GradientTransformationExtraArgs]
+def of_joint_blocks(
+    layers: Layers,
+    lifted: Callable[[Layers], optax.GradientTransformationExtraArgs],
+    groups: Groups | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A lifted method of the one block that those known layers make whose parameters are there."""
-    lifted(joint(layers))  # settings are refused now, not when there are parameters
+    """A lifted method of the blocks that those known layers make whose parameters are there.
+
+    Args:
+        layers: of the model.
+        lifted: the method for layers, of which some are joint blocks.
+        groups: which layers each block has; None for one block of all.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: if a group names what is no known layer.
+    """
+    if groups is not None:
+        check_groups(layers, groups)
+    lifted(joint(layers, groups))  # settings are refused now, not when there are parameters
 
     def found_in(tree: Any) -> Layers:
         there = evidences.present(layers, tree)
@@ -24,13 +40,13 @@ def of_joint_block(
         return replace(layers, known=known, rest=rest)
 
     def init(params):
-        return lifted(joint(found_in(params))).init(params)
+        return lifted(joint(found_in(params), groups)).init(params)
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         found = found_in(updates)
         if curvature is not None or extra.get("request") is None:
-            curvature = joint_evidence(found, evidences.lazy(curvature, found.blocks))
-        return lifted(joint(found)).update(updates, state, params, curvature=curvature, **extra)
+            curvature = joint_evidence(joint(found, groups), evidences.lazy(curvature, found.blocks))
+        return lifted(joint(found, groups)).update(updates, state, params, curvature=curvature, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -7,7 +7,7 @@
 by Woodbury's identity: F = J^T J is not approximated, it is that of one batch, which serves until the next refresh:
 there is no moving average, and J belongs to what is applied. With `blocks="joint"` all known layers are one block: K
 is then the sum of theirs, and the direction the exact damped natural gradient, in memory for the rows and N^2 numbers
-more.
+more. Between the two, `blocks={"encoder": ("Dense_0", "Dense_1")}` makes one block of the layers of each group.
 
 With `energy` only the leading singular vectors of J are kept, at least one:
 
@@ -25,7 +25,7 @@ are of all layers. Not here: sketched rows (SENG), with which the operator is no
 decomposition.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -41,13 +41,24 @@ from natgrad_jax.blocks import samples
 from natgrad_jax.blocks.samples import Jacobian
 from natgrad_jax.layers.joint import by_member, from_members, is_joint, members
 from natgrad_jax.layers.parameter import with_gradients
-from natgrad_jax.lift.joined import of_joint_block, of_what_is_added
+from natgrad_jax.lift.joined import of_joint_blocks, of_what_is_added
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import Period
 from natgrad_jax.lift.unkept import unkept
-from natgrad_jax.settings import Completed, Direction, Fixed, Number, Size, Steps, Transformation, direction, optimizer
+from natgrad_jax.settings import (
+    Completed,
+    Direction,
+    Fixed,
+    Groups,
+    Number,
+    Size,
+    Steps,
+    Transformation,
+    direction,
+    optimizer,
+)
 
-Blocks = Literal["layer", "joint"]
+Blocks = Literal["layer", "joint"] | Mapping[str, Collection[str]]
 Sharing = Literal["example", "reduce"]
 Target = Literal["gradient", "ief"]
 
@@ -82,7 +93,9 @@ class TENGraD(Direction):
     blocks: Annotated[
         Blocks,
         '"layer": one block for each layer; "joint": one of all known layers, the exact natural gradient of the batch, '
-        "from the same kernels and with one factorisation in all.",
+        "from the same kernels and with one factorisation in all; {block: names of its layers}: one for each of these, "
+        "and for each other layer.",
+        Groups(),
     ] = "layer"
     sharing: Annotated[
         Sharing,
@@ -161,7 +174,11 @@ class TENGraD(Direction):
         def of(layers: Layers) -> Transformation:
             return lift(lambda decay: method, layers, damping=self.given, decay=self.decay, schedule=self.schedule)
 
-        found = of(layers) if self.blocks == "layer" else of_joint_block(layers, of)
+        found = (
+            of(layers)
+            if self.blocks == "layer"
+            else of_joint_blocks(layers, of, None if isinstance(self.blocks, str) else self.blocks)
+        )
         return found if self.target == "gradient" else of_what_is_added(layers, found)
 
     def method_of(self, examples: int, draws: int) -> Method:

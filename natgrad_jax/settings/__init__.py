@@ -1,6 +1,6 @@
 """The settings of the methods: what a keyword can be, those that are shared, and the public functions made of them."""
 
-from natgrad_jax.settings.keywords import Fixed, Mask, Number, Settings, Size, Steps
+from natgrad_jax.settings.keywords import Fixed, Groups, Mask, Number, Settings, Size, Steps
 from natgrad_jax.settings.public import direction, direction_of_tensors, optimizer, optimizer_of_tensors
 from natgrad_jax.settings.shared import (
     Averaged,
@@ -19,6 +19,7 @@ __all__ = [
     "Completed",
     "Direction",
     "Fixed",
+    "Groups",
     "Mask",
     "Number",
     "OfCutTensors",

@@ -8,6 +8,7 @@ by default, since `optax.inject_hyperparams` makes an array of every number. A c
 repeats the field without the words, `decay: ScalarOrSchedule = 0.9`.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -67,6 +68,20 @@ class Fixed(NamedTuple):
         """Refuse what it is not."""
         checks.static(name, value, "what is computed")
         self.number.check(name, value)
+
+
+class Groups(NamedTuple):
+    """A mapping from names of groups to names."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse what it is not."""
+        if not isinstance(value, Mapping) or any(
+            isinstance(names, str) or not isinstance(names, Collection) or not names for names in value.values()
+        ):
+            raise TypeError(
+                f'`{name}` is {value!r}; expected one of its words, or a mapping like {{"encoder": ("Dense_0", '
+                '"Dense_1")}.'
+            )
 
 
 class Mask(NamedTuple):
