@@ -54,8 +54,13 @@ MODEL: dict[str, Any] = {"learning_rate": "quadratic", **KFAC}
 BOTH: dict[str, Any] = {"momentum": "quadratic", **MODEL}
 
 
+def given(layers: Any, rate: Any, damping: Any) -> Any:
+    """A given rate."""
+    return ng.kfac(rate, layers, damping=damping, kl_clip=None, **KFAC)
+
+
 def clipped(layers: Any, rate: Any, damping: Any, bound: Any) -> Any:
-    """A given rate, and a step shortened by the KL clip; an infinite bound shortens none."""
+    """A given rate, and a step shortened by the KL clip."""
     return ng.kfac(rate, layers, damping=damping, kl_clip=bound, **KFAC)
 
 
@@ -78,7 +83,7 @@ def adaptive(layers: Any, rate: Any, least: Any) -> Any:
 
 
 CONTROLS = {
-    "learning rate": Control(clipped, grid(rate=RATES, damping=DAMPINGS, bound=(np.inf,)), ("#17375e", "-")),
+    "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS), ("#17375e", "-")),
     "learning rate, KL clip": Control(
         clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), ("#3f8fd2", "-")
     ),

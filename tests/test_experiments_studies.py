@@ -5,7 +5,9 @@ import inspect
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
+from tasks import task
 
 import natgrad_jax as ng
 from experiments import control, defaults, demo, digits, figures, pinn, race, study, text
@@ -103,6 +105,28 @@ def test_a_control_is_made_with_every_number_that_is_tried_and_told_with_what_wa
     assert [tuple(each.values()) for each in fields] == [
         (problem, batch) for problem in ("autoencoder", "classifier") for batch in (8, 16)
     ]
+
+
+def entries():
+    """{experiment and method: its entry} of the studies that choose among numbers."""
+    config = text.Config()
+    return {
+        **{f"control {name}": control.entry(name, 10) for name in control.CONTROLS},
+        **{f"defaults {name}": one for name, one in defaults.with_rates(defaults.Config()).items()},
+        **{f"defaults {name}": one for name, one in defaults.without(defaults.Config()).items()},
+        **{f"pinn {name}": one for name, one in pinn.METHODS.items()},
+        **{f"race {name}": one for name, one in race.entries(race.Config()).items()},
+        **{f"text {name}": text.entry(name, config) for name in config.methods},
+    }
+
+
+@pytest.mark.parametrize("name", entries())
+def test_every_entry_takes_all_the_numbers_that_are_tried(name):
+    entry, layers = entries()[name], task("mlp").layers
+    assert entry.tried
+    for numbers in entry.tried if entry.make else ():  # the peer makes its own
+        made = entry.make({**numbers, "horizon": 10.0}, layers)
+        assert isinstance(made, optax.GradientTransformation)
 
 
 @pytest.mark.slow
