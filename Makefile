@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race text control defaults fidelity crossover pinn bench distributed sharded report
+.PHONY: help demo test docs notebooks lint format wheel findings autoencoder classify tune race text control defaults fidelity crossover pinn regression bench distributed sharded report
 
 # What glibc would return to the system after every step, and get back page by page; see experiments/speed.py.
 KEEP := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
@@ -68,6 +68,9 @@ text: $(VENV)/test.stamp ## a small transformer on Shakespeare by methods with a
 
 pinn: $(VENV)/test.stamp ## differential equations by a net: error after the same seconds, beside Adam and L-BFGS; one table, one picture
 	$(BIN)/python -m experiments.pinn $(GIVEN)
+
+regression: $(VENV)/test.stamp ## least squares on whole tables: steps of the methods' own choosing, beside tuned Adam; one table, one picture
+	$(BIN)/python -m experiments.regression $(GIVEN)
 
 control: $(VENV)/test.stamp ## which ways of choosing the step survive a small batch; one table, one picture
 	$(BIN)/python -m experiments.control $(GIVEN)

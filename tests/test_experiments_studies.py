@@ -10,7 +10,7 @@ import pytest
 from tasks import task
 
 import natgrad_jax as ng
-from experiments import control, defaults, demo, digits, figures, pinn, race, study, text
+from experiments import control, defaults, demo, digits, figures, pinn, race, regression, study, text
 from experiments.methods import METHODS
 
 
@@ -115,6 +115,7 @@ def entries():
         **{f"defaults {name}": one for name, one in defaults.with_rates(defaults.Config()).items()},
         **{f"defaults {name}": one for name, one in defaults.without(defaults.Config()).items()},
         **{f"pinn {name}": one for name, one in pinn.METHODS.items()},
+        **{f"regression {name}": one for name, one in regression.METHODS.items()},
         **{f"race {name}": one for name, one in race.entries(race.Config()).items()},
         **{f"text {name}": text.entry(name, config) for name in config.methods},
     }
@@ -226,3 +227,26 @@ def test_the_committed_errors_of_equations_are_those_of_the_committed_table():
     folder = pinn.Path(pinn.__file__).parent / "results"
     rows = study.kept(folder / "pinn.jsonl", {"trial": False})
     assert figures.markdown(pinn.table(rows)) + "\n" == (folder / "pinn.md").read_text()
+
+
+def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path, monkeypatch, capsys):
+    x, y = regression.table_of("diabetes")
+    assert x.shape == (442, 10) and y.shape == (442, 1)
+    for part in (x, y):
+        np.testing.assert_allclose((part.mean(0), part.std(0)), (0 * part[0], 1 + 0 * part[0]), atol=1e-5)
+    (tmp_path / "uci" / "energy").mkdir(parents=True)
+    (tmp_path / "uci" / "energy" / "data.txt").write_text("1 2 3 9\n2 4 5 9\n3 3 1 9\n")
+    monkeypatch.setenv("NATGRAD_DATA", str(tmp_path))
+    x, y = regression.table_of("energy")
+    assert x.shape == (3, 2) and np.argmax(y) == 1  # the first of its two targets, 3 5 1
+    assert regression.run(regression.Config(tmp_path, tables=("yacht",))) == []
+    assert "yacht is left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.full  # compiles four methods
+def test_a_table_is_learned(tmp_path):
+    rows = regression.run(regression.Config(tmp_path, 2.0, 0.5, 1, 8, ("diabetes",)))
+    assert {each["name"] for each in rows} == set(regression.METHODS)
+    assert all(each["losses"][-1] < 0.3 < 0.45 < each["losses"][0] for each in rows)
+    assert figures.markdown(regression.table(rows)).count("|") > 12
