@@ -248,5 +248,5 @@ def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path,
 def test_a_table_is_learned(tmp_path):
     rows = regression.run(regression.Config(tmp_path, 2.0, 0.5, 1, 8, ("diabetes",)))
     assert {each["name"] for each in rows} == set(regression.METHODS)
-    assert all(each["losses"][-1] < 0.3 < 0.45 < each["losses"][0] for each in rows)
+    assert all(each["losses"][-1] < 0.25 < each["losses"][0] for each in rows)
     assert figures.markdown(regression.table(rows)).count("|") > 12
