@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from products import case, rows_give_the_gradient_of_every_example, watched
+from reference import assert_differs, assert_equal
 
 import natgrad_jax as ng
 from natgrad_jax.program import replay
@@ -53,7 +54,8 @@ def _branching(p, x):
 
 
 def _norm(p, x):
-    return (x - x.mean(-1, keepdims=True)) * p["s"] + p["t"]
+    """With known deviations, which the scale meets first."""
+    return (x - x.mean(-1, keepdims=True)) * (p["s"] / jnp.arange(1.0, 5.0)) + p["t"]
 
 
 def _twice(w, x):
@@ -140,6 +142,12 @@ FOLLOWED = {
         lambda p, x: block()(lambda w, x: jnp.tanh(_of_the_next(x) @ w))(p["w"], x), W, X, "w"
     ),
     "inputs of all devices": lambda: case(lambda p, x: block()(_beside)(p["w"], x), W, X, "w"),
+    "a norm": lambda: case(
+        lambda p, x: block()(_norm)(p, x) @ p["v"], {"s": (4,), "t": (4,), "v": (4, 3)}, X, "v", s="", t=""
+    ),
+    "one number of examples": lambda: case(
+        lambda p, x: block()(lambda w, x: jnp.tanh(x @ w))(p["w"], x).reshape(N, 3), W, X, "w"
+    ),
     "a parameter cut beside": lambda: case(
         lambda p, x: sharded(
             lambda w, v, x: jax.lax.psum(jnp.tanh(x @ v), "model").sum(-1, keepdims=True) + jnp.tanh(x @ w),
@@ -214,6 +222,20 @@ REFUSED = {
         "",
         w="does not differ along ['data'] alone",
     ),
+    "no count of a further axis": lambda: case(
+        lambda p, x: sharded(lambda w, x: jnp.tanh(x @ w), (P(), DATA), check=False)(p["w"], x),
+        W,
+        X,
+        "w" if SIZES[1] == 1 else "",
+        **({"w": "nothing tells what differs along ['model']"} if SIZES[1] > 1 else {}),
+    ),
+    "a factor of the devices": lambda: case(
+        lambda p, x: block()(lambda p, x: x * (p["w"] * x.std(0)))(p, x) @ jnp.ones((4, 3)),
+        {"w": (4,)},
+        X,
+        "",
+        w="not known to be the same on all devices",
+    ),
     "no examples": lambda: case(
         lambda p, x: block()(lambda p, x: x @ (jnp.ones((4, 4)) @ p["w"]))(p, x), W, X, "", w="no axis of the examples"
     ),
@@ -237,8 +259,13 @@ def explained(names, watched=watched):
         one, layers, evidence, grad, jacobian = watched(FOLLOWED[name])
         try:
             assert set(layers) == set(one.layers), layers
-            assert all(one.notes[block.name] in block.note for block in layers.rest), layers.rest
+            notes = {leaf.address: block.note for block in layers.rest for leaf in block.leaves}
+            assert all(bool(note) == bool(one.notes[at]) and one.notes[at] in note for at, note in notes.items()), notes
             rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian, IDLE.get(name, ()))
+            for norm in (block for block in layers.rest if block.kind == "norm"):
+                for leaf in norm.leaves:
+                    assert_equal(evidence[norm.name].examples[leaf.role][0], jacobian[leaf.address])
+                    assert_differs(evidence[norm.name].examples[leaf.role][0][::-1], jacobian[leaf.address])
             found[name] = ""
         except AssertionError as error:
             found[name] = str(error) or "differs"
