@@ -85,14 +85,14 @@ def rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian, id
     """
     expected, mean = flat(jacobian), flat(grad)
     for address, leaf in expected.items():
-        np.testing.assert_allclose(mean[address] * N, leaf.sum(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(mean[address] * layers.examples, leaf.sum(0), rtol=1e-9, atol=1e-12)
     for layer in layers.known:
         rows, columns = written_out(input_rows(layer, evidence[layer.name])), output_rows(layer, evidence[layer.name])
         assert layer.positions == rows.shape[-2] == columns.shape[-2]
         matrices = np.einsum("...nti,...knto->n...io", np.asarray(rows), np.asarray(columns))
         found = jax.vmap(lambda matrix, layer=layer: from_matrix(layer, matrix))(jnp.asarray(matrices))
-        ours = jnp.concatenate([found[leaf.role].reshape(N, -1) for leaf in layer.leaves], axis=1)
-        theirs = jnp.concatenate([expected[leaf.address].reshape(N, -1) for leaf in layer.leaves], axis=1)
+        ours = jnp.concatenate([found[leaf.role].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
+        theirs = jnp.concatenate([expected[leaf.address].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
         if layer.name in idle:
             assert not jnp.any(ours) and not jnp.any(theirs)
             continue

@@ -344,7 +344,11 @@ def test_factored_damping_does_not_have_the_rate_of_exact_damping():
 
 
 def ignores_the_order_of_examples(tx, where="mlp true labels"):
-    """The same examples in another order give the same update; C5."""
+    """The same examples in another order give the same update; C5.
+
+    Sums in another order round otherwise, which a solve magnifies by the condition number of the damped block: to 2e-5
+    of the largest entry on the families, in float32, and to 1e-14 in float64.
+    """
     problem = task(where)
     params = problem.params
 
@@ -354,7 +358,9 @@ def ignores_the_order_of_examples(tx, where="mlp true labels"):
         return tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0]
 
     forwards, backwards = jnp.arange(8), jnp.array([3, 7, 1, 0, 6, 2, 5, 4])
-    chex.assert_trees_all_close(direction_for(forwards), direction_for(backwards), rtol=1e-4, atol=1e-5)
+    one, other = direction_for(forwards), direction_for(backwards)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one))
+    chex.assert_trees_all_close(one, other, rtol=1e-4, atol=5e-5 * largest)
 
 
 @pytest.mark.slow

@@ -145,8 +145,7 @@ CASES = {
         lambda p, x: _sharded(lambda w, x: jnp.tanh(x @ w))(p["w"], x) @ p["v"],
         {"w": (4, 3), "v": (3, 2)},
         (N, 4),
-        "v",
-        w="used inside a shard_map",
+        "w v",
     ),
     "jvp": lambda: case(
         lambda p, x: jax.jvp(lambda x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], (x,), (x * x,))[1],

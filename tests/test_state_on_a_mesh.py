@@ -89,6 +89,9 @@ for kind in ("Auto", "Explicit"):
         elif policy == "replicated":
             text = step.lower(*ended, *batch, jax.random.key(0)).compile().as_text()
             found[f"{kind} {policy}"]["step"] = sorted(sent(text))
+jax.config.update("jax_enable_x64", True)
+import shards_table
+found["shards"] = [shards_table.SIZES, shards_table.explained(["two views"])]
 print(json.dumps(found))
 """
 
@@ -124,6 +127,11 @@ def test_c13_a_refresh_sends_nothing_while_it_solves(found):
     assert {name: [shape.split("{")[0] for shape in shapes] for name, shapes in cut["sent"].items()} == {
         "all-gather": factors
     }
+
+
+@pytest.mark.slow
+def test_c2_rows_of_a_shard_map_over_devices_give_the_gradient_of_every_example(found):
+    assert found["shards"] == [[2, 2], {"two views": ""}]  # the others, and the control: `test_shards`, by `-m full`
 
 
 def kfac_of_one_layer():

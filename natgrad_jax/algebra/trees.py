@@ -58,7 +58,20 @@ def differs(tree: Any) -> set[str]:
     """The axes of a `jax.shard_map` along which a tree differs, as far as JAX keeps count of it."""
     found: set[str] = set()
     for leaf in jax.tree.leaves(tree):
-        kind = jax.typeof(leaf)
-        kind = getattr(kind, "manual_axis_type", kind)
-        found |= set(getattr(kind, "varying", getattr(kind, "vma", ())))
+        found |= varying(jax.typeof(leaf))
     return found
+
+
+def varying(kind: Any) -> set[str]:
+    """The same of the type of one array."""
+    kind = getattr(kind, "manual_axis_type", kind)
+    return set(getattr(kind, "varying", getattr(kind, "vma", ())))
+
+
+def own(tree: Any, axis: str | tuple[str, ...]) -> Any:
+    """A tree as each replica's own, so that what is differentiated by it is of that replica alone.
+
+    Under `shard_map` derivatives by what is equal on all replicas are summed over them unasked.
+    """
+    always = jax.lax.axis_index(axis) >= 0
+    return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), tree)

@@ -118,24 +118,13 @@ def _factors(fact: Parameter) -> tuple[Product, ...]:
 def _product(
     scene: Scene, path: Path, equation: Any, twin: Any, side: tuple[int, Parameter], options: Entrywise
 ) -> Product:
-    (place, fact), out = side, equation.outvars[0].aval
-    front = tuple(turns.length for turns in scene.turns)
-    spread = scene.spread(equation.outvars[0], twin and twin.outvars[0])
-    if spread is not None and spread.axis - len(front) in options.axes:
+    """The examples are looked for in the result alone, where the channels are none of them."""
+    place, fact = side
+    found = scene.product(path, equation, twin, place, fact, options)
+    spread = found.examples_out
+    if spread is not None and spread.axis - len(scene.turns) in options.axes:
         spread = None
-    return Product(
-        path=path,
-        primitive=equation.primitive.name,
-        options=options,
-        side=place,
-        kernel=fact.arrangement,
-        levels=fact.levels,
-        other=(*front, *equation.invars[1 - place].aval.shape),
-        output=(*front, *out.shape),
-        dtype=out.dtype,
-        examples=spread,
-        examples_out=spread,
-    )
+    return found._replace(examples=spread, examples_out=spread)
 
 
 def _is_without_examples(scene: Scene, value: Any, twin: Any) -> bool:

@@ -1,7 +1,8 @@
 """Following the parameters of a traced function to what is done with them.
 
 A parameter is USED where it is one operand of a product: `dot_general`, a convolution, `gather`. On its way it may be
-moved (transposed, reshaped, cast, reversed, cut, joined with others), through `jit`, `checkpoint`, `scan` and `cond`.
+moved (transposed, reshaped, cast, reversed, cut, joined with others), through `jit`, `checkpoint`, `scan`, `cond` and
+`shard_map`.
 What is added to the result of a product over all of its positions is its bias. Everything else is named.
 
 The axis of the examples is found by a second trace with twice as many: it is the one that has grown. Where it holds
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.algebra.arranged import addresses, source
-from natgrad_jax.program import entrywise, facts
+from natgrad_jax.program import entrywise, facts, shards
 from natgrad_jax.program.axes import SIDES, columns_of, options_of
 from natgrad_jax.program.facts import Fact, Parameter, Result
-from natgrad_jax.program.liveness import INLINE, REMAT, body_of, live_inputs, live_outputs
+from natgrad_jax.program.liveness import INLINE, REMAT, SHARDS, body_of, live_inputs, live_outputs
 from natgrad_jax.program.products import Found, Level, Origin, Path, Product
 from natgrad_jax.program.scenes import Scene, Turns
 
@@ -31,7 +32,6 @@ _WORDS = {
     "custom_vjp_call": "used inside a custom derivative rule",
     "slice": "cut with steps before its product",
     "dynamic_slice": "cut at a place that is computed",
-    "shard_map": "used inside a shard_map",
 }
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Functions with derivative rules of their own: followed inside for the order of the examples alone."""
@@ -105,6 +105,8 @@ class _Follower:
                 self.scan(scene, place, equation, other)
             elif name == "cond":
                 self.branches(scene, place, equation, other)
+            elif name in SHARDS:
+                self.devices(scene, place, equation, other)
             else:
                 scene.keep_orders(equation, other)
                 self.visit(scene, place, equation, other)
@@ -188,22 +190,7 @@ class _Follower:
             return "repeated along an axis before its product"
         if not (jnp.issubdtype(kernel.dtype, jnp.floating) and jnp.issubdtype(out.dtype, jnp.floating)):
             return f"of dtype {kernel.dtype}, in a product of dtype {out.dtype}"
-        place = 1 - side
-        front = tuple(turns.length for turns in scene.turns)
-        self.products[path] = Product(
-            path=path,
-            primitive=equation.primitive.name,
-            options=options,
-            side=side,
-            kernel=fact.arrangement,
-            levels=fact.levels,
-            other=(*front, *equation.invars[place].aval.shape),
-            output=(*front, *out.shape),
-            dtype=out.dtype,
-            examples=scene.spread(equation.invars[place], twin and twin.invars[place]),
-            examples_out=scene.spread(equation.outvars[0], twin and twin.outvars[0]),
-            reads=scene.origin(equation.invars[place]),
-        )
+        self.products[path] = scene.product(path, equation, twin, side, fact, options)
         return facts.result(path, out.shape)
 
     def result(self, scene: Scene, equation: Any, inputs: Facts) -> Fact | None:
@@ -289,3 +276,21 @@ class _Follower:
         for v, *found in zip(equation.outvars, *after, strict=True):
             if len(set(found)) == 1 and found[0] is not None:
                 scene.orders[v] = found[0]
+
+    def devices(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
+        """Follow the body of a `shard_map`: a device has a part of the examples, and whole parameters."""
+        wanted = [v in scene.needed for v in equation.outvars]
+        shard = shards.entered(scene, path, equation, twin, wanted)
+        if isinstance(shard, str):
+            self.note([scene.fact(v) for v in equation.invars], shard)
+            return
+        inside = shards.inside(scene, shard, equation, twin, wanted)
+        for fact, why in inside.cut:
+            self.note([fact], why)
+        device, other = _Follower(self.examples // shard.devices, self.alone, ()), twin and body_of(twin)
+        walked = device.walk(body_of(equation), other, inside.facts, inside.orders, wanted, path, scene.turns)
+        device.note([fact for fact, want in zip(walked[0], wanted, strict=True) if want], "returned from a shard_map")
+        products, refused = shards.wholes(device.products, shard)
+        self.products |= products
+        self.otherwise |= device.otherwise | refused
+        scene.orders |= shards.orders_after(shard, equation, twin, walked[1])

@@ -7,11 +7,13 @@ from jax.extend.core import Jaxpr, Literal
 
 INLINE = ("jit", "pjit", "closed_call", "core_call")
 """Equations that stand for the equations of their body, no more."""
+SHARDS = ("shard_map",)
+"""Equations whose body each device runs on its parts of the inputs."""
 REMAT = ("checkpoint", "remat", "remat2")
 
 
 def body_of(equation: Any) -> Jaxpr:
-    """The program inside of a `jit` or `checkpoint`."""
+    """The program inside of a `jit`, `checkpoint` or `shard_map`."""
     found = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     return getattr(found, "jaxpr", found)
 
@@ -61,7 +63,7 @@ def live_outputs(equation: Any, wanted: Sequence[bool]) -> list[bool]:
 def _needed_inputs(equation: Any, wanted: Sequence[bool]) -> list[bool]:
     """Of each input of an equation, whether its wanted outputs depend on it."""
     name = equation.primitive.name
-    if name in INLINE or name in REMAT:
+    if name in (*INLINE, *REMAT, *SHARDS):
         return live_inputs(body_of(equation), wanted)
     if name == "cond":
         branches = [live_inputs(branch.jaxpr, wanted) for branch in equation.params["branches"]]

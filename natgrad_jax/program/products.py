@@ -36,6 +36,13 @@ class Spread(NamedTuple):
     segments: int = 0
 
 
+class Split(NamedTuple):
+    """Over which axes of the mesh the examples are cut inside of a `shard_map`; none where each device has them all."""
+
+    path: Path
+    axes: tuple[str, ...]
+
+
 class Product(NamedTuple):
     """An equation that multiplies a parameter with something else.
 
@@ -53,6 +60,7 @@ class Product(NamedTuple):
         examples_out: where they are in the result.
         bias: what is added to the result over all its positions [stacked levels, batch axes, outputs]; None of nothing.
         reads: the other operand, as a value: products with one origin read the same.
+        splits: of the `shard_map`s around it, innermost first. The shapes above are those of all devices together.
     """
 
     path: Path
@@ -68,6 +76,7 @@ class Product(NamedTuple):
     examples_out: Spread | None
     bias: Arrangement | None = None
     reads: Origin | None = None
+    splits: tuple[Split, ...] = ()
 
 
 class Entrywise(NamedTuple):

@@ -1,19 +1,22 @@
 """A traced function, run again with records and probes at some of its products.
 
 What is watched is written out, equation by equation, and so are the bodies that it stands in: `jit`, `checkpoint` with
-its policy, `scan`, `cond`. Everything between runs as it was traced, custom derivatives, effects and all.
+its policy, `scan`, `cond`, `shard_map`. Everything between runs as it was traced, custom derivatives, effects and all.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from natgrad_jax.algebra.trees import differs, own
 from natgrad_jax.base import Array
-from natgrad_jax.program.liveness import INLINE, REMAT, body_of
+from natgrad_jax.program.liveness import INLINE, REMAT, SHARDS, body_of
 from natgrad_jax.program.products import Path, Product
+from natgrad_jax.program.shards import crossing, manual_axes
 
 Records = dict[Path, Array]
 """{path of a product: its other operand}; a scan around it puts its turns in front."""
@@ -38,10 +41,10 @@ def replay(
 
 
 class _Replay:
-    """One run."""
+    """One run, inside of so many scans."""
 
-    def __init__(self, watched: Mapping[Path, Product], probes: Mapping[Path, Array]):
-        self.watched, self.probes = watched, probes
+    def __init__(self, watched: Mapping[Path, Product], probes: Mapping[Path, Array], depth: int = 0):
+        self.watched, self.probes, self.depth = watched, probes, depth
         self.inside = {path[:depth] for path in watched for depth in range(1, len(path))}
 
     def run(
@@ -97,13 +100,16 @@ class _Replay:
             return self.run(body_of(equation), _consts(equation), inputs, path)
         if name in REMAT:
             return self.remat(equation, inputs, path)
+        if name in SHARDS:
+            return self.shards(equation, inputs, path)
         return self.scan(options, inputs, path) if name == "scan" else self.branches(options, inputs, path)
 
     def remat(self, equation: Any, inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
         """A checkpoint with its policy."""
 
         def body(inputs, probes):
-            return _Replay(self.watched, probes).run(body_of(equation), _consts(equation), inputs, path)
+            replayed = _Replay(self.watched, probes, self.depth)
+            return replayed.run(body_of(equation), _consts(equation), inputs, path)
 
         options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
         return jax.checkpoint(body, **options)(inputs, self.under(path))
@@ -115,13 +121,37 @@ class _Replay:
 
         def turn(carry, given):
             scanned, probes = given
-            replayed = _Replay(self.watched, probes)
+            replayed = _Replay(self.watched, probes, self.depth + 1)
             outputs, records = replayed.run(body.jaxpr, body.consts, [*shared, *carry, *scanned], path)
             return outputs[:carries], (outputs[carries:], records)
 
         how = {name: options[name] for name in ("length", "reverse", "unroll")}
         carry, (outputs, records) = jax.lax.scan(turn, carry, (scanned, self.under(path)), **how)
         return [*carry, *outputs], records
+
+    def shards(self, equation: Any, inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
+        """A `shard_map`; probes go in cut as the examples are, records come out put together."""
+        options, depth = equation.params, self.depth
+        watched = {place: product for place, product in self.watched.items() if place[: len(path)] == path}
+        adding = {place: crossing(watched[place], watched[place].examples_out, path, depth) for place in watched}
+        reading = {place: crossing(watched[place], watched[place].examples, path, depth) for place in watched}
+        reading |= {place: crossing(one, None, path, depth) for place, one in watched.items() if one.primitive == "add"}
+        probes = {place: adding[place].opened(probe) for place, probe in self.under(path).items()}
+
+        def body(inputs, probes):
+            probes = {place: adding[place].closed(probe) for place, probe in probes.items()}
+            outputs, records = _Replay(self.watched, probes, depth).run(body_of(equation), (), inputs, path)
+            return outputs, {place: reading[place].opened(record) for place, record in records.items()}
+
+        outputs, records = jax.shard_map(
+            body,
+            mesh=options["mesh"],
+            in_specs=(list(options["in_specs"]), {place: adding[place].spec for place in probes}),
+            out_specs=(list(options["out_specs"]), {place: way.spec for place, way in reading.items()}),
+            axis_names=set(manual_axes(equation) or ()),
+            check_vma=options["check_vma"],
+        )(inputs, probes)
+        return outputs, {place: reading[place].closed(record) for place, record in records.items()}
 
     def branches(self, options: Mapping[str, Any], inputs: list[Any], path: Path) -> tuple[list[Array], Records]:
         """A choice; what the other branches would have recorded is zero."""
@@ -132,13 +162,24 @@ class _Replay:
             )
             for number, branch in enumerate(options["branches"])
         ]
-        shapes = [jax.eval_shape(body, *operands)[1] for body in bodies]
+        differing: dict[Path, set[str]] = {}
+
+        def recorded(body, *operands):
+            records = body(*operands)[1]
+            differing.update({place: differs(record) for place, record in records.items()})
+            return records
+
+        shapes = [jax.eval_shape(partial(recorded, body), *operands) for body in bodies]
         every = {place: shape for found in shapes for place, shape in found.items()}
+
+        def zeros(place):
+            nothing = jnp.zeros(every[place].shape, every[place].dtype)
+            return own(nothing, tuple(differing[place])) if differing[place] else nothing
 
         def filled(body):
             def run(*operands):
                 outputs, records = body(*operands)
-                return outputs, {p: records.get(p, jnp.zeros(s.shape, s.dtype)) for p, s in every.items()}
+                return outputs, {place: records[place] if place in records else zeros(place) for place in every}
 
             return run
 

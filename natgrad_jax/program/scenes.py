@@ -10,9 +10,9 @@ from jax.extend.core import Jaxpr, Literal
 
 from natgrad_jax.algebra.arranged import Shape
 from natgrad_jax.program.axes import Lookup, options_of
-from natgrad_jax.program.facts import Fact
+from natgrad_jax.program.facts import Fact, Parameter
 from natgrad_jax.program.liveness import live
-from natgrad_jax.program.products import Origin, Path, Spread
+from natgrad_jax.program.products import Origin, Path, Product, Spread
 
 _SHUFFLES = (
     *("gather", "scatter", "scatter-add", "sort", "dynamic_update_slice", "pad"),
@@ -119,6 +119,24 @@ class Scene:
             return Spread(axis)
         order = self.order(value) if axis >= len(self.turns) else None
         return None if order is None else Spread(axis, *order)
+
+    def product(self, path: Path, equation: Any, twin: Any, side: int, fact: Parameter, options: Any) -> Product:
+        """An equation that multiplies a parameter, its operand on that side, with the other operand."""
+        other, out, front = equation.invars[1 - side], equation.outvars[0], tuple(turns.length for turns in self.turns)
+        return Product(
+            path=path,
+            primitive=equation.primitive.name,
+            options=options,
+            side=side,
+            kernel=fact.arrangement,
+            levels=fact.levels,
+            other=(*front, *other.aval.shape),
+            output=(*front, *out.aval.shape),
+            dtype=out.aval.dtype,
+            examples=self.spread(other, twin and twin.invars[1 - side]),
+            examples_out=self.spread(out, twin and twin.outvars[0]),
+            reads=self.origin(other),
+        )
 
     def keep_orders(self, equation: Any, twin: Any) -> None:
         """Follow the order of the examples through an equation."""

@@ -14,7 +14,7 @@ import jax
 
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
-from natgrad_jax.algebra import meshes
+from natgrad_jax.algebra import meshes, trees
 from natgrad_jax.base import Array, Layers
 from natgrad_jax.losses import Likelihood
 from natgrad_jax.watch import common
@@ -23,7 +23,7 @@ from natgrad_jax.watch.meshes import evaluated
 from natgrad_jax.watch.microbatches import in_pieces
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
-from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, own, refuse_unsaid, share_of
+from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, refuse_unsaid, share_of
 from natgrad_jax.watch.segments import Segments
 from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
@@ -150,7 +150,7 @@ class Watch:
         if key is None and self._labels(model, inputs) == "exact":
             key = jax.random.key(0)  # of the signs, which are to be independent
         key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
-        mine = model._replace(params=own(model.params, axis), state=own(model.state, axis))
+        mine = model._replace(params=trees.own(model.params, axis), state=trees.own(model.state, axis))
         found = self._evaluate(mine, inputs, targets, key, weights)
         local = found.curvature
         value = averaged(found.value, local.count, axis)
@@ -159,7 +159,7 @@ class Watch:
         else:
             grad = averaged(found.grad, local.count, axis)
         layers = replace(local.layers, examples=count * local.layers.examples)
-        total = jax.lax.psum(own(local.count, axis), axis)
+        total = jax.lax.psum(trees.own(local.count, axis), axis)
         return found._replace(value=value, grad=grad, curvature=Replicas(local, axis, total, value, layers))
 
     def _labels(self, model: Model, inputs: Inputs) -> str:
@@ -188,7 +188,7 @@ class Watch:
         """With probes of this replica alone, whose cotangents are then not summed over all."""
         if not self.axis_name:
             return forward
-        return forward._replace(probes=own(forward.probes, self.axis_name))
+        return forward._replace(probes=trees.own(forward.probes, self.axis_name))
 
     def _forward(self, model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Forward:
         exceptions = Exceptions(self.exclude, self.unexplained)

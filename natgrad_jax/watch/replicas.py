@@ -49,12 +49,12 @@ class Replicas:
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of all replicas at the parameters of this step, or at others."""
-        found = self._local(None if params is None else own(params, self._axis))
+        found = self._local(None if params is None else trees.own(params, self._axis))
         return {layer.name: self._joined(found[layer.name], layer.module_axes) for layer in self.layers.blocks}
 
     def along(self, direction: Tree) -> Array:
         """J times a direction at the outputs of all replicas; see `common.Curvature.along`."""
-        found = self._local.along(own(direction, self._axis))
+        found = self._local.along(trees.own(direction, self._axis))
         share = jnp.sqrt(self._local.count / jnp.where(self._count > 0, self._count, 1))  # each has its own count
         return self._gathered(found * share.astype(found.dtype), 0)
 
@@ -62,7 +62,7 @@ class Replicas:
         """The objective on the whole batch at other parameters, a scalar."""
         if params is None:
             return self._value
-        return averaged(self._local.value(own(params, self._axis)), self._local.count, self._axis)
+        return averaged(self._local.value(trees.own(params, self._axis)), self._local.count, self._axis)
 
     def _joined(self, evidence: Evidence, axes: int) -> Evidence:
         """The evidence of all replicas; a layer has `axes` axes of S."""
@@ -87,15 +87,6 @@ class Replicas:
         return merged(jax.lax.psum(placed, self._axis), axis)
 
 
-def own(tree: Any, axis: Axis) -> Any:
-    """A tree as each replica's own, so that what is differentiated by it is of that replica alone.
-
-    Under `shard_map` derivatives by what is equal on all replicas are summed over them unasked.
-    """
-    always = jax.lax.axis_index(axis) >= 0
-    return jax.tree.map(lambda leaf: jnp.where(always, leaf, leaf), tree)
-
-
 def averaged(tree: Any, count: Array, axis: Axis) -> Any:
     """The mean over replicas, weighted by their counts; zero where these are."""
     share = share_of(count, axis)
@@ -104,7 +95,7 @@ def averaged(tree: Any, count: Array, axis: Axis) -> Any:
 
 def share_of(count: Array, axis: Axis) -> Array:
     """A replica's count over that of all; zero where that is."""
-    count = own(count, axis)
+    count = trees.own(count, axis)
     total = jax.lax.psum(count, axis)
     return count / jnp.where(total > 0, total, 1)
 
