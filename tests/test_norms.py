@@ -8,7 +8,7 @@ import pytest
 import reference
 from flax import linen as nn
 from flax import nnx
-from reference import assert_equal
+from reference import assert_differs, assert_equal
 
 import natgrad_jax as ng
 from natgrad_jax import addresses
@@ -195,6 +195,36 @@ def test_c2_the_gradients_of_weighted_examples_also_in_pieces():
         square = weights[:, None] * np.einsum("nap,nab,nbp->np", jacobian, hessians, jacobian)
         for mine in (whole, pieces):
             assert_equal(np.mean(np.square(mine[role]), axis=0), square)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("x64")
+def test_tengrad_and_kfac_solve_a_norm_by_the_gradients_of_its_examples():
+    params = simple_params()
+    capture = ng.capture(simple, LOSS, labels="true", verify=False)
+    layers = capture.layers(params, X)
+    makers = {"tengrad": ng.scale_by_tengrad, "kfac": ng.scale_by_kfac}
+
+    def loss(pair, x, y):
+        logits = simple(params | dict(zip(("scale", "shift"), pair.T, strict=True)), x[None])[0]
+        return -jax.nn.log_softmax(logits)[y]
+
+    @jax.jit
+    def both(pair):
+        out = capture.value_and_grad(params, X, Y)
+        built = {name: make(layers, damping=DAMPING, refresh_every=1) for name, make in makers.items()}
+        updates = {
+            name: tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0] for name, tx in built.items()
+        }
+        return updates, jax.vmap(jax.grad(loss), (None, 0, 0))(pair, X, Y)
+
+    updates, each = both(jnp.stack([params["scale"], params["shift"]], axis=-1))  # [N, channels, 2]
+    gradient = np.mean(each, axis=0)
+    damped = np.einsum("ncp,ncq->cpq", each, each) / len(X) + DAMPING * np.eye(2)
+    expected = np.linalg.solve(damped, gradient[..., None])[..., 0]
+    for found in updates.values():
+        assert_equal(np.stack([found["scale"], found["shift"]], axis=-1), expected)
+    assert_differs(gradient / np.diagonal(damped, axis1=1, axis2=2), expected)  # without what scale and shift share
 
 
 def test_what_a_mask_leaves_of_a_norm_has_a_block_of_its_own():

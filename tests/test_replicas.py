@@ -203,6 +203,33 @@ def test_a_name_that_is_not_bound_and_one_that_is_no_name_are_refused():
         ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, axis_name=3)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 does not batch the pullback of a `shard_map`")
+def test_a_branch_that_a_replica_does_not_take_has_rows_of_zeros_of_that_replica():
+    def apply(params, x):
+        return jax.lax.cond(x.shape[0] * params["b"] > 0, lambda: x @ params["w"], lambda: jnp.tanh(x @ params["v"]))
+
+    params = {"w": jnp.ones((2, 3)), "v": jnp.ones((2, 3)), "b": jnp.ones(())}
+    x, y = jnp.arange(8.0).reshape(4, 2), jnp.zeros((4, 3))
+    one, many = (ng.capture(apply, ng.losses.squared_error, labels="true", axis_name=a) for a in (None, "batch"))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def measure(capture):
+        def run(params, x, y):
+            evidence = capture.value_and_grad(params, x, y).curvature()
+            return {name: (evidence[name].inputs, evidence[name].cotangents) for name in ("w", "v")}
+
+        return run
+
+    specs = (spec(), spec("batch"), spec("batch"))
+    found = jax.jit(jax.shard_map(measure(many), mesh=mesh, in_specs=specs, out_specs=spec()))(params, x, y)
+    expected = jax.jit(measure(one))(params, x, y)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(ours, theirs)
+    assert jnp.any(found["w"][0][0]) and not jnp.any(found["v"][0][0])
+
+
 def test_replicas_of_vmap_are_those_of_the_batch():
     problem = task("mlp")
     capture = ng.linen.capture(problem.capture.model, ng.losses.softmax_cross_entropy, axis_name="seeds", labels="true")
