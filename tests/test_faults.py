@@ -305,3 +305,34 @@ def test_ten_thousand_random_steps_lose_nothing(method):
     if method == "ekfac qr pi":  # ten thousand turns of a basis leave it one
         basis = state.operators["Dense"].value.basis.inputs
         np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)
+
+
+VERY_LONG = 100_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["kfac pi", "ekfac per_example"])
+def test_a_hundred_thousand_steps_of_which_one_in_a_hundred_is_faulty_end_where_sound_ones_do(method):
+    tx, step = trainer(method)
+    draw = np.random.default_rng(0)
+    hit, which = draw.uniform(size=VERY_LONG) < 0.01, draw.integers(len(FAULTS), size=VERY_LONG)
+    kinds = [{**SOUND, **fault} for fault in FAULTS.values()]
+    faulty = {k: np.where(hit, np.array([kind[k] for kind in kinds])[which], SOUND[k]) for k in SOUND}
+
+    @jax.jit
+    def run(settings):
+        def one(carry, each):
+            t, *fault = each
+            return step(carry, t, *fault)
+
+        return jax.lax.scan(one, (START, tx.init(START)), (jnp.arange(VERY_LONG), *settings))
+
+    ends = {}
+    for name, settings in {"sound": {k: np.full(VERY_LONG, v) for k, v in SOUND.items()}, "faulty": faulty}.items():
+        (params, state), losses = run([jnp.asarray(settings[k]) for k in SOUND])
+        assert all_finite(params), name
+        last = np.asarray(losses)[-1000:]
+        ends[name] = float(np.mean(last[~hit[-1000:]])), int(state.total_notfinite)
+    print(method, int(hit.sum()), "faults", ends)
+    assert ends["sound"][1] == 0 < 100 < ends["faulty"][1]  # two of nine kinds make the gradient itself no number
+    assert max(loss for loss, _ in ends.values()) < 1e-3  # a thousandth of the loss at the start
