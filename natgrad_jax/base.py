@@ -316,7 +316,9 @@ class Layers(Mapping[str, Layer]):
     def _state(self, tx: optax.GradientTransformation, params: Any = None) -> Any:
         """The shapes of a state."""
         if not hasattr(tx, "init"):
-            raise TypeError(f"`tx` is {tx!r}; expected a transformation, such as `ng.kfac(0.1, layers)`.")
+            raise TypeError(
+                f"`tx` is of type {type(tx).__name__}; expected a transformation, such as `ng.kfac(0.1, layers)`."
+            )
         if params is None:
             params = {
                 leaf.address: jax.ShapeDtypeStruct(leaf.shape, layer.dtype)

@@ -4,12 +4,14 @@ Everything here happens while a function is built or traced; what only the devic
 the state.
 """
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 
+from natgrad_jax import addresses
 from natgrad_jax.base import Layers
 
 
@@ -35,16 +37,19 @@ def number(
         ValueError: if it is out of range.
     """
     bounds = f"a finite number of at least {least:g}" + (f" and below {below:g}" if np.isfinite(below) else "")
+    or_schedule = ", or a function of the step count" * schedule
     if callable(value):
         if not schedule:
             raise TypeError(f"`{name}` is a function; expected {bounds}. It takes no schedule.")
+        if not _takes_one(value):
+            raise TypeError(
+                f"`{name}` is {shown(value)}, which is no function of one argument; expected {bounds}{or_schedule}."
+            )
         return
     if isinstance(value, jax.core.Tracer):
         return
     if not _is_number(value):
-        raise TypeError(
-            f"`{name}` is {shown(value)}; expected {bounds}{', or a function of the step count' * schedule}."
-        )
+        raise TypeError(f"`{name}` is {shown(value)}; expected {bounds}{or_schedule}.")
     if not least <= float(value) < below:
         raise ValueError(f"`{name}` is {value}; expected {bounds}.")
 
@@ -173,6 +178,56 @@ def layers(value: Any, *, optional: bool = False) -> None:
         raise TypeError(f"`layers` is {shown(value)}; expected {expected}.")
 
 
+def transformation(name: str, value: Any) -> None:
+    """Refuse what is no Optax transformation.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"`{name}` is {shown(value)}; expected an Optax transformation, such as `ng.scale_by_kfac(layers, "
+            "damping=0.1)`."
+        )
+
+
+def function(name: str, value: Any, expected: str) -> None:
+    """Refuse what is neither None nor a function.
+
+    Args:
+        name: of the argument, for the message.
+        value: what the user gave.
+        expected: in words.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not (value is None or callable(value)):
+        raise TypeError(f"`{name}` is {shown(value)}; expected {expected}, or None.")
+
+
+def arrays(tree: Any) -> None:
+    """Refuse a tree that is neither of parameters nor of their gradient, since not all its leaves are arrays.
+
+    Args:
+        tree: what the user gave; shapes suffice.
+
+    Raises:
+        TypeError: if a leaf is something else.
+    """
+    for address, leaf in addresses.flatten(tree).items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            found = f"has an object of type {type(leaf).__name__} at {address!r}"
+            raise TypeError(
+                f"The tree of parameters {found if address else f'is of type {type(leaf).__name__}'}; expected arrays "
+                "alone: the parameters in `tx.init(params)`, their gradient in `tx.update(out.grad, ...)`."
+            )
+
+
 def array(name: str, value: Any, expected: str) -> None:
     """Refuse what is no array of numbers and cannot be made one.
 
@@ -182,15 +237,16 @@ def array(name: str, value: Any, expected: str) -> None:
         expected: in words.
 
     Raises:
-        TypeError: if it is None, words, or a tree.
+        TypeError: if it is None, words, complex, or a tree.
     """
     kind = getattr(value, "dtype", None)
     try:
         kind = np.asarray(value).dtype if kind is None else kind
     except ValueError:  # a list of lists of several lengths
         kind = np.dtype(object)
-    if getattr(kind, "kind", "V") in "OUSMm":
-        raise TypeError(f"`{name}` is {shown(value)}; expected {expected}.")
+    if getattr(kind, "kind", "V") in "OUSMmVc":
+        found = f"an array of {kind}" if getattr(kind, "kind", "") == "c" else shown(value)
+        raise TypeError(f"`{name}` is {found}; expected {expected}.")
 
 
 def key(value: Any) -> None:
@@ -204,7 +260,10 @@ def key(value: Any) -> None:
     """
     kind = getattr(value, "dtype", None)
     typed = kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
-    if value is not None and not (typed or (kind == np.uint32 and value.ndim > 0)):
+    one = value is None or (typed and value.ndim == 0) or (kind == np.uint32 and value.ndim == 1)
+    if typed and not one:
+        raise TypeError(f"`key` has {value.size} keys, of shape {value.shape}; expected one, a new one at each step.")
+    if not one:
         raise TypeError(f"`key` is {shown(value)}; expected a key, `jax.random.key(seed)`, a new one at each step.")
 
 
@@ -217,6 +276,19 @@ def shown(value: Any) -> str:
 
 
 _LONG = 80
+
+
+def _takes_one(function: Any) -> bool:
+    """Whether a function can be called with one argument, as far as Python knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

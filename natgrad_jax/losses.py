@@ -26,6 +26,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from natgrad_jax import checks
@@ -96,9 +97,11 @@ class Likelihood:
             A scalar, in float32 at least; 0 where nothing has a weight.
 
         Raises:
-            ValueError: if the weights have more axes than the terms of the loss.
+            ValueError: if the targets do not fit the outputs, or the weights have more axes than the terms of the loss.
         """
-        outputs, targets = wide(outputs), jnp.asarray(targets)
+        outputs, targets = wide(jnp.asarray(outputs)), jnp.asarray(targets)
+        if complaint := self.check(outputs, targets):
+            raise ValueError(f"{self.name}: {complaint}.")
         weights = None if weights is None else wide(jnp.asarray(weights))
         terms = self.terms(present(outputs, weights), present(targets, weights))
         total = total_weight(weights, outputs.shape[0]).astype(terms.dtype)
@@ -259,8 +262,8 @@ def gaussian(variance: float = 1.0) -> Likelihood:
     Raises:
         ValueError: if the variance is not a positive number.
     """
-    if not variance > 0:
-        raise ValueError(f"`variance` is {variance}; expected a positive number.")
+    if not (isinstance(variance, (int, float, np.number, jax.Array)) and variance > 0):
+        raise ValueError(f"`variance` is {checks.shown(variance)}; expected a positive number.")
 
     def constant(outputs):
         return jnp.full((), variance**-0.5, outputs.dtype)

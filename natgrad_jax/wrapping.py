@@ -5,6 +5,8 @@ from typing import Any
 
 import optax
 
+from natgrad_jax import checks
+
 
 def wrapped(
     wrapper: Callable[[optax.GradientTransformation], Any], tx: optax.GradientTransformationExtraArgs
@@ -32,13 +34,23 @@ def wrapped(
 
     Returns:
         A transformation with the state of the wrapped one; each extra argument of `update` reaches the optimizer.
+
+    Raises:
+        TypeError: if `tx` is no transformation, or `wrapper` does not make one of it.
     """
+    checks.transformation("tx", tx)
+    if not callable(wrapper):
+        raise TypeError(
+            f"`wrapper` is {checks.shown(wrapper)}; expected a function, such as "
+            "`lambda inner: optax.lookahead(inner, 5, 0.5)`."
+        )
     held: dict[str, Any] = {}
 
     def inner(updates, state, params=None):
         return tx.update(updates, state, params, **held)
 
     outer = wrapper(optax.GradientTransformation(tx.init, inner))
+    checks.transformation("wrapper(tx)", outer)
 
     def update(updates, state, params=None, **extra):
         held.update(extra)

@@ -420,3 +420,25 @@ def test_a_warm_start_from_evidence_alone_needs_parameters_only_for_what_stands_
     with pytest.raises((TypeError, ValueError)) as caught:
         ng.warm_start(masked, masked.init(params), [evidence])
     assert "pass `params`" in "".join(caught.value.__notes__)
+
+
+REFUSED_BY_THE_MODEL = {
+    "None": lambda capture, variables: (variables, None),
+    "words": lambda capture, variables: (variables, "images"),
+    "a generator": lambda capture, variables: (variables, (row for row in X)),
+    "a batch of other features": lambda capture, variables: (variables, jnp.ones((8, 7))),
+    "parameters of another model": lambda capture, variables: ({"params": {"head": variables["params"]}}, X),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_THE_MODEL)
+def test_what_the_model_itself_refuses_is_said_with_what_it_was_called_with(case):
+    capture, variables = watch()
+    variables, x = REFUSED_BY_THE_MODEL[case](capture, variables)
+    with pytest.raises(Exception) as raised:
+        capture.value_and_grad(variables, x, LABELS, key=KEY)
+    with pytest.raises(type(raised.value)):
+        capture.model.apply(variables, x)
+    (note,) = (each for each in raised.value.__notes__ if "the model" in each)
+    shown = f"float32[{','.join(map(str, x.shape))}]" if hasattr(x, "shape") else str(x)
+    assert note.startswith(f"So says the model, called with ({shown}). Expected its own parameters")

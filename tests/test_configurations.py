@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from methods_table import ALL_NAMES, COMPLETE, batch_of, build, inner_jaxprs, of_the_lifting, row, task
 
 import natgrad_jax as ng
@@ -86,7 +87,7 @@ def test_every_likelihood_is_traced_under_strict_promotion(name, flag):
 
 
 def test_a_promotion_is_refused_by_these_flags():
-    with STRICT["dtype_promotion"](), pytest.raises(jax.dtypes.TypePromotionError):
+    with STRICT["dtype_promotion"](), pytest.raises(ValueError, match="promot"):
         jax.eval_shape(lambda: jnp.ones(2) * jnp.arange(2))
     with STRICT["rank_promotion"](), pytest.raises(ValueError, match="rank"):
         jax.eval_shape(lambda: jnp.ones((2, 2)) * jnp.ones(2))
@@ -217,3 +218,85 @@ def test_inputs_of_any_size_have_a_step_and_those_whose_squares_overflow_are_cou
 def _at_once(method):
     periods = {"statistics_every": 1, "refresh_every": 1}
     return periods if row(method).apart else {"refresh_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("softmax_cross_entropy", "float16"),
+        ("sigmoid_binary_cross_entropy", "bfloat16"),
+        ("squared_error", "float16"),
+        ("poisson", "bfloat16"),
+    ],
+)
+def test_a_loss_of_outputs_in_half_precision_is_summed_in_float32(name, dtype):
+    likelihood, shape = getattr(ng.losses, name), (64, 1024, 3)
+    outputs = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    targets = jnp.zeros(shape[:2], jnp.int32) if name.startswith("softmax") else jnp.zeros(shape)
+    value, gradient = jax.value_and_grad(likelihood)(outputs, targets)
+    expected, wide = jax.value_and_grad(likelihood)(outputs.astype(jnp.float32), targets)
+    assert value.dtype == jnp.float32 and gradient.dtype == outputs.dtype and value > 100
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_array_equal(gradient, wide.astype(dtype))
+    in_half = float(jnp.sum(likelihood.terms(outputs, targets)))  # the control: summed as the outputs are
+    assert not np.isclose(in_half / 64, float(expected), rtol=1e-4)
+
+
+class Half(nn.Module):
+    """A net that computes in bfloat16, or not; its parameters are in float32."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, dtype=self.dtype)(nn.tanh(nn.Dense(5, dtype=self.dtype)(x)))
+
+
+@pytest.mark.full
+def test_a_net_that_computes_in_half_precision_trains_with_an_adaptive_damping_as_in_float32():
+    x, y = task("mlp").x[0], task("mlp").y[0]
+    ends, dampings = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        capture = ng.linen.capture(Half(dtype), ng.losses.softmax_cross_entropy, labels="exact")
+        start = capture.model.init(jax.random.key(0), x)
+        tx = ng.kfac("quadratic", capture.layers(start, x), momentum="quadratic", damping=ng.adaptive_damping())
+
+        def step(carry, _, capture=capture, tx=tx):
+            params, state = carry
+            out = capture.value_and_grad({"params": params}, x, y)
+            updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+            return (jax.tree.map(jnp.add, params, updates), state), out.value
+
+        def run(params, step=step, tx=tx):
+            return jax.lax.scan(step, (params, tx.init(params)), length=30)
+
+        (_, state), losses = jax.jit(run)(start["params"])
+        ends[dtype], dampings[dtype] = float(losses[-1]), float(state.damping)
+    assert ends["bfloat16"] < 1.2 * ends["float32"] + 1e-3 and ends["float32"] < 0.01
+    assert max(dampings.values()) < 1  # it has fallen from where it starts
+
+
+class TwoDtypes(nn.Module):
+    """A layer in float32 and a scale in float64."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (), jnp.float64)
+        return nn.Dense(3, param_dtype=jnp.float32)(x) * scale
+
+
+@pytest.mark.parametrize(
+    "method", [each if each == "tengrad" else pytest.param(each, marks=pytest.mark.full) for each in ALL_NAMES]
+)
+def test_each_parameter_keeps_its_dtype(method, x64):
+    x = jnp.ones((8, 4), jnp.float32)
+    capture = ng.linen.capture(TwoDtypes(), ng.losses.squared_error)
+    start = capture.model.init(jax.random.key(0), x)
+    tx = row(method).scale_by(capture.layers(start, x), damping=0.1)
+
+    def step(params):
+        out = capture.value_and_grad({"params": params}, x, jnp.zeros((8, 3)), key=jax.random.key(1))
+        return tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0]
+
+    found = jax.eval_shape(step, start["params"])
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, start["params"])

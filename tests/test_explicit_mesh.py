@@ -1,4 +1,4 @@
-"""C13: on a mesh with `Explicit` axes, the default of `jax.make_mesh`, a batch trains as on one device.
+"""C13: on a mesh with `Explicit` axes, the default of `jax.make_mesh` since JAX 0.9, a batch trains as on one device.
 
 In a process of its own, because the number of devices is settled when JAX starts.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import methods_table as table
 import optax
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import natgrad_jax as ng
 
 class Net(nn.Module):
@@ -39,7 +39,7 @@ def trained(name, devices, share=slice(None)):
     capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels="true" if name == "tengrad" else None)
     batch, given = (x, y, weights), variables
     if devices:
-        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:devices])
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
         given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
         assert jax.typeof(batch[0]).sharding.mesh.explicit_axes == ("data",)

@@ -50,14 +50,14 @@ def optimizer(method):
 
 @cache
 def trainer(method):
-    """One compiled step: carry, t, what inputs are multiplied with, whether the batch is constant, what evidence is."""
+    """One compiled step: carry, t, a number for each of `SOUND`, which multiplies, selects or is added."""
     tx = optax.apply_if_finite(optimizer(method), max_consecutive_errors=5)
 
     @jax.jit
-    def step(carry, t, inputs, constant, evidence):
+    def step(carry, t, inputs, constant, evidence, labels):
         params, state = carry
         x, y, key = batch_of(PROBLEM, t)
-        x, y = jnp.where(constant, x[:1], x) * inputs, jnp.where(constant, y[:1], y)
+        x, y = jnp.where(constant, x[:1], x) * inputs, jnp.where(constant, y[:1], y) + labels
         out = PROBLEM.capture.value_and_grad({"params": params}, x, y, key=key)
         updates, state = tx.update(out.grad, state, params, curvature=Faulty(out.curvature, evidence))
         return (optax.apply_updates(params, updates), state), out.value
@@ -65,10 +65,11 @@ def trainer(method):
     return tx, step
 
 
-SOUND = {"inputs": 1.0, "constant": False, "evidence": 1.0}
+SOUND = {"inputs": 1.0, "constant": False, "evidence": 1.0, "labels": 0}
 FAULTS = {
     "NaN in a batch": {"inputs": np.nan},
     "Inf in a batch": {"inputs": np.inf},
+    "labels of no class": {"labels": 100},
     "a constant batch": {"constant": True},
     "a batch of zeros": {"inputs": 0.0},
     "inputs of 1e30": {"inputs": 1e30},
@@ -77,7 +78,7 @@ FAULTS = {
     "no gradient at a layer": {"evidence": 0.0},
     "evidence of 1e30": {"evidence": 1e30},
 }
-LOST = ("NaN in a batch", "Inf in a batch")
+LOST = ("NaN in a batch", "Inf in a batch", "labels of no class")
 COUNTED = ("NaN in the evidence of a layer", "Inf in the evidence of a layer")
 
 
@@ -119,7 +120,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(method):
     carry = START, tx.init(START)
     for t in range(3):
         carry, _ = step(carry, t, *(jnp.asarray(SOUND[name]) for name in SOUND))
-    after, _ = step(carry, 3, jnp.asarray(np.nan), jnp.asarray(False), jnp.asarray(1.0))
+    after, _ = step(carry, 3, *(jnp.asarray(number) for number in {**SOUND, "inputs": np.nan}.values()))
     before, now = ((params, state.inner_state) for params, state in (carry, after))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -305,3 +306,34 @@ def test_ten_thousand_random_steps_lose_nothing(method):
     if method == "ekfac qr pi":  # ten thousand turns of a basis leave it one
         basis = state.operators["Dense"].value.basis.inputs
         np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)
+
+
+VERY_LONG = 100_000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["kfac pi", "ekfac per_example"])
+def test_a_hundred_thousand_steps_of_which_one_in_a_hundred_is_faulty_end_where_sound_ones_do(method):
+    tx, step = trainer(method)
+    draw = np.random.default_rng(0)
+    hit, which = draw.uniform(size=VERY_LONG) < 0.01, draw.integers(len(FAULTS), size=VERY_LONG)
+    kinds = [{**SOUND, **fault} for fault in FAULTS.values()]
+    faulty = {k: np.where(hit, np.array([kind[k] for kind in kinds])[which], SOUND[k]) for k in SOUND}
+
+    @jax.jit
+    def run(settings):
+        def one(carry, each):
+            t, *fault = each
+            return step(carry, t, *fault)
+
+        return jax.lax.scan(one, (START, tx.init(START)), (jnp.arange(VERY_LONG), *settings))
+
+    ends = {}
+    for name, settings in {"sound": {k: np.full(VERY_LONG, v) for k, v in SOUND.items()}, "faulty": faulty}.items():
+        (params, state), losses = run([jnp.asarray(settings[k]) for k in SOUND])
+        assert all_finite(params), name
+        last = np.asarray(losses)[-1000:]
+        ends[name] = float(np.mean(last[~hit[-1000:]])), int(state.total_notfinite)
+    print(method, int(hit.sum()), "faults", ends)
+    assert ends["sound"][1] == 0 < 100 < ends["faulty"][1]  # three of ten kinds make the gradient itself no number
+    assert max(loss for loss, _ in ends.values()) < 1e-3  # a thousandth of the loss at the start

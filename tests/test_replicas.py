@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from methods_table import LIFTED, task
 
 import natgrad_jax as ng
@@ -244,3 +245,20 @@ def test_replicas_of_vmap_are_those_of_the_batch():
     out = plain.value_and_grad(problem.variables, x, y)
     for ours, expected in zip(jax.tree.leaves(found), jax.tree.leaves((out.value, out.grad)), strict=True):
         assert jnp.allclose(ours[0], expected, rtol=1e-5, atol=1e-6) and jnp.array_equal(ours[0], ours[1])
+
+
+def test_layers_of_a_norm_over_replicas_are_found_outside_of_them():
+    class Normed(nn.Module):
+        axis: str | None
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, axis_name=self.axis)(nn.Dense(5)(x))
+            return nn.Dense(3)(nn.tanh(x))
+
+    x, likelihood = task("mlp").x[0], ng.losses.softmax_cross_entropy
+    variables = Normed(None).init(jax.random.key(0), x)
+    with pytest.raises(NameError, match="unbound axis"):
+        Normed("batch").apply(variables, x, mutable=["batch_stats"])
+    found = ng.linen.capture(Normed("batch"), likelihood, axis_name="batch").layers(variables, x)
+    assert found.blocks == ng.linen.capture(Normed(None), likelihood).layers(variables, x).blocks

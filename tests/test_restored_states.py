@@ -35,7 +35,15 @@ def by_orbax(tx, state, params, folder):
         return checkpointer.restore(folder / "state", jax.eval_shape(tx.init, params))
 
 
-@pytest.mark.parametrize("through", [by_msgpack, by_orbax])
+def by_manager(tx, state, params, folder):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    with orbax.CheckpointManager(folder) as manager:
+        manager.save(3, args=orbax.args.StandardSave(state))
+        manager.wait_until_finished()
+        return manager.restore(3, args=orbax.args.StandardRestore(jax.eval_shape(tx.init, params)))
+
+
+@pytest.mark.parametrize("through", [by_msgpack, by_orbax, by_manager])
 def test_a_named_chain_around_ours_continues_bit_for_bit(through, tmp_path):
     problem = task("mlp")
     params = problem.variables["params"]

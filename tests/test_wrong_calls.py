@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 from methods_table import measured, task
 
 import natgrad_jax as ng
@@ -36,6 +37,7 @@ def names():
     layers, params = problem.layers, problem.variables["params"]
     model, likelihood = problem.capture.model, ng.losses.softmax_cross_entropy
     tx = ng.scale_by_kfac(layers, damping=0.1)
+    net = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
     return {
         **{"jax": jax, "jnp": jnp, "np": np, "optax": optax, "nn": nn, "nnx": nnx, "ng": ng},
         **{"capture": problem.capture, "variables": problem.variables, "params": params, "layers": layers},
@@ -48,6 +50,9 @@ def names():
         "adaptive": ng.kfac("quadratic", layers, damping=ng.adaptive_damping()),
         "stepping": ng.kbfgs(0.1, layers),
         "ekfac": ng.scale_by_ekfac(layers, damping=0.1),
+        **{"net": net, "nnx_capture": ng.nnx.capture(net, likelihood)},
+        "out": problem.capture.value_and_grad(problem.variables, problem.x[0], problem.y[0], key=jax.random.key(0)),
+        "train": TrainState.create(apply_fn=model.apply, params=params, tx=tx),
     }
 
 

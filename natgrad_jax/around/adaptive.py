@@ -1,9 +1,11 @@
 """How a damping adapts itself while training, by the rule of Levenberg and Marquardt."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array, ScalarOrSchedule
 
 _GOOD, _BAD = 0.75, 0.25  # ratios above the one, below the other
@@ -68,6 +70,20 @@ Damping = ScalarOrSchedule | AdaptiveDamping
 """A number, a schedule, or a rule."""
 
 
+def refuse_uncalled(name: str, value: Any) -> None:
+    """Refuse `adaptive_damping` itself, which would be taken for a schedule.
+
+    Args:
+        name: of the setting, for the message.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is that function.
+    """
+    if value is adaptive_damping:
+        raise TypeError(f"`{name}` is the function adaptive_damping; expected the rule it makes, `adaptive_damping()`.")
+
+
 def adaptive_damping(
     initial: float = 1.0,
     *,
@@ -110,8 +126,12 @@ def adaptive_damping(
         The rule.
 
     Raises:
+        TypeError: if it is no number.
         ValueError: if a number is out of its range.
     """
+    numbers = {"initial": initial, "factor": factor, "calibration_factor": calibration_factor}
+    for name, value in {**numbers, "least": least, "most": most}.items():
+        checks.number(name, value, least=0)
     rule = AdaptiveDamping(initial, factor, every, calibration, calibration_factor, least, most)
     for name in ("factor", "calibration_factor"):
         if not 0 < getattr(rule, name) < 1:

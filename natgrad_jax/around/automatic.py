@@ -115,6 +115,7 @@ def automatic(
     Raises:
         ValueError: if a number is out of its range.
     """
+    checks.transformation("direction", direction)
     if damping is not None:
         checks.number("damping", damping, least=0, schedule=True)
     penalty_of = None if l2 is None else penalty(l2_mask)

@@ -59,6 +59,7 @@ def averaged(tx: optax.GradientTransformation, decay: Scalar = 0.99) -> optax.Gr
     Raises:
         ValueError: if the decay is out of its range.
     """
+    checks.transformation("tx", tx)
     checks.number("decay", decay, least=0, below=1)
     inner = optax.with_extra_args_support(tx)
 

@@ -54,6 +54,7 @@ def clip_by_kl(
     Raises:
         ValueError: if the bound is a negative number.
     """
+    checks.transformation("direction", direction)
     checks.number("bound", bound, least=0)
 
     def init(params):

@@ -25,7 +25,7 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
+from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, refuse_uncalled
 from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift import guards
@@ -90,9 +90,11 @@ def controlled(
     Raises:
         ValueError: if a word is unknown or a number out of its range.
     """
+    checks.transformation("direction", direction)
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
         if isinstance(value, str):
             checks.choice(name, value, ("quadratic",))
+    refuse_uncalled("damping", damping)
     rule, constant = (damping, 0.0) if isinstance(damping, AdaptiveDamping) else (None, damping)
     checks.number("damping", constant, least=0, schedule=True)
     free = (isinstance(learning_rate, str), isinstance(momentum, str))

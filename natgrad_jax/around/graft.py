@@ -52,6 +52,8 @@ def graft(
     Raises:
         ValueError: if `per` is unknown.
     """
+    checks.transformation("direction", direction)
+    checks.transformation("length", length)
     checks.choice("per", per, ("parameter", "model"))
     first, second = optax.with_extra_args_support(direction), optax.with_extra_args_support(length)
 

@@ -72,6 +72,7 @@ def searched(
     Raises:
         ValueError: if a number is out of its range.
     """
+    checks.transformation("direction", direction)
     checks.number("damping", damping, least=0, schedule=True)
     penalty_of = None if l2 is None else penalty(l2_mask)
 

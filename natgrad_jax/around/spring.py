@@ -46,6 +46,7 @@ def spring(
     Raises:
         ValueError: if a number is out of its range.
     """
+    checks.transformation("direction", direction)
     checks.number("damping", damping, least=0, schedule=True)
     checks.number("weight", weight, least=0, below=1)
     inner = optax.with_extra_args_support(direction)

@@ -1,6 +1,6 @@
 """Statistics and operators outside of a step: observe, refresh, a pass of data before training, light checkpoints."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Layers, Scalar
 from natgrad_jax.lift.evidence import Known, is_evidence
@@ -111,8 +112,15 @@ def warm_start(
         The state of `tx` with warm statistics.
 
     Raises:
+        TypeError: if the stream is that of no batches.
         ValueError: if the state has no lifted method, or the stream is not what its statistics are of.
     """
+    of_one = isinstance(evidence_stream, Mapping) or hasattr(evidence_stream, "_fields")
+    if of_one or hasattr(evidence_stream, "shape") or not isinstance(evidence_stream, Iterable):
+        raise TypeError(
+            f"`evidence_stream` is of type {type(evidence_stream).__name__}; expected one item for each batch, as in "
+            "`[capture.value_and_grad(...) for x, y in data]`."
+        )
     for done, item in enumerate(evidence_stream):
         state = observe(tx, state, item, params, decay=done / (done + 1))
     return state
@@ -126,6 +134,7 @@ def _ask(
     evidence: Any,
 ) -> Any:
     """The state after a request, with whatever form of evidence goes with it."""
+    checks.transformation("tx", tx)
     _check(state)
     curvature, gradient = getattr(evidence, "curvature", evidence), getattr(evidence, "grad", None)
     layers, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature

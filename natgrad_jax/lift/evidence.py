@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import addresses
+from natgrad_jax import addresses, checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra import trees
 from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers, Leaf
@@ -31,12 +31,13 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
         The blocks.
 
     Raises:
-        TypeError: if a parameter is complex.
+        TypeError: if a parameter is no array of real numbers.
         ValueError: if the tree is not of the model that the layers were found in.
     """
     leaves, hidden = addresses.flatten(tree), addresses.masked(tree)
     if not leaves and not hidden:  # a placeholder for the parameters, as `optax.tree.map_params` makes
         return layers.blocks
+    checks.arrays(tree)
     if set(leaves) == {""} and not any(leaf.address == "" for layer in layers.blocks for leaf in layer.leaves):
         raise ValueError(
             f"The parameters are one array of shape {tuple(leaves[''].shape)} without a name; expected the tree "
@@ -63,6 +64,11 @@ def present(layers: Layers, tree: Any) -> tuple[Layer, ...]:
                 raise TypeError(
                     f"The parameter {leaf.address!r} is complex, and has no curvature here. Give it to another "
                     "optimizer (`optax.partition`), or keep its real and its imaginary part as two parameters."
+                )
+            if not jnp.issubdtype(jnp.result_type(leaves[leaf.address]), jnp.floating):
+                raise TypeError(
+                    f"The parameter {leaf.address!r} is of dtype {leaves[leaf.address].dtype}; expected floating-point "
+                    "numbers. Give it to another optimizer (`optax.partition`), or keep it outside of the parameters."
                 )
             if tuple(leaves[leaf.address].shape) != leaf.shape:
                 raise ValueError(
@@ -111,7 +117,8 @@ def lazy(
     if curvature is None and not optional:
         raise ValueError(
             "`curvature` is missing: call `tx.update(grads, state, params, curvature=out.curvature)`, "
-            "where `out` is what `capture.value_and_grad` returned."
+            "where `out` is what `capture.value_and_grad` returned. What drops it on the way, as "
+            "`TrainState.apply_gradients` of Flax, is overridden or wrapped: see docs/wrappers.md."
         )
     if not (curvature is None or callable(curvature) or isinstance(curvature, Mapping)):
         raise TypeError(
@@ -121,7 +128,12 @@ def lazy(
 
     def evidence_of():
         evidence = curvature() if callable(curvature) else curvature
-        assert evidence is not None, "not called without one"
+        assert curvature is not None, "not called without one"
+        if not isinstance(evidence, Mapping):
+            raise TypeError(
+                f"`curvature()` gave {checks.shown(evidence)}; expected a mapping {{name: Evidence}}, as that of "
+                "`out.curvature`."
+            )
         evidence = dict(evidence) | _of_parameters(layers, evidence, getattr(curvature, "layers", None))
         idle = _unused(layers, evidence, getattr(curvature, "layers", None))
         missing = [layer.name for layer in layers if layer.name not in evidence and layer.name not in idle]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -101,7 +100,7 @@ def lift(
         updates, state, params=None, *, curvature=None, request=None, damping: Any = damping, shared_by=None, **extra
     ):
         del params, extra
-        restored.check(state, jax.eval_shape(init, updates))
+        restored.check(state, init, updates)
         count = state.count
         decays_now = tuple(at_step(each, count) for each in decays)
         if request is not None:

@@ -1,20 +1,27 @@
 """Whether a state is one that the transformation could have made: what a checkpoint of other settings is told by."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from natgrad_jax import checks
 
-def check(state: Any, expected: Any) -> None:
+
+def check(state: Any, init: Callable[[Any], Any], updates: Any) -> None:
     """Refuse a state of other leaves or shapes, before anything is computed of it.
 
     Args:
         state: as it was given; None in the place of operators that a checkpoint left out.
-        expected: shapes of the state that `init` makes.
+        init: of the transformation.
+        updates: the gradient, a tree like the parameters.
 
     Raises:
+        TypeError: if the gradient is no tree of arrays.
         ValueError: with the name of the first leaf that does not fit.
     """
+    checks.arrays(updates)
+    expected = jax.eval_shape(init, updates)
     if not isinstance(state, type(expected)):
         raise ValueError(
             f"The state is of type {type(state).__name__}; expected {type(expected).__name__}, as `tx.init(params)` "

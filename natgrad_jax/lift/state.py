@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array, Layer, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.lift import guards
 
@@ -142,8 +143,16 @@ def kept_finite(
 
 
 def at_step(value: ScalarOrSchedule, count: Array) -> Scalar:
-    """A setting at a step: the number, or what its schedule says."""
-    return jnp.asarray(value(count)) if callable(value) else value
+    """A setting at a step: the number, or what its schedule says; a schedule that gives none is refused."""
+    if not callable(value):
+        return value
+    found = value(count)
+    if callable(found):
+        raise TypeError(
+            f"The schedule {checks.shown(value)} gives a function at a step; expected a number: call it once where the "
+            "optimizer is built, as `optax.constant_schedule(0.1)`."
+        )
+    return jnp.asarray(found)
 
 
 def due(count: Array, every: Period) -> bool | Array:

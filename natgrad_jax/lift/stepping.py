@@ -143,7 +143,7 @@ def lift_stepping(
 
     def update(updates, state, params: Any = None, *, curvature: Any = None, request=None, **extra):
         del extra
-        restored.check(state, jax.eval_shape(init, updates))
+        restored.check(state, init, updates)
         blocks = evidences.present(layers, updates)
         if request is not None:
             return updates, _answer(request, method_of, blocks, state, curvature, at_step(decay, state.count))

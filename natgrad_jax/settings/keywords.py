@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from natgrad_jax import checks
-from natgrad_jax.around.adaptive import AdaptiveDamping
+from natgrad_jax.around.adaptive import AdaptiveDamping, refuse_uncalled
 
 
 class Number(NamedTuple):
@@ -127,6 +127,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
     parts = parts_of(of)
     if (value is None and NoneType in parts) or isinstance(value, AdaptiveDamping):
         return
+    refuse_uncalled(name, value)
     words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
     if words and (isinstance(value, str) or len(said) == 1):
         checks.choice(name, value, words)

@@ -25,7 +25,7 @@ from natgrad_jax.layers import KINDS
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
 from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.norms import Batch, gradients_of_examples
-from natgrad_jax.watch.problem import Evaluation, Forward, Problem
+from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 from natgrad_jax.watch.reading import Reading, parts_of
 from natgrad_jax.watch.segments import by_example, weights_of
 from natgrad_jax.watch.space import Space
@@ -47,6 +47,8 @@ class Curvature:
     _batch: "_Batch"
     _value: Array
     _ordinary: tuple[Tree, Tree] | None
+
+    dtype = no_argument
 
     @property
     def layers(self) -> Layers:
@@ -71,6 +73,9 @@ class Curvature:
 
         Returns:
             {name: Evidence} for every known layer and every remaining parameter.
+
+        Raises:
+            ValueError: if the parameters are of another model.
         """
         passed = self._passed if params is None else _run(self._forward, self._at(params))
         if self._problem.labels == "forward":
@@ -94,7 +99,7 @@ class Curvature:
             An array of the shape of the outputs that the likelihood reads.
         """
         problem, weights = self._problem, self._batch.weights
-        direction = addresses.replace(jax.tree.map(jnp.zeros_like, self._params), addresses.flatten(direction))
+        direction = addresses.replace(jax.tree.map(jnp.zeros_like, self._params), self._known(direction))
 
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
@@ -125,7 +130,17 @@ class Curvature:
 
     def _at(self, params: Tree) -> Tree:
         """Other parameters, those of this step where a mask took leaves away."""
-        return addresses.replace(self._params, addresses.flatten(params))
+        return addresses.replace(self._params, self._known(params))
+
+    def _known(self, tree: Tree) -> dict[str, Array]:
+        """The leaves of a tree like the parameters, by address; those of another tree are refused."""
+        leaves, own = addresses.flatten(tree), addresses.flatten(self._params)
+        if unknown := sorted(leaves.keys() - own):
+            raise ValueError(
+                f"`out.curvature` is asked about {unknown}, which are no parameters of the model; it has "
+                f'{sorted(own)}. Expected a tree like the parameters, `variables["params"]` of linen.'
+            )
+        return leaves
 
     def value(self, params: Tree | None = None) -> Array:
         """The objective on the same batch at other parameters, a scalar.

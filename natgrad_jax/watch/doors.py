@@ -132,7 +132,7 @@ class Watch:
         if self.problem.objective is None or self.problem.labels == "true":
             checks.array("targets", targets, "an array of labels, one for each example")
         if weights is not None:
-            checks.array("weights", weights, "an array of numbers, one for each example or position")
+            checks.array("weights", weights, "an array of real numbers, one for each example or position")
         checks.key(key)
         batch = (inputs.args, inputs.kwargs, targets, key, weights)
         if mesh := meshes.explicit(model.params, model.state, batch):
@@ -211,6 +211,8 @@ def asked(
     segments: Segments | None = None,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
+    checks.function("objective", objective, "a function of outputs, targets and weights that gives the mean loss")
+    checks.function("readout", readout, "a function of the outputs that gives the array which the likelihood reads")
     readout = readout or (lambda outputs: outputs)
     problem = Problem(likelihood, labels, draws, objective, readout, jacobian, segments)
     if segments is not None and (microbatches > 1 or axis_name is not None or jacobian != "rows"):
@@ -226,7 +228,10 @@ def asked(
             "`jax.shard_map` gives the axis of the replicas, a tuple of such names, () where each replica is a "
             "training by itself, or None."
         )
-    excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    excluded = tuple(exclude) if several else (exclude,)
+    if not all(isinstance(name, str) for name in excluded):
+        raise TypeError(f"`exclude` is {checks.shown(exclude)}; expected names of layers or of their parents.")
     return Watch(problem, excluded, microbatches, verify, axis_name)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import nnx
 
@@ -170,6 +171,8 @@ class Capture:
             raise ValueError(
                 f'`variables` has the collections {sorted(variables)} but no "params"; pass what `model.init` returned.'
             )
+        if not jax.tree.leaves(variables["params"]):
+            raise ValueError('`variables["params"]` has no arrays; pass what `model.init` returned.')
         others = {name: value for name, value in variables.items() if name != "params"}
         options = dict(inputs.kwargs)
         written = [*others, *_names(options.pop("mutable", ()))]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.meshes import Mesh, entered, is_within, left, within
 from natgrad_jax.base import Array, Evidence, Layers
-from natgrad_jax.watch.problem import Evaluation
+from natgrad_jax.watch.problem import Evaluation, no_argument
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,6 +23,8 @@ class Meshed:
 
     _inner: Any
     _mesh: Mesh
+
+    dtype = no_argument
 
     @property
     def layers(self) -> Layers:

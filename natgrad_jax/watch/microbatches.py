@@ -21,7 +21,7 @@ from natgrad_jax.algebra.stacks import HIGHEST
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
-from natgrad_jax.watch.problem import Evaluation, Forward, Problem
+from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 
@@ -42,6 +42,8 @@ class Pieces:
     def labels(self) -> str:
         """Whose cotangents the evidence has."""
         return self.layers.labels
+
+    dtype = no_argument
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch at the parameters of this step, or at others."""

@@ -153,6 +153,11 @@ class Capture:
         """The model, and the objects of NNX among its inputs, as a function of parameters and other state."""
         _check(model)
         name = type(model).__name__
+        if self.call is _call and not callable(model):
+            raise TypeError(
+                f"`model` is a {name}, which cannot be called; expected the flax.nnx.Module itself. Of a state of it "
+                "`nnx.merge(graph, state)` makes one."
+            )
         objects: list[Any] = []
         inputs = Inputs()
         inputs.args, inputs.kwargs = jax.tree.map(

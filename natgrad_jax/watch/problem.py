@@ -38,6 +38,18 @@ class Evaluation(NamedTuple):
     losses: Mapping[str, Array] = MappingProxyType({})
 
 
+def _no_argument(_: Any) -> Any:
+    raise ValueError(
+        "`out.curvature` is a function of the batch and no array, so that it is no argument of a function that JAX "
+        "traces. Call `value_and_grad` and `update` within one `jax.jit`, or pass the evidence itself, "
+        "`curvature=out.curvature()`."
+    )
+
+
+no_argument = property(_no_argument)
+"""As the `dtype` of a curvature: JAX asks for it where one is an argument of `jax.jit`, and gets a sentence."""
+
+
 class LazyCurvature(Protocol):
     """The curvature of one batch, computed where it is called; see `common.Curvature`."""
 
@@ -130,7 +142,7 @@ class Problem:
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):
-            known = ", ".join(f"ng.losses.{likelihood.name.split('(')[0]}" for likelihood in LIKELIHOODS)
+            known = ", ".join(f"ng.losses.{likelihood.name}" for likelihood in LIKELIHOODS)
             raise TypeError(
                 f"`likelihood` is {checks.shown(self.likelihood)}; expected one of {known}, or a `losses.Likelihood`. "
                 "A loss that is no negative log-likelihood goes into `objective`."

@@ -22,6 +22,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra import trees
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.watch.microbatches import merged
+from natgrad_jax.watch.problem import no_argument
 
 Axis = str | tuple[str, ...]
 """The name of an axis that `jax.pmap`, `jax.shard_map` or `jax.vmap` binds, or several."""
@@ -46,6 +47,8 @@ class Replicas:
     def count(self) -> Array:
         """W, the total weight of the examples of all replicas."""
         return self._count
+
+    dtype = no_argument
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of all replicas at the parameters of this step, or at others."""

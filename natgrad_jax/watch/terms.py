@@ -24,7 +24,7 @@ from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Evidence, Layers, Scalar
 from natgrad_jax.watch.doors import called
 from natgrad_jax.watch.joining import Part, joined_evidence, joined_layers
-from natgrad_jax.watch.problem import Evaluation
+from natgrad_jax.watch.problem import Evaluation, no_argument
 
 
 class Capture(Protocol):
@@ -198,6 +198,8 @@ class TermsCurvature:
 
     _parts: Mapping[str, Any]
     _weights: Mapping[str, Scalar]
+
+    dtype = no_argument
 
     @property
     def layers(self) -> Layers:

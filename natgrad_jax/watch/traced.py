@@ -7,7 +7,8 @@ run           <- the program with records and probes at the products of the laye
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,31 @@ def watch(
     return Forward(run, probes, layers, examples, calls, masked, by_reverse, segments=segments, norms=touches)
 
 
+@contextmanager
+def noted(inputs: Any) -> Generator[None]:
+    """An exception of the model itself gets a note of what it was called with.
+
+    Args:
+        inputs: what it is called with, (args, kwargs).
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Exception: that of the model.
+    """
+    try:
+        yield
+    except Exception as error:
+        args, kwargs = jax.tree.map(lambda leaf: jax.typeof(leaf) if is_array(leaf) else leaf, inputs)
+        given = [*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())]
+        error.add_note(
+            f"So says the model, called with ({', '.join(given)}). Expected its own parameters, and inputs that it "
+            "takes: a tuple stands for several positional ones, `ng.Inputs` for any."
+        )
+        raise
+
+
 def checked(found: Found, leaves: Mapping[str, Any], program: ClosedJaxpr) -> Found:
     """Refuse a function of no parameter, and name the parameters that it reads from outside of what it is given."""
     if leaves and not found.used:
@@ -119,7 +145,9 @@ class Traced:
         """Its trace on arrays, or on shapes. The last outputs are what the likelihood reads."""
 
         def flat(*arrays):
-            result = self._function(*self._arguments({**self._given, "array": arrays}))
+            params, state, inputs = self._arguments({**self._given, "array": arrays})
+            with noted(inputs):
+                result = self._function(params, state, inputs)
             found, self._results = addresses.parted(result, lambda leaf: "number" if _is_number(leaf) else "plain")
             self._plain, self.kept = found["plain"], len(found["number"])
             _check_results(self._plain)
