@@ -140,6 +140,7 @@ def test_the_ratio_is_the_change_of_the_loss_over_the_undamped_dense_model():
         np.testing.assert_allclose(state.ratio, change / foretold, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("activation", "equal"), [("linear", True), ("tanh", False)])
 def test_the_ratio_is_one_where_the_loss_is_its_own_quadratic_model(activation, equal):
@@ -237,6 +238,7 @@ def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
     jax.tree.map(np.testing.assert_array_equal, params[3], params[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
     model = MLP()
@@ -267,7 +269,7 @@ def test_steps_between_tests_leave_damping_and_ratio_as_they_are():
         assert ratios[tested] != ratios[tested - 1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitude():
     def last_loss(calibration):
         rule = ng.adaptive_damping(1e4, every=20, calibration=calibration, calibration_factor=0.1)
@@ -277,7 +279,7 @@ def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitud
     assert last_loss(15) < 0.5 * last_loss(0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitude():
     """The steps of a fixed learning rate overshoot; tested each, they are not taken until the damping has risen."""
 
@@ -294,7 +296,7 @@ def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitud
     assert np.mean(without[-5:]) > 2 * np.mean(losses[-5:])  # of single steps the rounding decides
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_method
 def test_with_everything_adaptive_the_loss_falls_on_a_real_problem(method):
     problem = task("mlp")
@@ -359,12 +361,19 @@ def test_warm_start_reaches_the_direction_and_nothing_else():
 def test_the_value_of_a_curvature_is_the_loss_here_and_elsewhere():
     problem = task("mlp")
     params = problem.variables["params"]
-    out = table.evaluate(problem, params, 0)
     moved = jax.tree.map(lambda leaf: 1.1 * leaf, params)
-    assert out.curvature.value() == out.value
-    np.testing.assert_allclose(out.curvature.value(params), out.value, rtol=1e-6)
-    np.testing.assert_allclose(out.curvature.value(moved), table.evaluate(problem, moved, 0).value, rtol=1e-6)
-    assert abs(out.curvature.value(moved) - out.value) > 1e-3 * out.value
+
+    @jax.jit
+    def values(params, moved):
+        out = table.evaluate(problem, params, 0)
+        here = out.curvature.value(), out.curvature.value(params)
+        return out.value, *here, out.curvature.value(moved), table.evaluate(problem, moved, 0).value
+
+    value, unasked, here, there, expected = values(params, moved)
+    assert unasked == value
+    np.testing.assert_allclose(here, value, rtol=1e-6)
+    np.testing.assert_allclose(there, expected, rtol=1e-6)
+    assert abs(there - value) > 1e-3 * value
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def assert_differ(found):
     assert not np.allclose(leaf[0], leaf[1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_members_of_different_age_of_which_some_refresh_afresh_train_as_they_would_alone():
     alone, together, by_one, at_once = compared(complete("ekfac qr pi"), task("mlp"), offsets=(0, 1, 3))
     assert_alike(*(jax.tree.map(jnp.abs, each) for each in (alone, together)))  # eigenvectors have no sign
@@ -154,6 +154,7 @@ def test_a_branch_stays_one_under_vmap_of_vmap_and_gives_each_its_own():
     assert not _branches(jax.make_jaxpr(jax.vmap(jax.vmap(naive)))(is_due, states).jaxpr)  # what it is there for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
 def test_one_of_two_dear_functions_is_that_of_each_member(mapped):
     def choose(which, x):

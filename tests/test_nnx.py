@@ -117,7 +117,7 @@ def test_gradient_and_state_are_those_of_a_plain_call_and_the_state_moves_once()
     def loss(model):
         return optax.softmax_cross_entropy_with_integer_labels(model(X), Y).mean()
 
-    value, grad = nnx.value_and_grad(loss)(plain)
+    value, grad = nnx.jit(nnx.value_and_grad(loss))(plain)
     np.testing.assert_allclose(out.value, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), out.grad, grad)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *map(_rest, (watchful, plain)))
@@ -172,7 +172,7 @@ def test_methods_that_need_only_gradients_train_as_any_optimizer_does(make):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_functional_loop_gives_the_same_parameters():
     capture, layers = watched()
     tx = ng.kfac(0.1, layers, damping=0.1)
@@ -196,6 +196,7 @@ def test_the_functional_loop_gives_the_same_parameters():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), params, theirs)
 
 
+@pytest.mark.full
 def test_a_decoder_in_the_style_of_gemma_is_covered_and_trains():
     tokens = jax.random.randint(jax.random.key(1), (8, 6), 0, 13)
     model = Decoder(nnx.Rngs(0))
@@ -333,6 +334,7 @@ def test_a_filter_says_what_the_parameters_are():
     np.testing.assert_array_equal(model.kernel[...], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["nnx", "linen"])
 def test_a_bridged_model_is_watched_as_what_it_becomes(to):
     if to == "nnx":

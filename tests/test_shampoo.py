@@ -206,6 +206,7 @@ def test_sums_and_another_exponent_are_those_of_the_definition(exponent):
         agree({"matrix": found["matrix"]}, data, assert_differs, add=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.usefixtures("x64")
 def test_c17_roots_are_of_multiples_of_the_period_and_early_of_all_statistics_before_it(early):
@@ -449,7 +450,7 @@ def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned(
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_as_it_is_mostly_used_it_brings_the_loss_on_digits_further_down_than_adam_of_the_same_learning_rate():
     problem = digits()
     x, y, capture, variables = problem.x, problem.y, problem.capture, problem.variables
