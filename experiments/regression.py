@@ -86,7 +86,8 @@ class Config:
 def table_of(name: Name) -> Part:
     """Inputs [N, D] and the first target [N, 1], standardised; a `FileNotFoundError` if the table is not there."""
     if name == "diabetes":
-        x, y = load_diabetes(return_X_y=True)
+        bunch: Any = load_diabetes()
+        x, y = bunch.data, bunch.target
     else:
         given, targets = folder(), 2 if name == "energy" else 1
         path = Path() if given is None else given / "uci" / name / "data.txt"

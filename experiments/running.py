@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 Make = Callable[[Any, Any], optax.GradientTransformation]
 """Setting, or other numbers, and layers -> the optimizer."""
-Labels = Literal["sampled", "true"]
+Labels = Literal["exact", "sampled", "true"]
 
 
 class Task(NamedTuple):
