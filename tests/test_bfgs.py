@@ -81,6 +81,7 @@ def test_c85_without_the_dampings_the_updates_lose_positive_definiteness(dtype):
     assert np.linalg.eigvalsh(by_definition(*wide(inverse, s, y)))[0] < 0
 
 
+@pytest.mark.slow
 def test_a_pair_that_is_not_above_the_bound_or_not_finite_changes_nothing(dtype):
     s, y = jnp.ones((4, 3), dtype), jnp.asarray([[1.0] * 3, [-1.0] * 3, [np.nan] * 3, [np.inf] * 3], dtype)
     inverse = jnp.broadcast_to(jnp.asarray(positive(3), dtype), (4, 3, 3))
@@ -240,6 +241,7 @@ def test_a_memory_is_filled_copy_by_copy_and_under_vmap(dtype):
     assert_equal(memory(rows, stacked)[2], np.asarray(bfgs.times(rows[2], alone), np.float64))
 
 
+@pytest.mark.slow
 def test_pairs_of_any_size_are_the_same_pair(dtype):
     s, y = good_pairs(4, 6, dtype)
     scale = jnp.asarray([1e-18, 1.0, 1e12, 1e-9], dtype)[:, None]

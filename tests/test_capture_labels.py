@@ -113,6 +113,7 @@ def test_exact_evidence_is_the_dense_block_of_every_dense_layer(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared_error"])
 def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
     x = normal(3, 4, 2)
@@ -202,6 +203,7 @@ def test_true_evidence_is_of_the_likelihood_also_where_an_objective_is_different
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 5), (6, 2, 5)])
 def test_c28_forward_evidence_is_the_block_of_one_linear_layer_with_squared_error(shape):
     model, x = Affine(), normal(*shape)
@@ -285,6 +287,7 @@ def test_curvature_value_is_the_objective_on_the_same_batch_at_other_parameters(
     assert_differs(there, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_curvature_at_other_parameters_keeps_the_labels_that_were_drawn(loss):
     net = mlp("tanh", loss)

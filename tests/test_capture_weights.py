@@ -86,6 +86,7 @@ def test_c7_loss_and_gradient_of_a_masked_batch_are_those_of_the_ragged_data(seq
     assert_differs(captured(params, jnp.ones((6, 4)))[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [np.array([1.0, 0.0, 2.0, 0.5, 0.0, 9.0]), MASK], ids=["[N]", "[N, T]"])
 def test_evidence_of_weighted_examples_or_positions_is_the_weighted_dense_block(sequences, weights):
     model, params, x, y = sequences

@@ -38,6 +38,7 @@ def test_no_branch_gives_back_what_it_was_given(settings):
         assert not through
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_entry_that_is_not_finite_is_seen_wherever_it_stands(bad):
     clean = {

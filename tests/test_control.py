@@ -140,6 +140,7 @@ def test_the_ratio_is_the_change_of_the_loss_over_the_undamped_dense_model():
         np.testing.assert_allclose(state.ratio, change / foretold, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("activation", "equal"), [("linear", True), ("tanh", False)])
 def test_the_ratio_is_one_where_the_loss_is_its_own_quadratic_model(activation, equal):
@@ -237,6 +238,7 @@ def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
     jax.tree.map(np.testing.assert_array_equal, params[3], params[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
     model = MLP()

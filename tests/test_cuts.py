@@ -186,6 +186,7 @@ def test_factors_of_parts_with_different_inputs_are_those_of_rows_with_zeros():
     assert_differs(input_moment(layers["w"], evidence["w"]), pooled.T @ pooled / N)
 
 
+@pytest.mark.slow
 @pytest.mark.verified
 @pytest.mark.parametrize("name", ["fused, with a bias", "layers in one array", "gates of a cell"])
 def test_what_is_cut_passes_verification(name, recwarn):

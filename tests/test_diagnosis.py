@@ -27,6 +27,7 @@ def _step(problem, tx, params, state, t):
     return tx.update(out.grad, state, params, curvature=out.curvature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALL_NAMES)
 def test_every_state_has_a_table_and_the_same_as_numbers(method):
     every = {k: v for k, v in {"statistics_every": 1, "refresh_every": 1}.items() if k in settings_of(method)}

@@ -52,6 +52,7 @@ with_losses = pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_e
 # Where it is exact ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c21_ekfac_is_the_block_where_inputs_and_cotangents_are_independent(dtype):
     some, others = normal(7, 4, dtype=dtype), normal(9, 3, seed=1, dtype=dtype)
     independent = jnp.repeat(some, 9, axis=0), jnp.tile(others, (7, 1))

@@ -71,6 +71,7 @@ def test_c53_the_damped_step_is_the_dense_solve_with_the_cross_terms_of_a_produc
     assert_differs(found, solved({"pi": "even", "even": "pi"}[split]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_methods
 def test_the_split_that_is_not_given_adds_the_damping_to_the_scale(method):

@@ -14,6 +14,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", EXACT)
 def test_the_residual_of_a_solution_is_zero_and_the_solution_is_that_of_the_table(name):

@@ -181,6 +181,7 @@ def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name
     assert str(pixels) in chosen.title
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "faces"])
 def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(name):
     chosen, x = reconstruction(name, smoke=True), np.random.default_rng(0).random((5, 7), np.float32)

@@ -114,6 +114,7 @@ def test_training_goes_on_after_every_fault(method):
             assert metrics.rejected_statistics + getattr(metrics, "rejected_refreshes", 0) >= 2, name
 
 
+@pytest.mark.slow
 @of_the_lifting((*ALL_NAMES, ADAPTIVE))
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(method):
     tx, step = trainer(method)
@@ -163,6 +164,7 @@ def test_without_a_guard_a_batch_that_is_not_finite_is_lost_as_with_any_optimize
     assert lifted(state).metrics.rejected_statistics == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", ["singular", "indefinite", "zero", "of 1e30"])
 def test_factors_that_are_wrong_keep_the_last_inverse_or_give_a_finite_one(factor):
     tx = ng.scale_by_kfac(PROBLEM.layers, damping=0.1, statistics_every=4, refresh_every=1)

@@ -123,6 +123,7 @@ def test_the_captured_block_is_the_dense_fisher_block(case):
     reference.assert_differs(wrong.reshape(block.shape), block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_matrix_turns_back_and_its_gradient_is_a_product_of_rows(case):
     layer, evidence, params, _ = seen(case)

@@ -118,6 +118,7 @@ class Normed(nn.Module):
         return nn.Dense(2)(h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["batch", "attention"])
 def test_a_model_whose_examples_are_mixed_is_refused_whatever_the_inputs_are(of):
     model, x = Normed(of), jnp.ones((N, 4))  # all alike, of which a normalisation makes zeros
@@ -126,6 +127,7 @@ def test_a_model_whose_examples_are_mixed_is_refused_whatever_the_inputs_are(of)
         capture.layers(model.init(jax.random.key(0), x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["layer", "running"])
 def test_a_model_that_separates_is_not_refused(of):
     model, x = Normed(of), normal(N, 4)
@@ -153,6 +155,7 @@ def test_labels_are_exact_where_an_example_has_one_output_and_sampled_elsewhere(
     assert "labels" in str(outputs(1)) and "exact" in str(outputs(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_a_direction_of_which_nothing_is_kept_is_that_of_the_kept_jacobian_in_any_pieces(labels):
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)

@@ -108,6 +108,7 @@ class Sequences(nn.Module):
         return nn.Dense(3, name="head")(x.mean(1) if self.reduce else x)
 
 
+@pytest.mark.slow
 def test_c23_expand_is_the_block_of_a_deep_linear_net_with_a_loss_per_position(dtype):
     x = normal(6, 4, 5, dtype=dtype)
     net = watched(Sequences(), random_params(Sequences(), x, dtype=dtype), x, "squared_error")
@@ -158,6 +159,7 @@ class Grouped(nn.Module):
         return nn.Conv(4, (3, 3), feature_group_count=2, name="grouped")(x)
 
 
+@pytest.mark.slow
 def test_c25_a_grouped_convolution_has_one_input_factor_per_group(dtype):
     scales = jnp.asarray([1, 1, 1, 2, 2, 2], dtype)  # the groups see different data
     x = normal(2, 5, 4, 6, dtype=dtype) * scales
@@ -200,6 +202,7 @@ class Halves(nn.Module):
         return jnp.concatenate([shared(half) for half in jnp.split(x, 2, axis=-1)], axis=-1)
 
 
+@pytest.mark.slow
 def test_c27_a_layer_called_twice_is_a_layer_with_two_positions(dtype):
     x = normal(1, 8, dtype=dtype)
     net = watched(Halves(), random_params(Halves(), x, dtype=dtype), x, "squared_error")

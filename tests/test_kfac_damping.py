@@ -48,6 +48,7 @@ def test_c1_the_factors_of_a_layer_that_is_not_square_cannot_be_exchanged():
         KFAC["pi"].apply(layer, exchanged, jnp.ones((4, 3)), 0.3)
 
 
+@pytest.mark.slow
 def test_c49_pi_damping_is_the_even_damping_of_factors_of_unit_mean_diagonal(dtype):
     layer, evidence = correlated(dtype=dtype)
     a, g = factors_of(layer, evidence)
@@ -106,6 +107,7 @@ def alignments(apply, gradient):
     return product / jnp.linalg.norm(gradient, axis=(-2, -1)) / jnp.linalg.norm(update, axis=(-2, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("split", KFAC)
 @pytest.mark.parametrize("examples", [1, 40])
@@ -131,6 +133,7 @@ def test_c55_fails_where_the_factors_are_not_positive_definite():
 # Wide sides -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("split", ["pi", "exact"])
 def test_a_side_that_is_too_wide_keeps_the_diagonal_of_its_factor(split):

@@ -44,6 +44,7 @@ def test_ten_steps_trace_once(method):
     laws.traces_once(direction(method))
 
 
+@pytest.mark.slow
 @everywhere
 @every_method
 def test_types_buffers_and_the_contract_of_optax_are_kept(method, where):

@@ -128,6 +128,7 @@ def dense_gradients(inputs=4, outputs=3, count=3, dtype="float64"):
 # Blocks of convolutions -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c79_a_convolution_of_one_point_has_scalar_blocks(dtype):
     gradients = {"kernel": normal(3, 1, 1, 4, 5, dtype=dtype)}
     found = updates_of(ng.scale_by_mbf(**AT_ONCE), gradients)[-1]
@@ -136,6 +137,7 @@ def test_c79_a_convolution_of_one_point_has_scalar_blocks(dtype):
     assert_differs(found, g[-1] / (np.mean(average(g**2)) + DAMPING))
 
 
+@pytest.mark.slow
 def test_c79_a_convolution_of_one_pair_of_channels_has_the_full_block(dtype):
     gradients = {"kernel": normal(3, 3, 2, 1, 1, dtype=dtype)}
     found = updates_of(ng.scale_by_mbf(**AT_ONCE), gradients)[-1]
@@ -145,6 +147,7 @@ def test_c79_a_convolution_of_one_pair_of_channels_has_the_full_block(dtype):
     assert_differs(found, g[-1] / (np.diag(full) + DAMPING))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("channels", [(3, 4), (8, 9)])  # by the library, and by sweeps
 def test_c81_blocks_of_a_convolution_are_independent(channels):
@@ -164,6 +167,7 @@ def test_c81_vectors_of_a_dense_layer_are_not_independent():
     assert np.all(run(kernels) != run(kernels.at[:, :, 1].mul(2)))
 
 
+@pytest.mark.slow
 def test_c82_the_first_step_is_that_of_sherman_and_morrison(dtype):
     v = normal(1, 3, 3, 1, 1, dtype=dtype)
     u = v + normal(1, 3, 3, 1, 1, seed=1, dtype=dtype)
@@ -180,6 +184,7 @@ def test_c82_the_first_step_is_that_of_sherman_and_morrison(dtype):
 # Blocks of dense layers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sizes", [(7, 5), (2, 5), (5, 1)])
 def test_c80_the_average_over_inputs_is_a_solve_from_one_side(sizes):

@@ -94,6 +94,7 @@ def test_pooled_ones_are_those_of_the_product_of_a_sum_and_a_mean():
     assert_differs(inputs, np.einsum("knio,knjo->ij", true, true) / (3 * len(g)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["example", "expand", "reduce"])
 def test_where_g_is_the_identity_they_are_those_of_a_and_the_identity(sharing):
     layer = Layer("one", "dense", (4, 3), (), (2,), "float64")

@@ -333,6 +333,7 @@ def test_a_filter_says_what_the_parameters_are():
     np.testing.assert_array_equal(model.kernel[...], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["nnx", "linen"])
 def test_a_bridged_model_is_watched_as_what_it_becomes(to):
     if to == "nnx":

@@ -345,6 +345,7 @@ def test_streams_from_outside_move_as_in_a_plain_call(way, graph):
             assert plain.default.count[...] == watched.default.count[...] == step + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [as_a_keyword, as_a_tuple])
 def test_each_piece_of_a_batch_draws_from_streams_outside_anew(way):
     model, rngs = net(noisy, a=Block), nnx.Rngs(1)

@@ -73,6 +73,7 @@ def direction_of(method):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @cheap
 @given(seed, spread, spread, scale, scale, damping, strategies.sampled_from(SHAPES))

@@ -43,6 +43,7 @@ def by_manager(tx, state, params, folder):
         return manager.restore(3, args=orbax.args.StandardRestore(jax.eval_shape(tx.init, params)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", [by_msgpack, by_orbax, by_manager])
 def test_a_named_chain_around_ours_continues_bit_for_bit(through, tmp_path):
     problem = task("mlp")
@@ -100,6 +101,7 @@ def test_a_state_of_other_settings_is_refused_with_the_name_of_a_leaf(make, othe
     refuses(partial(make, damping=0.1), partial(other, damping=0.1), *words)
 
 
+@pytest.mark.slow
 @of_the_lifting(ALL_NAMES)
 def test_a_state_of_another_width_is_refused_with_the_name_of_a_leaf(method):
     problem, x = task("mlp"), jnp.ones((8, 5))

@@ -186,6 +186,7 @@ def tampered(state, name, factor):
     return state._replace(statistics={**state.statistics, name: factors._replace(total=total)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", roots.ROOTS)
 def test_a_root_that_is_not_found_leaves_the_last_one_and_is_counted(root):
     gradient = {name: normal(4, 3, seed=seed, dtype="float32") for seed, name in enumerate("ab")}  # of one shape
@@ -203,6 +204,7 @@ def test_a_root_that_is_not_found_leaves_the_last_one_and_is_counted(root):
             assert_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", roots.ROOTS)
 def test_without_a_damping_a_block_that_has_seen_no_gradient_keeps_the_identity(root):
     gradient = {"seen": normal(4, 3, dtype="float32"), "unseen": jnp.zeros((4, 3))}

@@ -39,6 +39,7 @@ def kept(kind, layer, evidence, workspace=samples.WORKSPACE):
     return samples.observed(layer, like[kind](), evidence, "example", workspace)
 
 
+@pytest.mark.slow
 def test_c57_the_kernel_of_a_dense_layer_is_the_hadamard_product_of_two_grams(dtype):
     x, g = normal(9, 6, dtype=dtype), normal(9, 4, seed=1, dtype=dtype)
     layer, evidence = pairs(jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1), g)  # with a bias
@@ -70,6 +71,7 @@ def test_c60_products_with_the_jacobian_need_no_jacobian(kind, dtype):
     assert_equal(samples.back(seen, weights), np.einsum("srp,sr->sp", exact, weights).reshape(2, 5, 3))
 
 
+@pytest.mark.slow
 def test_c59_the_push_through_identity(dtype):
     layer, evidence = spatial(6, 7, 5, 3, dtype=dtype)
     seen, exact = kept("rows", layer, evidence), jacobian(layer, evidence)
@@ -146,6 +148,7 @@ def reduced(layer, evidence):
     return samples.kernel(samples.observed(layer, like, evidence, "reduce", samples.WORKSPACE), samples.WORKSPACE)
 
 
+@pytest.mark.slow
 def test_c61_pooled_positions_are_exact_where_the_cotangents_are_the_same_at_all_of_them(dtype):
     layer, evidence = spatial(6, 7, 5, 3, dtype=dtype)
     (g,) = evidence.cotangents

@@ -206,6 +206,7 @@ def test_sums_and_another_exponent_are_those_of_the_definition(exponent):
         agree({"matrix": found["matrix"]}, data, assert_differs, add=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.usefixtures("x64")
 def test_c17_roots_are_of_multiples_of_the_period_and_early_of_all_statistics_before_it(early):

@@ -30,6 +30,7 @@ def polar_factors(dtype, **settings):
     return [(found[name], expected[name]) for name in tree]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", ["eigh", "newton"])
 def test_c47_the_first_step_is_the_polar_factor_of_the_gradient(dtype, root):
     gate = {"float64": 1e-7, "float32": 1e-3}[dtype]  # null vectors, known to eps, count up to (8 eps)^(-1/2) fold
@@ -129,6 +130,7 @@ def rotated(tree):
     return turned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupled", [False, True])
 def test_c75_rotated_modes_rotate_the_direction(dtype, coupled):
     data = stream(3, dtype, {"kernel": (2, 1, 3, 4)} if coupled else {"matrix": (4, 6)})

@@ -212,6 +212,7 @@ def test_a_mode_that_is_too_long_keeps_its_coordinates():
 # Vectors --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_vector_is_adams_however_small_some_of_its_entries_are(dtype):
     gradients = {"bias": normal(STEPS, 5, dtype=dtype) * 10.0 ** -(jnp.arange(5, dtype=dtype) ** 2)}
     tx = ng.scale_by_soap(damping=1e-30, decay=DECAY)

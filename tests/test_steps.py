@@ -58,6 +58,7 @@ def test_a_long_step_is_cut_to_the_bound_and_keeps_its_direction(method):
     assert length(0.5, gradient, free) > 2 * bound  # the control: without the clip
 
 
+@pytest.mark.slow
 @every_method
 def test_a_short_step_is_left_as_it_is(method):
     plain = direction(method)
@@ -146,6 +147,7 @@ def test_a_negative_bound_is_refused():
 # --- grafting ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_method
 def test_a_grafted_step_has_the_length_of_one_and_the_direction_of_the_other(method):
     plain, other = direction(method), optax.adam(0.1)

@@ -77,6 +77,7 @@ def test_layers_of_one_task_serve_the_batches_of_another():
     assert_differs(updates["head_b"], grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [lambda layers: ng.kbfgs(0.1, layers), lambda layers: ng.scale_by_tnt(layers, damping=0.1, statistics="curvature")],

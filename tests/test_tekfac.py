@@ -37,6 +37,7 @@ TEKFAC, TKFAC, EKFAC = tekfac_block(0.0), tkfac_block(0.0, "exact"), ekfac_block
 # Where it is exact ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 4)])
 def test_c22_tekfac_is_the_block_of_a_layer_with_one_output_or_one_input(dtype, sizes):
     one = normal(20, 1, seed=1, dtype=dtype) * jnp.abs(normal(20, 1, seed=2, dtype=dtype)) ** 2
@@ -83,6 +84,7 @@ def test_c33_tekfac_is_never_further_from_the_block_than_tkfac(sizes):
     assert not np.all(errors(in_another_basis, blocks) <= of_tkfac * (1 + 1e-9))
 
 
+@pytest.mark.slow
 def test_c40_with_the_factors_of_kfac_in_the_place_of_the_traces_it_is_ekfac(dtype):
     layer, evidence, _ = random_layers(6, 4, 50, copies=1, dtype=dtype)
     damping, gradient = 30.0, normal(1, 6, 4, seed=9, dtype=dtype)

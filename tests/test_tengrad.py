@@ -242,6 +242,7 @@ def direction_of(make, params, x, y, labels="true", last=None):
     return run(params)
 
 
+@pytest.mark.slow
 def test_c66_without_damping_the_ief_direction_is_the_exact_natural_gradient(dtype):
     params, x, y, exact = scalar_problem(dtype)
     made = {"damping": 0.0, "target": "ief", "refresh_every": 1}
@@ -497,6 +498,7 @@ def test_how_many_rows_there_will_be_is_known_from_the_capture():
         assert (layers.examples, layers.draws) == (6, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routine", ["cholesky", "eigh"])
 def test_low_rank_takes_an_eigendecomposition_and_full_rank_a_cholesky(routine, monkeypatch):
     called, real = [], getattr(linalg, routine)

@@ -150,6 +150,7 @@ def test_c22_tkfac_is_the_block_of_a_layer_with_one_output_or_one_input(dtype, s
 # Through time ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c43_the_average_is_the_tkfac_of_the_averaged_block(dtype):
     sizes = np.abs(normal(5, 12, 1, seed=2)) ** -1.5  # heavy tails
     a, g = normal(5, 12, 4) * sizes, normal(5, 12, 3, seed=1) + normal(5, 12, 4)[..., :3]
@@ -221,6 +222,7 @@ def reference_case(dtype="float64"):
     return layer, evidence, *by_definition(blocks[0], layer.shape)
 
 
+@pytest.mark.slow
 def test_c51_even_damping_has_two_forms_if_delta_is_of_the_same_refresh(dtype):
     layer, evidence, delta, phi, psi = reference_case(dtype)
     damping = 0.1 * delta
@@ -248,6 +250,7 @@ def test_mean_eigenvalue_damps_each_side_by_its_mean_eigenvalue_but_never_less_t
     (assert_equal if share == 1e2 else assert_differs)(even, found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("kind", "split"), [("dense", "even"), ("conv", "mean_eigenvalue")])
 def test_the_default_is_the_papers_choice_by_the_kind_of_the_layer(kind, split):

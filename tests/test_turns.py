@@ -77,6 +77,7 @@ def near(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_values_are_those_of_a_schedule_for_each_layer(method):
     settings, make, decays = METHODS[method]
