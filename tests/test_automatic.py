@@ -195,7 +195,7 @@ def test_a_batch_of_nan_leaves_the_averages_and_the_parameters_finite():
 # In use ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_method
 def test_without_a_learning_rate_the_loss_falls_on_a_real_problem(method):
     problem = task("mlp")

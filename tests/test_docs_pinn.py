@@ -23,7 +23,7 @@ def names():
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_equation_of_the_page_is_solved(names):
     assert float(names["error"]) < 1e-3
     assert set(names["losses"]) == {"inside", "edge"} and names["layers"].examples == 42

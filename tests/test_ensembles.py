@@ -100,7 +100,7 @@ def assert_differ(found):
     assert not np.allclose(leaf[0], leaf[1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_members_of_different_age_of_which_some_refresh_afresh_train_as_they_would_alone():
     alone, together, by_one, at_once = compared(complete("ekfac qr pi"), task("mlp"), offsets=(0, 1, 3))
     assert_alike(*(jax.tree.map(jnp.abs, each) for each in (alone, together)))  # eigenvectors have no sign

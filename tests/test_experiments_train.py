@@ -28,7 +28,7 @@ def without_seconds(records):
     return [{field: value for field, value in record.items() if field != "seconds"} for record in records]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_runs_of_all_seeds_go_on_where_they_stopped_and_are_shown_beside_the_logs(tmp_path, monkeypatch):
     only, said = ("SGD-m", "Adam", "SGD-m (authors)"), []
     config = replace(train.small(train.Config(output=tmp_path, smoke=True, only=only)), batch=500)

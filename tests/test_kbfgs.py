@@ -440,7 +440,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
     assert {"damping", "decay", "momentum", "weight_decay"} <= set(state.hyperparams)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_ensemble_under_vmap_steps_as_its_members_do():
     problem = table.task("mlp true labels")
     tx = ng.kbfgs(0.1, problem.layers, damping=0.3, memory=3, statistics_every=2)

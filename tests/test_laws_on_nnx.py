@@ -87,7 +87,7 @@ def test_another_setting_is_another_program():
     assert one != other
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["kbfgs", *[pytest.param(n, marks=pytest.mark.full) for n in ALL_NAMES[:-1]]])
 def test_complete_optimizers_train_alike(method):
     """K-BFGS measures again at the end of its step, so that its program has the model in it."""
@@ -159,7 +159,7 @@ def test_broken_transformations_fail_the_laws_here_too():
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.verified
 def test_verification_says_the_same_of_both():
     def told():

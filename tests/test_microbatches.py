@@ -91,7 +91,7 @@ def test_so_are_they_with_weights(method):
     agree(steps(optimizer(method), 2, weighted=True), steps(optimizer(method), 1, weighted=True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_so_is_a_step_that_chooses_its_own_length():
     def adaptive(layers):
         return ng.kfac("quadratic", layers, damping=ng.adaptive_damping(), momentum="quadratic", weight_decay=1e-3)

@@ -131,7 +131,7 @@ def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, first)), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_twenty_donated_steps_are_one_trace_with_either_jit_and_end_alike():
     capture = ng.nnx.capture(Net, ng.losses.softmax_cross_entropy)
     traces = {"nnx": 0, "jax": 0}

@@ -450,7 +450,7 @@ def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned(
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_as_it_is_mostly_used_it_brings_the_loss_on_digits_further_down_than_adam_of_the_same_learning_rate():
     problem = digits()
     x, y, capture, variables = problem.x, problem.y, problem.capture, problem.variables

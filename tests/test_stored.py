@@ -66,6 +66,7 @@ def test_a_factor_of_few_examples_is_still_factorised_without_damping(monkeypatc
     assert (int(state.metrics.rejected_refreshes) == 0) == guarded
 
 
+@pytest.mark.full
 def test_an_optimizer_with_narrow_factors_learns_and_keeps_its_dtypes():
     problem = task("mlp")
     _, losses = trained(problem, ng.kfac(0.05, problem.layers, damping=0.1, factor_dtype="bfloat16", rank=3))

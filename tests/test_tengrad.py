@@ -334,7 +334,7 @@ def test_spring_keeps_what_the_batch_says_nothing_about():
     assert_equal(unseen @ found, 0.9 * unseen @ last)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [{"momentum": "spring"}, {"momentum": "spring", "learning_rate": "search"}])
 def test_the_complete_optimizer_with_spring_learns(settings):
     rate = {"learning_rate": 0.1} | settings

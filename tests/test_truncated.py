@@ -256,6 +256,7 @@ def test_a_rank_is_a_number_a_share_or_a_word():
     assert truncated.Kept(None, "auto").vectors(100) == 32 and truncated.Kept(None, "auto").vectors(32) is None
 
 
+@pytest.mark.full
 def test_a_truncated_optimizer_learns():
     def model(params, x):
         return jnp.tanh(x @ params["a"]) @ params["b"]
