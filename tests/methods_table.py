@@ -160,9 +160,13 @@ LIFTED = ("kfac pi", "ekfac qr pi", "tnt", "tengrad", "kbfgs")
 """One row for each way in which a method is lifted: plain, rescaled in a branch, tensors, measured only, stepping."""
 
 
-def of_the_lifting(names: tuple[str, ...]) -> Any:
+FEW = ("kfac pi", "kbfgs")
+"""Of these the two that are lifted least alike, for the laws whose rows take seconds."""
+
+
+def of_the_lifting(names: tuple[str, ...], some: tuple[str, ...] = LIFTED) -> Any:
     """A law of the lifting, which cannot tell relatives apart: on the representative rows, on all with `-m full`."""
-    rows = [name if name in LIFTED else pytest.param(name, marks=pytest.mark.full) for name in names]
+    rows = [name if name in some else pytest.param(name, marks=pytest.mark.full) for name in names]
     return pytest.mark.parametrize("method", rows)
 
 

@@ -33,13 +33,9 @@ every_method = pytest.mark.parametrize("method", NAMES)
 lifting_method = of_the_lifting(NAMES)
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
 lifting_optimizer = of_the_lifting(ALL_NAMES)
-everywhere = pytest.mark.parametrize("where", TASKS)
-EVERYWHERE = [
-    pytest.param(name, where, marks=() if where == "mlp" or name in table.LIFTED else pytest.mark.full)
-    for name in ALL_NAMES
-    for where in TASKS
-]
-"""Every method on the net of dense layers, the representatives on the convnet; with `-m full` all on both."""
+few_optimizers = of_the_lifting(ALL_NAMES, table.FEW)
+everywhere = pytest.mark.parametrize("where", ["mlp", *(pytest.param(n, marks=pytest.mark.full) for n in TASKS[1:])])
+"""On the net of dense layers; with `-m full` on the convnet too."""
 ANY = NAMES[0]
 
 
@@ -82,7 +78,8 @@ def descends(where, tx, statistics=5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "where"), EVERYWHERE)
+@everywhere
+@every_optimizer
 def test_every_direction_descends_also_between_refreshes(method, where):
     descends(where, direction(method, where), 5 if table.row(method).apart else 3)
 
@@ -177,7 +174,7 @@ def agrees_however_it_runs(tx):
 
 
 @pytest.mark.slow
-@lifting_optimizer
+@few_optimizers
 def test_jit_scan_donation_and_eager_agree(method):
     agrees_however_it_runs(direction(method))
 
@@ -286,7 +283,7 @@ def compiles_without_a_second_backward(tx, extra=0, due=2):
 
 
 @pytest.mark.slow
-@lifting_optimizer
+@few_optimizers
 def test_the_compiled_step_without_statistics_costs_a_gradient(method):
     due = 2 if table.row(method).apart else 4
     compiles_without_a_second_backward(direction(method, "mlp wide"), applying(method), due)
@@ -300,7 +297,7 @@ def test_statistics_at_every_step_fail_the_law_of_the_compiled_cost():
 # --- scale and symmetry -----------------------------------------------------------------------------------------------
 
 
-def tends_to_the_gradient(build, rate, power=1.0, where="convnet"):
+def tends_to_the_gradient(build, rate, power=1.0, where="mlp"):
     """damping^power * direction -> gradient, with 1 / damping (exact) or a root of it (factored damping); C54, C76."""
     problem = task(where)
     params = problem.params
@@ -319,10 +316,11 @@ def tends_to_the_gradient(build, rate, power=1.0, where="convnet"):
 
 
 @pytest.mark.slow
+@everywhere
 @every_method
-def test_large_damping_gives_the_gradient_over_the_damping(method):
+def test_large_damping_gives_the_gradient_over_the_damping(method, where):
     row = table.row(method)
-    tends_to_the_gradient(lambda damping: table.build(method, "convnet", damping=damping), row.rate, row.power)
+    tends_to_the_gradient(lambda damping: table.build(method, where, damping=damping), row.rate, row.power, where)
 
 
 @pytest.mark.slow
@@ -333,14 +331,14 @@ def test_a_layer_left_on_the_raw_gradient_fails_the_law_of_large_damping():
 
     fails(
         tends_to_the_gradient,
-        lambda damping: wrapped(table.build(ANY, "convnet", damping=damping), update),
+        lambda damping: wrapped(table.build(ANY, damping=damping), update),
         0.5,
     )
 
 
 @pytest.mark.slow
 def test_factored_damping_does_not_have_the_rate_of_exact_damping():
-    fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", "convnet", damping=damping), 1.0)
+    fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", damping=damping), 1.0)
 
 
 def ignores_the_order_of_examples(tx, where="mlp true labels"):
