@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(items):
 
 def sample(name, count, size=1):
     """Which of the `count` rows of a test run: as many as `size`, spread from one that its name picks."""
-    first = zlib.crc32(name.encode())
-    return {(first + i * count // size) % count for i in range(min(size, count))}
+    first, size = zlib.crc32(name.encode()), min(size, count)
+    return {(first + i * count // size) % count for i in range(size)}
 
 
 @pytest.fixture(scope="module", autouse=True)

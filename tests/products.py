@@ -1,6 +1,6 @@
 """A function of parameters and a batch beside what the engine finds in it: the tables of cases are built of these."""
 
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -78,23 +78,33 @@ def flat(tree):
     }
 
 
+@partial(jax.jit, static_argnums=0)
+def _by_example(layer, evidence):
+    rows, columns = written_out(input_rows(layer, evidence)), output_rows(layer, evidence)
+    matrices = jnp.einsum("...nti,...knto->n...io", rows, columns)
+    return rows, columns, jax.vmap(partial(from_matrix, layer))(matrices)
+
+
+def by_example(layer, evidence):
+    """Rows a and g of a layer, and the gradient of every example by them, {role: [N, ...]}."""
+    return jax.tree.map(np.asarray, _by_example(layer, evidence))
+
+
 def rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian, idle=()):
     """The evidence of a batch of N explains the gradient of each example, in parameters and order, and their mean.
 
     The layers that are `idle` have a gradient of zero.
     """
-    expected, mean = flat(jacobian), flat(grad)
+    expected, mean = (flat(jax.tree.map(np.asarray, tree)) for tree in (jacobian, grad))
     for address, leaf in expected.items():
         np.testing.assert_allclose(mean[address] * layers.examples, leaf.sum(0), rtol=1e-9, atol=1e-12)
     for layer in layers.known:
-        rows, columns = written_out(input_rows(layer, evidence[layer.name])), output_rows(layer, evidence[layer.name])
+        rows, columns, found = by_example(layer, evidence[layer.name])
         assert layer.positions == rows.shape[-2] == columns.shape[-2]
-        matrices = np.einsum("...nti,...knto->n...io", np.asarray(rows), np.asarray(columns))
-        found = jax.vmap(lambda matrix, layer=layer: from_matrix(layer, matrix))(jnp.asarray(matrices))
-        ours = jnp.concatenate([found[leaf.role].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
-        theirs = jnp.concatenate([expected[leaf.address].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
+        ours = np.concatenate([found[leaf.role].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
+        theirs = np.concatenate([expected[leaf.address].reshape(layers.examples, -1) for leaf in layer.leaves], axis=1)
         if layer.name in idle:
-            assert not jnp.any(ours) and not jnp.any(theirs)
+            assert not np.any(ours) and not np.any(theirs)
             continue
         assert_equal(ours, theirs)
-        assert_differs(jnp.roll(ours, 1, axis=0), theirs)
+        assert_differs(np.roll(ours, 1, axis=0), theirs)

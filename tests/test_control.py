@@ -361,12 +361,19 @@ def test_warm_start_reaches_the_direction_and_nothing_else():
 def test_the_value_of_a_curvature_is_the_loss_here_and_elsewhere():
     problem = task("mlp")
     params = problem.variables["params"]
-    out = table.evaluate(problem, params, 0)
     moved = jax.tree.map(lambda leaf: 1.1 * leaf, params)
-    assert out.curvature.value() == out.value
-    np.testing.assert_allclose(out.curvature.value(params), out.value, rtol=1e-6)
-    np.testing.assert_allclose(out.curvature.value(moved), table.evaluate(problem, moved, 0).value, rtol=1e-6)
-    assert abs(out.curvature.value(moved) - out.value) > 1e-3 * out.value
+
+    @jax.jit
+    def values(params, moved):
+        out = table.evaluate(problem, params, 0)
+        here = out.curvature.value(), out.curvature.value(params)
+        return out.value, *here, out.curvature.value(moved), table.evaluate(problem, moved, 0).value
+
+    value, unasked, here, there, expected = values(params, moved)
+    assert unasked == value
+    np.testing.assert_allclose(here, value, rtol=1e-6)
+    np.testing.assert_allclose(there, expected, rtol=1e-6)
+    assert abs(there - value) > 1e-3 * value
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_the_heads_of_the_page_have_one_gradient(names):
         single(5, 3, seed=3),
         {"policy": jnp.array([0, 1, 1, 0, 1]), "value": single(5, 1, seed=4)},
     )
-    out = names["heads"].value_and_grad(p, x, y, key=jax.random.key(0))
+    out = jax.jit(lambda p: names["heads"].value_and_grad(p, x, y, key=jax.random.key(0))._replace(curvature=None))(p)
     assert_equal(out.value, out.losses["policy"] + 0.5 * out.losses["value"], 1e-6)
     assert jnp.all(jnp.isfinite(ravel_pytree(out.grad)[0]))
 

@@ -157,8 +157,13 @@ def test_a_batch_of_one(method):
 def test_without_a_guard_a_batch_that_is_not_finite_is_lost_as_with_any_optimizer():
     tx = optimizer("kfac pi")
     x, y, key = batch_of(PROBLEM, 0)
-    out = PROBLEM.capture.value_and_grad({"params": START}, x * jnp.nan, y, key=key)
-    updates, state = tx.update(out.grad, tx.init(START), START, curvature=out.curvature)
+
+    @jax.jit
+    def step(state, x):
+        out = PROBLEM.capture.value_and_grad({"params": START}, x, y, key=key)
+        return tx.update(out.grad, state, START, curvature=out.curvature)
+
+    updates, state = step(tx.init(START), x * jnp.nan)
     assert not all_finite(updates)
     assert all_finite(lifted(state).statistics)  # which are kept, and counted
     assert lifted(state).metrics.rejected_statistics == 3

@@ -117,7 +117,7 @@ def test_gradient_and_state_are_those_of_a_plain_call_and_the_state_moves_once()
     def loss(model):
         return optax.softmax_cross_entropy_with_integer_labels(model(X), Y).mean()
 
-    value, grad = nnx.value_and_grad(loss)(plain)
+    value, grad = nnx.jit(nnx.value_and_grad(loss))(plain)
     np.testing.assert_allclose(out.value, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), out.grad, grad)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *map(_rest, (watchful, plain)))

@@ -125,10 +125,15 @@ def test_a_convolution_without_outputs_has_zero_statistics():
     x, model = jnp.ones((4, 3, 3, 1)), Empty()
     variables = model.init(jax.random.key(0), x)
     capture = ng.linen.capture(model, ng.losses.squared_error)
-    out = capture.value_and_grad(variables, x, jnp.zeros((4, 2)), key=jax.random.key(1))
-    for make in (ng.scale_by_kfac, ng.scale_by_tengrad):
-        tx = make(capture.layers(variables, x), damping=0.1)
-        updates, state = tx.update(out.grad, tx.init(variables["params"]), curvature=out.curvature)
+    layers = capture.layers(variables, x)
+    txs = [make(layers, damping=0.1) for make in (ng.scale_by_kfac, ng.scale_by_tengrad)]
+
+    @jax.jit
+    def step(params):
+        out = capture.value_and_grad({"params": params}, x, jnp.zeros((4, 2)), key=jax.random.key(1))
+        return [tx.update(out.grad, tx.init(params), curvature=out.curvature) for tx in txs]
+
+    for updates, state in step(variables["params"]):
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
         assert not updates["empty"]["kernel"].any() and updates["Dense_0"]["kernel"].any()
         assert state.metrics.rejected_statistics == 0

@@ -53,9 +53,10 @@ def test_the_step_is_the_length_of_the_grid_with_the_least_loss(searched):
     p, x, y, _, found, _ = searched
     direction, (step, state) = found["direction"][0], found["search"]
 
+    @jax.jit
     def objective(length):
         at = jax.tree.map(lambda leaf, u: leaf - length * u, p, direction)
-        return np.mean((apply(at, x) - y) ** 2) / 2 + 0.05 * sum(jnp.sum(leaf**2) for leaf in at.values())
+        return jnp.mean((apply(at, x) - y) ** 2) / 2 + 0.05 * sum(jnp.sum(leaf**2) for leaf in at.values())
 
     lengths = LONGEST * 0.5 ** np.arange(LENGTHS)
     best = lengths[int(np.argmin([objective(length) for length in lengths]))]

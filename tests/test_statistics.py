@@ -3,11 +3,10 @@
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_table import NAMES, evaluate, lifted, of_the_lifting, row, task
+from methods_table import NAMES, evaluate, lifted, measured, of_the_lifting, row, task
 
 import natgrad_jax as ng
 
@@ -31,7 +30,7 @@ def optimizer(method, **settings):
 
 
 def same(one, other):
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one, other)))
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
 
 
 @pytest.mark.slow
@@ -55,10 +54,9 @@ def test_observe_moves_the_statistics_of_a_step_and_nothing_else(method, wrap):
     elif wrap == "clipped" and method != "tnt":
         tx = optimizer(method, kl_clip=1e-3)
     state = tx.init(params())
-    observed = ng.observe(tx, state, out().curvature, params())
-    stepped = (
-        jax.jit(tx.update)(out().grad, state, params(), curvature=out().curvature())[1] if wrap != "masked" else None
-    )
+    gradient, evidence = measured("convnet")
+    observed = ng.observe(tx, state, evidence, params())
+    stepped = jax.jit(tx.update)(gradient, state, params(), curvature=evidence)[1] if wrap != "masked" else None
     ours, before = lifted(observed), lifted(state)
     assert ours.count == 0 and ours.metrics.statistics == 1 and ours.metrics.refreshes == 0
     assert same(ours.operators, before.operators)
@@ -67,8 +65,8 @@ def test_observe_moves_the_statistics_of_a_step_and_nothing_else(method, wrap):
     if stepped is not None:
         np.testing.assert_allclose(*map(_flat, (ours.statistics, lifted(stepped).statistics)), rtol=1e-4, atol=1e-6)
     others = [jax.tree.leaves(node) for node in (observed, state)]
-    moved = [not bool(jnp.array_equal(a, b)) for a, b in zip(*others, strict=True)]
-    own = [not bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (ours, before)), strict=True)]
+    moved = [not np.array_equal(a, b) for a, b in zip(*others, strict=True)]
+    own = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (ours, before)), strict=True)]
     assert sum(moved) == sum(own)
 
 
@@ -86,13 +84,14 @@ def _labels(tree):
 
 def test_observe_weighs_the_old_statistics_as_it_is_told():
     tx = optimizer("kfac pi")
-    state = ng.observe(tx, tx.init(params()), out(0))
+    first, second = (measured("convnet", t)[1] for t in (0, 1))
+    state = ng.observe(tx, tx.init(params()), first)
     mean = lambda state: lifted(state).statistics["Dense_0"].inputs  # noqa: E731
-    once = ng.observe(tx, state, out(1), decay=0.0)
+    once = ng.observe(tx, state, second, decay=0.0)
     np.testing.assert_allclose(
-        mean(once).total, mean(ng.observe(tx, tx.init(params()), out(1), decay=0.0)).total, rtol=1e-6
+        mean(once).total, mean(ng.observe(tx, tx.init(params()), second, decay=0.0)).total, rtol=1e-6
     )
-    half = ng.observe(tx, state, out(1), decay=0.5)
+    half = ng.observe(tx, state, second, decay=0.5)
     np.testing.assert_allclose(mean(half).total, 0.5 * mean(state).total + 0.5 * mean(once).total, rtol=1e-5)
 
 
@@ -108,23 +107,24 @@ def test_a_checkpoint_without_operators_goes_on_bit_for_bit(method):
     tx = optimizer(method)
     state, theta = tx.init(params()), params()
     update = jax.jit(lambda grad, state, theta, evidence: tx.update(grad, state, theta, curvature=evidence))
+    measure = jax.jit(lambda theta, t: _known(evaluate(task("convnet"), theta, t)))
     for t in range(3):
-        here = evaluate(task("convnet"), theta, t)
-        updates, state = update(here.grad, state, theta, _known(here))
+        gradient, evidence = measure(theta, t)
+        updates, state = update(gradient, state, theta, evidence)
         theta = optax.apply_updates(theta, updates)
     light = ng.without_operators(state)
     assert _bytes(light) < 0.7 * _bytes(state)
     rebuilt = ng.refresh(tx, light)
     assert same(lifted(rebuilt).operators, lifted(state).operators)
-    here = evaluate(task("convnet"), theta, 3)
-    one, two = (update(here.grad, each, theta, _known(here))[0] for each in (state, rebuilt))
+    gradient, evidence = measure(theta, 3)
+    one, two = (update(gradient, each, theta, evidence)[0] for each in (state, rebuilt))
     assert same(one, two)
-    other = ng.refresh(tx, ng.without_operators(ng.observe(tx, state, out(2))))
+    other = ng.refresh(tx, ng.without_operators(ng.observe(tx, state, measured("convnet", 2)[1])))
     assert not same(lifted(other).operators, lifted(state).operators)  # statistics have moved since the refresh
 
 
 def _known(here):
-    return here.curvature()
+    return here.grad, here.curvature()
 
 
 def _bytes(tree):
@@ -136,12 +136,13 @@ def _bytes(tree):
 def test_operators_that_a_batch_measured_want_one(method):
     tx = optimizer(method)
     state = tx.init(params())
-    light = ng.without_operators(ng.observe(tx, state, out()))
+    gradient, evidence = measured("convnet")
+    light = ng.without_operators(ng.observe(tx, state, evidence))
     with pytest.raises(ValueError, match=r"keep the operators in the checkpoint, or give a batch"):
         ng.refresh(tx, light)
-    fresh = ng.refresh(tx, light, out())
-    updates, _ = tx.update(out().grad, fresh, params(), curvature=out().curvature)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+    fresh = ng.refresh(tx, light, evidence)
+    updates, _ = jax.jit(tx.update)(gradient, fresh, params(), curvature=evidence)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
     assert not same(lifted(fresh).operators, lifted(state).operators)
 
 
