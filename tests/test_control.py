@@ -269,7 +269,6 @@ def test_steps_between_tests_leave_damping_and_ratio_as_they_are():
         assert ratios[tested] != ratios[tested - 1]
 
 
-@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitude():
     def last_loss(calibration):
         rule = ng.adaptive_damping(1e4, every=20, calibration=calibration, calibration_factor=0.1)
@@ -279,7 +278,6 @@ def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitud
     assert last_loss(15) < 0.5 * last_loss(0)
 
 
-@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitude():
     """The steps of a fixed learning rate overshoot; tested each, they are not taken until the damping has risen."""
 

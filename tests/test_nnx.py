@@ -196,7 +196,6 @@ def test_the_functional_loop_gives_the_same_parameters():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), params, theirs)
 
 
-@pytest.mark.full
 def test_a_decoder_in_the_style_of_gemma_is_covered_and_trains():
     tokens = jax.random.randint(jax.random.key(1), (8, 6), 0, 13)
     model = Decoder(nnx.Rngs(0))
