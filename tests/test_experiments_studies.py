@@ -230,15 +230,16 @@ def test_the_committed_errors_of_equations_are_those_of_the_committed_table():
 
 
 def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path, monkeypatch, capsys):
-    x, y = regression.table_of("diabetes")
+    x, y = regression.table_of("diabetes", 1000)
     assert x.shape == (442, 10) and y.shape == (442, 1)
     for part in (x, y):
         np.testing.assert_allclose((part.mean(0), part.std(0)), (0 * part[0], 1 + 0 * part[0]), atol=1e-5)
     (tmp_path / "uci" / "energy").mkdir(parents=True)
     (tmp_path / "uci" / "energy" / "data.txt").write_text("1 2 3 9\n2 4 5 9\n3 3 1 9\n")
     monkeypatch.setenv("NATGRAD_DATA", str(tmp_path))
-    x, y = regression.table_of("energy")
-    assert x.shape == (3, 2) and np.argmax(y) == 1  # the first of its two targets, 3 5 1
+    x, y = regression.table_of("energy", 1000)
+    assert x.shape == (3, 2) and np.argmax(y) == np.argmax(x[:, 1])  # the first of its two targets, 3 5 1
+    assert len(regression.table_of("energy", 2).labels) == 2
     assert regression.run(regression.Config(tmp_path, tables=("yacht",))) == []
     assert "yacht is left out" in capsys.readouterr().out
 
@@ -246,7 +247,7 @@ def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path,
 @pytest.mark.slow
 @pytest.mark.full  # compiles four methods
 def test_a_table_is_learned(tmp_path):
-    rows = regression.run(regression.Config(tmp_path, 2.0, 0.5, 1, 8, ("diabetes",)))
+    rows = regression.run(regression.Config(tmp_path, 2.0, 0.5, 1, 8, tables=("diabetes",)))
     assert {each["name"] for each in rows} == set(regression.METHODS)
     assert all(each["losses"][-1] < 0.25 < each["losses"][0] for each in rows)
     assert figures.markdown(regression.table(rows)).count("|") > 12
