@@ -86,17 +86,17 @@ class Config:
 
 
 def table_of(name: Name, most: int) -> Part:
-    """Inputs [N, D] and the first target [N, 1], standardised; a `FileNotFoundError` if the table is not there."""
+    """Inputs [N, D] and the target [N, 1], the last column, standardised; a `FileNotFoundError` if the table is not there."""
     if name == "diabetes":
         bunch: Any = load_diabetes()
         x, y = bunch.data, bunch.target
     else:
-        given, targets = folder(), 2 if name == "energy" else 1
+        given = folder()
         path = Path() if given is None else given / "uci" / name / "data.txt"
         if not path.is_file():
             raise FileNotFoundError(f"There is no uci/{name}/data.txt in the folder that NATGRAD_DATA names.")
         numbers = np.loadtxt(path)
-        x, y = numbers[:, :-targets], numbers[:, -targets]
+        x, y = numbers[:, :-1], numbers[:, -1]
     chosen = np.random.default_rng(0).permutation(len(x))[:most]
     x, y = x[chosen], y[chosen]
     x, y = (np.float32((part - part.mean(0)) / part.std(0)) for part in (x, y[:, None]))
