@@ -86,7 +86,7 @@ class Config:
 
 
 def table_of(name: Name, most: int) -> Part:
-    """Inputs [N, D] and the target [N, 1], the last column, standardised; a `FileNotFoundError` if the table is not there."""
+    """Inputs [N, D] and the target [N, 1], the last column, standardised; a `FileNotFoundError` if there is no table."""
     if name == "diabetes":
         bunch: Any = load_diabetes()
         x, y = bunch.data, bunch.target
