@@ -86,7 +86,7 @@ class Config:
 
 
 def table_of(name: Name, most: int) -> Part:
-    """Inputs [N, D] and the target [N, 1], the last column, standardised; a `FileNotFoundError` if there is no table."""
+    """Inputs [N, D] and the last column as target [N, 1], standardised; a `FileNotFoundError` if it is not there."""
     if name == "diabetes":
         bunch: Any = load_diabetes()
         x, y = bunch.data, bunch.target
