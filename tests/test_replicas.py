@@ -19,19 +19,6 @@ from methods_table import LIFTED, task
 
 import natgrad_jax as ng
 
-SCRIPT = """
-import json, sys
-import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec as P
-import methods_table as table
-import natgrad_jax as ng
-
-mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-likelihood = ng.losses.softmax_cross_entropy
-
 
 class Normed(nn.Module):
     axis: str | None
@@ -42,6 +29,18 @@ class Normed(nn.Module):
         return nn.Dense(3)(nn.tanh(x))
 
 
+SCRIPT = """
+import json, sys
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, PartitionSpec as P
+import methods_table as table
+import natgrad_jax as ng
+from test_replicas import Normed
+
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+likelihood = ng.losses.softmax_cross_entropy
 problem = table.task("mlp")
 x, y, start = problem.x[0], problem.y[0], problem.variables["params"]
 weights = jnp.array([1.0, 2.0, 0.0, 1.0, 0.5, 1.0, 1.0, 3.0])  # replicas of unequal weight
@@ -256,14 +255,6 @@ def test_replicas_of_vmap_are_those_of_the_batch():
 
 
 def test_layers_of_a_norm_over_replicas_are_found_outside_of_them():
-    class Normed(nn.Module):
-        axis: str | None
-
-        @nn.compact
-        def __call__(self, x):
-            x = nn.BatchNorm(use_running_average=False, axis_name=self.axis)(nn.Dense(5)(x))
-            return nn.Dense(3)(nn.tanh(x))
-
     x, likelihood = task("mlp").x[0], ng.losses.softmax_cross_entropy
     variables = Normed(None).init(jax.random.key(0), x)
     with pytest.raises(NameError, match="unbound axis"):

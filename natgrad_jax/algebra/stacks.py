@@ -104,9 +104,7 @@ def _triangular_inverse(lower: Array) -> Array:
     """L^-1 of a lower triangular L [n, n]."""
     size = lower.shape[-1]
     if size <= _SMALL:
-        identity = jnp.eye(
-            size, dtype=lower.dtype
-        ).T  # with columns first, by itself, or XLA turns those of others, too
+        identity = jnp.eye(size, dtype=lower.dtype).T  # columns first: else XLA turns the identities of others, too
         return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
     cut = _halves(size)
     first, last = _triangular_inverse(lower[:cut, :cut]), _triangular_inverse(lower[cut:, cut:])
@@ -351,8 +349,9 @@ def trace(factor: Factor) -> Array:
         return jnp.sum(factor.values, axis=-1) + (size - rank) * factor.rest
     if isinstance(factor, Diagonal):
         return jnp.sum(factor.entries, axis=-1)
+    # Half the compilation of a sum of the diagonal. A zero of its own, or XLA turns that of LAPACK, columns first.
     here = jnp.eye(factor.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(here, factor, -0.0), axis=(-2, -1))  # half the compilation of a sum of the diagonal
+    return jnp.sum(jnp.where(here, factor, -0.0), axis=(-2, -1))
 
 
 def all_finite(array: Array, axes: tuple[int, ...]) -> Array:

@@ -44,9 +44,10 @@ def of_joint_blocks(
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         found = found_in(updates)
+        blocks = joint(found, groups)
         if curvature is not None or extra.get("request") is None:
-            curvature = joint_evidence(joint(found, groups), evidences.lazy(curvature, found.blocks))
-        return lifted(joint(found, groups)).update(updates, state, params, curvature=curvature, **extra)
+            curvature = joint_evidence(blocks, evidences.lazy(curvature, found.blocks))
+        return lifted(blocks).update(updates, state, params, curvature=curvature, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
