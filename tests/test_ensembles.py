@@ -31,6 +31,10 @@ class Counted:
             jax.debug.callback(lambda: self._tested.append(1))
         return self._curvature.value(params)
 
+    def value_and_slope(self, params, direction):
+        jax.debug.callback(lambda: self._tested.append(1))
+        return self._curvature.value_and_slope(params, direction)
+
 
 def older(state, offset):
     """The state as if some steps more were done."""

@@ -10,7 +10,6 @@ from reference import assert_differs, assert_equal, normal
 
 import natgrad_jax as ng
 from natgrad_jax.algebra import stacks
-from natgrad_jax.around import control
 from natgrad_jax.around.search import LENGTHS, LONGEST
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -115,23 +114,3 @@ def test_an_indefinite_kernel_is_factorised_by_its_eigenvalues_and_counted():
     assert not jnp.all(jnp.isfinite(stacks.cholesky(stacks.plus_identity(kernels, jnp.array([0.1, 0.1])))))
     found = stacks.cholesky_solve(factor, jnp.ones((2, 5)))
     assert_equal(found, np.linalg.solve(expected, np.ones((2, 5, 1)))[..., 0])
-
-
-class Flat:
-    """A curvature whose loss changes by so many units in its last place, of which the model foretold one less rise."""
-
-    def __init__(self, change):
-        self.change = change
-
-    def value(self, params=None):
-        return jnp.float32(1.0) + (0 if params is None else jnp.float32(self.change))
-
-
-@pytest.mark.parametrize(("change", "ratio", "taken"), [(2e-7, 0.5, True), (-2e-7, 0.5, True), (1e-4, None, False)])
-def test_a_test_at_the_floor_of_the_precision_says_neither(change, ratio, taken):
-    model = control.Model(jnp.array([-1e-7, 0.0]), jnp.zeros((2, 2)), jnp.eye(2))
-    zeros = {"w": jnp.zeros(1)}
-    found, kept = control._tested(Flat(change), zeros, jnp.array([1.0, 0.0]), None, model, zeros)
-    assert bool(kept) is taken
-    assert ratio is None or float(found) == ratio
-    assert ratio is not None or found < 0.25

@@ -156,6 +156,18 @@ class Curvature:
         outputs = self._forward.run(self._at(params), self._forward.probes)[0]
         return self._problem.value(outputs, self._batch.targets, self._batch.weights)
 
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The objective on the same batch at other parameters, and its derivative along a direction there.
+
+        Args:
+            params: where.
+            direction: a tree like them.
+
+        Returns:
+            Two scalars.
+        """
+        return along(self.value, params, direction, by_reverse=self._forward.by_reverse)
+
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
         outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), passed.floats)

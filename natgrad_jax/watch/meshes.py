@@ -53,6 +53,10 @@ class Meshed:
         """The objective on the same batch, at the parameters of this step or at others."""
         return self._asked(self._inner.value, params)
 
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The objective on the same batch at other parameters, and its derivative along a direction there."""
+        return self._asked(self._inner.value_and_slope, params, direction)
+
     @property
     def space(self) -> Callable[[], Any]:
         """What gives the batch as the rows of the Jacobian, to be asked in the region; see `common.Curvature.space`."""

@@ -60,8 +60,16 @@ class Pieces:
         """The objective on the same batch at other parameters, a scalar."""
         if params is None:
             return self._value
-        values, counts = self._mapped(lambda curvature: (curvature.value(params), curvature.count))
-        return jnp.sum(values * counts) / jnp.maximum(jnp.sum(counts), 1e-30)
+        return self._mean(lambda curvature: curvature.value(params))
+
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The objective on the same batch at other parameters, and its derivative along a direction there."""
+        return self._mean(lambda curvature: curvature.value_and_slope(params, direction))
+
+    def _mean(self, function: Callable[[common.Curvature], Any]) -> Any:
+        """The mean over the pieces, by their counts."""
+        found, counts = self._mapped(lambda curvature: (function(curvature), curvature.count))
+        return jax.tree.map(lambda numbers: jnp.sum(numbers * counts) / jnp.maximum(jnp.sum(counts), 1e-30), found)
 
     def _mapped(self, function: Callable[[common.Curvature], Any]) -> Any:
         """A function of the curvature of every piece, at the parameters of this step."""

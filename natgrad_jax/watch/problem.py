@@ -80,6 +80,10 @@ class LazyCurvature(Protocol):
         """The objective on the same batch, at the parameters of this step or at others."""
         ...
 
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The objective on the same batch at other parameters, and its derivative along a direction there."""
+        ...
+
 
 class Forward(NamedTuple):
     """A watched model on one batch.

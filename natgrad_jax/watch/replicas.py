@@ -67,6 +67,11 @@ class Replicas:
             return self._value
         return averaged(self._local.value(trees.own(params, self._axis)), self._local.count, self._axis)
 
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The objective on the whole batch at other parameters, and its derivative along a direction there."""
+        found = self._local.value_and_slope(*trees.own((params, direction), self._axis))
+        return averaged(found, self._local.count, self._axis)
+
     def _joined(self, evidence: Evidence, axes: int) -> Evidence:
         """The evidence of all replicas; a layer has `axes` axes of S."""
 

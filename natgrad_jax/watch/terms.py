@@ -232,7 +232,17 @@ class TermsCurvature:
 
     def value(self, params: Tree | None = None) -> Array:
         """The loss on the same batches, at the parameters of this step or at others."""
-        return jnp.asarray(sum(self._weights[name] * part.value(params) for name, part in self._parts.items()))
+        return self._sum({name: part.value(params) for name, part in self._parts.items()})
+
+    def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
+        """The loss on the same batches at other parameters, and its derivative along a direction there."""
+        found = {name: part.value_and_slope(params, direction) for name, part in self._parts.items()}
+        values, slopes = ({name: pair[at] for name, pair in found.items()} for at in (0, 1))
+        return self._sum(values), self._sum(slopes)
+
+    def _sum(self, numbers: Mapping[str, Array]) -> Array:
+        """The weighted sum over the terms."""
+        return jnp.asarray(sum(self._weights[name] * number for name, number in numbers.items()))
 
 
 def _root(weight: Scalar, total: Array, count: Array) -> Array:
