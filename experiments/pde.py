@@ -6,7 +6,7 @@ equation in one begins as a sine, and its solution is an integral of Cole and Ho
 would, by `jax.grad` and `jax.jvp`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -187,7 +187,18 @@ def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndar
     return points
 
 
-def points(equation: Equation, seed: int, scale: float = 1.0) -> Part:
+def stream(equation: Equation, seed: int, scale: float = 1.0) -> Iterator[Part]:
+    """Points for ever.
+
+    Yields:
+        New points each time, from the same random numbers for the same seed.
+    """
+    random = np.random.default_rng(seed)
+    while True:
+        yield points(equation, random, scale)
+
+
+def points(equation: Equation, seed: int | np.random.Generator, scale: float = 1.0) -> Part:
     """Points inside and at the edge, `scale` times as many, with zeros and the values of the solution."""
     random = np.random.default_rng(seed)
     inside, outside = (max(4, int(scale * count)) for count in equation.points)

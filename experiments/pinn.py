@@ -1,10 +1,13 @@
 """Physics-informed nets: what error is left after the same seconds, by natural gradients, Adam, SOAP and L-BFGS?
 
 Poisson in two and five dimensions, the heat equation in four, Burgers' in one (`experiments/pde.py`); a net with tanh,
-points that stay, double precision, an error that is relative, in L2, at 2,000 other points. Every method has as many
-trials of its setting as every other, of the same seconds, with the first seed; then it runs from every seed at the
-setting that left the least error. Seconds are those of the processor, of all threads, so that a busy machine slows
-nobody; compilation and the measuring of the error are not in them.
+new points at every step, double precision, an error that is relative, in L2, at 2,000 other points. L-BFGS stays on its
+first points, since its memory is of one loss. Every method has as many trials of its setting as every other, of the
+same seconds, with the first seed; then it runs from every seed at the setting that left the least error. Seconds are
+those of the processor, of all threads, so that a busy machine slows nobody; compilation and the measuring of the error
+are not in them.
+
+Points that stay fit themselves: of 500 in five dimensions TENGraD leaves an error of 5e-3, of new ones 2e-4.
 
 Expected: TENGraD of one block with a search along its direction, and SPRING, leave less than a tenth of the error of
 Adam and of L-BFGS.
@@ -16,7 +19,6 @@ Adam and of L-BFGS.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ METHODS = {
         look=20,
         stretch=20,
         is_static=True,
+        stays=True,
     ),
 }
 OTHERS = ("Adam", "L-BFGS")
@@ -107,7 +110,7 @@ def case(name: pde.Name, config: Config) -> study.Case:
     equation = pde.EQUATIONS[name]
     task = pde.Task(equation, pde.points(equation, 0, config.scale))
     return study.Case(
-        {"problem": name}, task, lambda seed: repeat(pde.points(equation, seed, config.scale)), pde.error(equation)
+        {"problem": name}, task, lambda seed: pde.stream(equation, seed, config.scale), pde.error(equation)
     )
 
 

@@ -9,7 +9,7 @@ what it has is not run again.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, product
+from itertools import islice, product, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class Entry(NamedTuple):
         stretch: steps that are compiled into one program; they divide those of a look.
         is_static: whether each of the numbers is compiled by itself.
         peer: task -> what runs instead of a `Runner`.
+        stays: whether it stays on the first batch of the stream.
     """
 
     make: Callable[[Numbers, Any], Any] | None
@@ -65,6 +66,7 @@ class Entry(NamedTuple):
     stretch: int = 1
     is_static: bool = False
     peer: Callable[[Any], Peer] | None = None
+    stays: bool = False
 
 
 class Limits(NamedTuple):
@@ -114,11 +116,12 @@ def cosine(rate: Any, horizon: Any, warmup: float = 0.0) -> optax.Schedule:
 class Course:
     """A run from one start, with a look at its loss every few steps."""
 
-    def __init__(self, runner: Any, case: Case, numbers: Numbers, seed: int, limits: Limits):
+    def __init__(self, runner: Any, case: Case, numbers: Numbers, seed: int, limits: Limits, stays: bool = False):
         """Go to the start."""
         self._runner, self._case, self._limits = runner, case, limits
         runner.begin(numbers, seed)
-        self._stream = case.stream(seed)
+        stream = case.stream(seed)
+        self._stream = repeat(next(stream)) if stays else stream
         self.steps, self.seconds, self.losses = [0], [0.0], [case.loss(runner.variables)]
 
     @property
@@ -129,9 +132,9 @@ class Course:
         return spent or loss <= limits.level or not np.isfinite(loss)
 
     def advance(self) -> None:
-        """Some steps, and a look at the loss outside the clock."""
+        """Some steps, and a look at the loss; that and the making of the batches are outside the clock."""
         count = min(self._limits.look, self._limits.steps - self.steps[-1])
-        _, seconds = self._runner.run(islice(self._stream, count))
+        _, seconds = self._runner.run(list(islice(self._stream, count)))
         self.steps.append(self.steps[-1] + count)
         self.seconds.append(self.seconds[-1] + seconds)
         self.losses.append(self._case.loss(self._runner.variables))
@@ -185,7 +188,7 @@ class Compiled:
         limits = limits or self.limits
         runner = self._runners[self._entry.tried.index(numbers) if self._entry.is_static else 0]
         horizon = limits.seconds / self._pace if self._pace and np.isfinite(limits.seconds) else limits.steps
-        return Course(runner, self._case, numbers | {"horizon": float(horizon)}, seed, limits)
+        return Course(runner, self._case, numbers | {"horizon": float(horizon)}, seed, limits, self._entry.stays)
 
     def tried(self, limits: Limits, seed: int, is_choice: bool) -> Records:
         """A row for each of the numbers, none for a choice among one; what is slower to a level is cut."""

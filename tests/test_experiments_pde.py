@@ -1,5 +1,7 @@
 """The differential equations of the experiments have their solutions, and are a task."""
 
+from itertools import islice
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,3 +69,11 @@ def test_the_loss_without_a_capture_is_that_of_the_two_terms_and_the_error_of_th
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-9), out.grad, grad)
     zero = jax.tree.map(jnp.zeros_like, variables)
     assert pde.error(equation)(zero) == pytest.approx(1)
+
+
+def test_the_points_of_a_stream_are_new_at_every_step_and_the_same_for_a_seed():
+    equation = pde.EQUATIONS["heat 4+1d"]
+    (one, two), again, other = ([*islice(pde.stream(equation, seed, 0.1), 2)] for seed in (0, 0, 1))
+    assert not np.any(np.isin(one.images["inside"], two.images["inside"]))
+    np.testing.assert_array_equal(again[1].images["inside"], two.images["inside"])
+    assert not np.any(np.isin(other[0].images["inside"], one.images["inside"]))

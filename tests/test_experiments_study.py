@@ -87,3 +87,22 @@ def test_a_cosine_rises_and_falls_as_that_of_optax():
     counts = np.arange(220)
     np.testing.assert_allclose(jax.vmap(ours)(counts), jax.vmap(theirs)(counts), atol=1e-6)
     assert float(study.cosine(0.3, 200)(0)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("stays", "seen"), [(False, [0, 1, 2, 3, 4, 5]), (True, [0, 0, 0, 0, 0, 0])])
+def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
+    class Listening:
+        variables, compile_seconds, batches = None, 0.0, ()
+
+        def begin(self, numbers, seed):
+            pass
+
+        def run(self, stream):
+            self.batches += tuple(stream)
+            return np.zeros(0), 1.0
+
+    runner, case = Listening(), study.Case({}, None, lambda seed: iter(range(9)), lambda variables: 1.0)
+    course = study.Course(runner, case, {}, 0, LIMITS, stays)
+    while not course.is_over:
+        course.advance()
+    assert [*runner.batches] == seen
