@@ -11,7 +11,6 @@ from tasks import task
 
 import natgrad_jax as ng
 from experiments import control, defaults, demo, digits, figures, pinn, race, regression, study, text
-from experiments.methods import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -187,8 +186,8 @@ def test_passages_are_followed_by_the_letters_that_come_next(letters):
         assert x.shape == y.shape == (2, 5)
         np.testing.assert_array_equal(y, x + 1)
     entry = text.entry("K-FAC", letters)
-    usual = METHODS["K-FAC"].ranges["classifier"].usual
-    assert entry.tried[0] == usual._asdict() and len(entry.tried) == 2
+    assert entry.tried[0] == {"rate": 0.1, "damping": 0.1} and len(entry.tried) == 2
+    assert text.entry("K-FAC, nothing said", letters).tried == ({},)
     with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'K-FAC'"):
         text.run(text.Config(methods=("KFAC",)))
 
