@@ -90,7 +90,6 @@ def test_a_theorem_of_a_tensor_holds_on_a_family(theorem, family):
 
 @of_families("dilated")
 def test_c78_the_factors_of_tnt_are_the_partial_traces_of_the_block_of_an_array(family):
-    """Of one of several arrays that make a kernel together they are those of the summed gradient."""
     said, state, apart = dense(family), lifted(stepped(family, "tnt of examples")[1]), []
     for name in LAYERS[family]:
         examples = np.einsum("snti,ksnto->knsio", said.inputs[name], said.cotangents[name])
@@ -99,7 +98,7 @@ def test_c78_the_factors_of_tnt_are_the_partial_traces_of_the_block_of_an_array(
         for number, part in enumerate(parts.split("+")):
             one, other = (
                 by_role(family, name, np.split(each, len(parts.split("+")), axis=-1)[number])
-                for each in ((batch, examples) if "+" in parts else (examples, batch))
+                for each in (examples, batch)
             )
             for role, draws in one.items():
                 found = averages.mean(state.statistics[f"{folder}/{part}/{role}".strip("/")])

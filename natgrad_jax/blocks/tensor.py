@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from natgrad_jax.algebra import averages, truncated
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.modes import contraction, partial_trace, product
-from natgrad_jax.algebra.moments import second_moment
+from natgrad_jax.algebra.moments import gradient_moments, second_moment
 from natgrad_jax.algebra.rows import OneHot
 from natgrad_jax.algebra.stacks import Factor, einsum
 from natgrad_jax.algebra.truncated import Kept, Moment, form
@@ -61,7 +61,7 @@ def contractions(
 
     "minibatch": G_(i) G_(i)^T / W of the gradient G summed over the batch. "per_example": E[D_(i) D_(i)^T], D the
     gradient of one example; for sampled labels it has the same expectation and less noise. Of a parameter of no known
-    layer, and of one of several arrays that make the kernel of a layer together, there is only the first.
+    layer, and of several arrays that make a kernel other than side by side, there is only the first.
 
     Args:
         layer: of kind "tensor".
@@ -102,7 +102,7 @@ def _of_examples(layer: Layer, evidence: Evidence, full: Sequence[bool]) -> tupl
     """E[D_(i) D_(i)^T] of an array of a known layer."""
     source, split = layer.geometry.source, layer.geometry.split
     if not source.is_known:
-        return (_of_bias(source.geometry, evidence, full[0]),)
+        return _in_place(source, evidence, full)
     inputs, outputs = partial_traces(source, evidence, (any(full[:-1]), full[-1]))
     if len(split) == 2:
         return inputs, outputs
@@ -110,18 +110,23 @@ def _of_examples(layer: Layer, evidence: Evidence, full: Sequence[bool]) -> tupl
     return (*found, outputs)
 
 
-def _of_bias(layer: Layer, evidence: Evidence, full: bool) -> Factor:
-    """E[D^T D] of the bias of a layer: its gradient is the sum of the cotangents, where it is added."""
-    added, columns = input_rows(layer, evidence), output_rows(layer, evidence)
-    assert not isinstance(added, OneHot), "a table has no bias"
-    rows = einsum("...nt,...knto->...kno", added[..., -1], columns)
+def _in_place(source: Layer, evidence: Evidence, full: Sequence[bool]) -> tuple[Factor, ...]:
+    """The same of a bias, or of one of several arrays side by side: from the rows and columns of their layer."""
+    layer, first = source.geometry
+    inputs, columns = input_rows(layer, evidence), output_rows(layer, evidence)
+    assert not isinstance(inputs, OneHot), "a table is one array, without a bias"
+    examples = columns.shape[-3]
+    if len(source.shape) > 1:
+        columns = columns[..., first : first + source.shape[1]]
+        found = gradient_moments(inputs[..., : source.shape[0]], columns, (full[0], full[1]))
+        return _over(found, jnp.maximum(total(evidence, examples), 1e-30))
+    rows = einsum("...nt,...knto->...kno", inputs[..., -1], columns)  # a bias: summed where it is added
     if layer.grouped:  # all outputs in one vector
         rows = jnp.moveaxis(rows, len(layer.stack) - 1, -2)
         rows = rows.reshape(*rows.shape[:-2], -1)
-    draws, examples, size = rows.shape[-3:]
-    count = draws * jnp.maximum(total(evidence, examples), 1e-30)
-    (found,) = _over((second_moment(rows.reshape(*rows.shape[:-3], draws * examples, size), full=full),), count)
-    return found
+    rows = rows[..., first : first + source.shape[0]]
+    moment = second_moment(rows.reshape(*source.stack, -1, source.shape[0]), full=full[0])
+    return _over((moment,), rows.shape[-3] * jnp.maximum(total(evidence, examples), 1e-30))
 
 
 def _over(factors: tuple[Any, ...], count: Scalar) -> tuple[Any, ...]:
