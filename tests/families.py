@@ -3,6 +3,8 @@
 All take numbers [N, ...] and return logits [N, C]; weights are drawn as Flax does.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -53,9 +55,11 @@ class ScannedResNet(nn.Module):
 class Recurrent(nn.Module):
     """An LSTM whose gates are one product, and a dense layer behind its last step."""
 
+    carry: Any = jnp.float32  # dtype of what a cell starts from
+
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3)(nn.RNN(nn.OptimizedLSTMCell(3))(x)[:, -1])
+        return nn.Dense(3)(nn.RNN(nn.OptimizedLSTMCell(3, param_dtype=self.carry))(x)[:, -1])
 
 
 NETS = {"dilated": DilatedConvNet(), "transformer": TiedTransformer(), "resnet": ScannedResNet(), "lstm": Recurrent()}

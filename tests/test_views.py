@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import natgrad_jax as ng
-from natgrad_jax.layers.views import View, as_matrix, as_tensor, merged, view
+from natgrad_jax.addresses import flatten
+from natgrad_jax.layers.rows import from_matrix, to_matrix
+from natgrad_jax.layers.views import View, as_matrix, as_tensor, in_modes, merged, sources, view
 
 
 def numbered(*shape):
@@ -91,3 +94,58 @@ def test_modes_of_one_entry_vanish_and_neighbours_are_joined_while_there_is_room
     assert merged((3, 3, 1, 64, 128), None) == (3, 3, 64, 128)
     assert merged((1, 1), 8) == merged((), 8) == (1,)
     assert merged((4, 2, 2, 9), 8) == (8, 2, 9)
+
+
+# Copies of a scan -----------------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Attention behind a norm, and a cell whose gates are one product."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm(name="norm")(x))
+        return x + nn.RNN(nn.OptimizedLSTMCell(4), name="cells")(x), None
+
+
+class Stacked(nn.Module):
+    """Three of them in a scan, whose parameters have the copies along any axis."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(Attending, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+        return nn.Dense(3, name="last")(stack(name="stack")(x, None)[0].mean(1))
+
+
+OF_A_COPY = {
+    "stack/attention/query/kernel": (4, 4),
+    "stack/attention/query/bias": (4,),
+    "stack/attention/out/kernel": (4, 4),
+    "stack/attention/out/bias": (4,),
+    "stack/norm/scale": (4,),
+    "stack/norm/bias": (4,),
+    "stack/OptimizedLSTMCell_0/ii/kernel": (4, 4),
+    "stack/OptimizedLSTMCell_0/hf/kernel": (4, 4),
+    "stack/OptimizedLSTMCell_0/hf/bias": (4,),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_the_copies_of_a_scan_are_tensors_by_themselves_however_their_arrays_are_moved(axis):
+    model, x = Stacked(axis), jnp.ones((2, 5, 4))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    layers = ng.linen.capture(model, ng.losses.softmax_cross_entropy).layers({"params": params}, x)
+    found = {source.name: source for source in sources(layers, params)}
+    assert set(found) == set(flatten(params))
+    for name, modes in OF_A_COPY.items():
+        (leaf,) = found[name].leaves
+        array = numbered(*leaf.shape)
+        tensor = to_matrix(view(found[name], in_modes(found[name], "flatten_spatial")), {leaf.role: jnp.asarray(array)})
+        np.testing.assert_array_equal(tensor, np.moveaxis(array, axis, 0).reshape(3, *modes))
+        np.testing.assert_array_equal(
+            from_matrix(found[name], to_matrix(found[name], {leaf.role: array}))[leaf.role], array
+        )

@@ -37,6 +37,7 @@ from natgrad_jax.around.model import change_of_penalty, check, minimiser, model_
 from natgrad_jax.base import Array, ScalarOrSchedule
 from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
+from natgrad_jax.lift.restored import like_parameters
 from natgrad_jax.lift.state import at_step
 
 FIRST_DAMPING = 0.1
@@ -147,6 +148,7 @@ def automatic(
         if extra.get("request") is not None:
             return answered(direction, updates, state, params, extra | {"curvature": curvature, "gradient": seen})
         check(curvature, params)
+        like_parameters(updates, params)
         penalised, l2_now = None, 0.0
         if penalty_of is not None and l2 is not None:
             l2_now = at_step(l2, state.count)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from natgrad_jax.algebra import averages, truncated
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.modes import contraction, partial_trace, product
-from natgrad_jax.algebra.moments import second_moment
-from natgrad_jax.algebra.stacks import Factor
+from natgrad_jax.algebra.moments import gradient_moments, second_moment
+from natgrad_jax.algebra.rows import OneHot
+from natgrad_jax.algebra.stacks import Factor, einsum
 from natgrad_jax.algebra.truncated import Kept, Moment, form
 from natgrad_jax.base import Array, Evidence, Layer, Scalar
-from natgrad_jax.layers.rows import gradient_matrix, partial_traces, total
+from natgrad_jax.layers.rows import gradient_matrix, input_rows, output_rows, partial_traces, total
 
 Estimator = Literal["minibatch", "per_example"]
 
@@ -60,7 +61,7 @@ def contractions(
 
     "minibatch": G_(i) G_(i)^T / W of the gradient G summed over the batch. "per_example": E[D_(i) D_(i)^T], D the
     gradient of one example; for sampled labels it has the same expectation and less noise. Of a parameter of no known
-    layer there is only the first.
+    layer, and of several arrays that make a kernel other than side by side, there is only the first.
 
     Args:
         layer: of kind "tensor".
@@ -75,8 +76,9 @@ def contractions(
     """
     forms = [form(factor) for factor in average.total]
     full = [whole for whole, _ in forms]
-    if estimator == "per_example" and evidence.cotangents is not None:
-        return _of_examples(layer, evidence, evidence.cotangents, full)
+    source = layer.geometry.source
+    if estimator == "per_example" and (source.is_known or source.geometry) and evidence.cotangents is not None:
+        return _of_examples(layer, evidence, full)
     gradient, weight = draws(layer, evidence)
     found = []
     for mode, (whole, rank) in enumerate(forms):
@@ -96,24 +98,35 @@ def draws(layer: Layer, evidence: Evidence) -> tuple[Array, Array]:
     return gradient, gradient.shape[len(layer.stack)] * count
 
 
-def _of_examples(
-    layer: Layer, evidence: Evidence, cotangents: tuple[Array, ...] | Array, full: Sequence[bool]
-) -> tuple[Factor, ...]:
+def _of_examples(layer: Layer, evidence: Evidence, full: Sequence[bool]) -> tuple[Factor, ...]:
     """E[D_(i) D_(i)^T] of an array of a known layer."""
     source, split = layer.geometry.source, layer.geometry.split
-    if not source.is_known:  # a bias: its gradient is the sum of the cotangents of an example
-        lead = 1 + len(source.stack)
-        calls = cotangents if isinstance(cotangents, tuple) else (cotangents,)
-        sums = [jnp.sum(g.reshape(g.shape[: lead + 1] + (-1, source.shape[0])), axis=-2) for g in calls]
-        rows = jnp.moveaxis(sum(sums[1:], sums[0]), 0, -3).astype(layer.dtype)  # [S, K, N, O]
-        count, examples = rows.shape[-3:-1]
-        moment = second_moment(rows.reshape(*source.stack, count * examples, -1), full=full[0])
-        return _over((moment,), count * jnp.maximum(total(evidence, examples), 1e-30))
+    if not source.is_known:
+        return _in_place(source, evidence, full)
     inputs, outputs = partial_traces(source, evidence, (any(full[:-1]), full[-1]))
     if len(split) == 2:
         return inputs, outputs
     found = [partial_trace(inputs, split[:-1], mode, whole) for mode, whole in enumerate(full[:-1])]
     return (*found, outputs)
+
+
+def _in_place(source: Layer, evidence: Evidence, full: Sequence[bool]) -> tuple[Factor, ...]:
+    """The same of a bias, or of one of several arrays side by side: from the rows and columns of their layer."""
+    layer, first = source.geometry
+    inputs, columns = input_rows(layer, evidence), output_rows(layer, evidence)
+    assert not isinstance(inputs, OneHot), "a table is one array, without a bias"
+    examples = columns.shape[-3]
+    if len(source.shape) > 1:
+        columns = columns[..., first : first + source.shape[1]]
+        found = gradient_moments(inputs[..., : source.shape[0]], columns, (full[0], full[1]))
+        return _over(found, jnp.maximum(total(evidence, examples), 1e-30))
+    rows = einsum("...nt,...knto->...kno", inputs[..., -1], columns)  # a bias: summed where it is added
+    if layer.grouped:  # all outputs in one vector
+        rows = jnp.moveaxis(rows, len(layer.stack) - 1, -2)
+        rows = rows.reshape(*rows.shape[:-2], -1)
+    rows = rows[..., first : first + source.shape[0]]
+    moment = second_moment(rows.reshape(*source.stack, -1, source.shape[0]), full=full[0])
+    return _over((moment,), rows.shape[-3] * jnp.maximum(total(evidence, examples), 1e-30))
 
 
 def _over(factors: tuple[Any, ...], count: Scalar) -> tuple[Any, ...]:

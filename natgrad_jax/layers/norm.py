@@ -12,16 +12,8 @@ import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Evidence, Kind, Layer, Leaf
 from natgrad_jax.layers.arrays import assembled, taken_apart
-from natgrad_jax.layers.parameter import parameter
 
 ROLES = ("scale", "shift")
-
-
-def apart(layer: Layer) -> tuple[Layer, ...]:
-    """The arrays of a block that has no rows, each as a block of its own."""
-    if layer.kind != "norm":
-        return (layer,)
-    return tuple(parameter(leaf.address, leaf.shape, layer.dtype) for leaf in layer.leaves)
 
 
 def only(layer: Layer, leaves: tuple[Leaf, ...]) -> Layer:

@@ -6,6 +6,7 @@ from math import prod
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array, Kind, Layer, Layers, Leaf
+from natgrad_jax.layers.arrays import assembled, taken_apart
 
 
 def parameter(address: str, shape: tuple[int, ...], dtype: str, note: str = "") -> Layer:
@@ -55,6 +56,8 @@ ARRAY = Kind(
     from_matrix=lambda layer, matrix: {"value": matrix.reshape(layer.leaves[0].shape)},
 )
 PARAMETER = Kind(
-    to_matrix=lambda layer, leaves: leaves["value"].astype(layer.dtype).reshape(*layer.stack, *layer.shape),
-    from_matrix=lambda layer, matrix: {"value": matrix.reshape(layer.leaves[0].shape)},
+    to_matrix=lambda layer, leaves: (
+        assembled(layer, leaves)["value"].astype(layer.dtype).reshape(*layer.stack, *layer.shape)
+    ),
+    from_matrix=lambda layer, matrix: taken_apart(layer, {"value": matrix}),
 )

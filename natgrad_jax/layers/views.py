@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from natgrad_jax.addresses import Tree, flatten
-from natgrad_jax.base import Array, Kind, Layer, Layers
-from natgrad_jax.layers.norm import apart
+from natgrad_jax.algebra.arranged import Arranged, Joined, parts, shape
+from natgrad_jax.base import Array, Kind, Layer, Layers, Leaf
 from natgrad_jax.layers.parameter import dtype_of, parameter
 
 Modes = Literal["flatten_spatial", "matrix", "all"]
@@ -131,30 +131,56 @@ def sources(layers: Layers | None, tree: Tree, *, whole: Callable[[Layer], bool]
         whole: which layers stay together, kernel and bias in one matrix; None for none.
 
     Returns:
-        Layers that have one parameter array, named by its address, or are whole.
+        Layers that have one parameter array, named by its address, or are whole. An array of a layer, or of a norm, has
+        the copies of that as its stack. The geometry of a bias, or of one of several side by side, is its `Place`.
     """
     if layers is None:
         return tuple(parameter(address, leaf.shape, dtype_of(leaf)) for address, leaf in flatten(tree).items())
     return tuple(chain(*(_parts(layer, whole is not None and whole(layer)) for layer in layers.blocks)))
 
 
+class Place(NamedTuple):
+    """Where an array stands that has no rows of its own: the layer, and the first of its columns in the matrix."""
+
+    layer: Layer
+    first: int
+
+
 def _parts(layer: Layer, whole: bool) -> list[Layer]:
+    if layer.kind == "norm":
+        return [_copies(layer, leaf, layer.geometry or (), dict(layer.arrays).get(leaf.role)) for leaf in layer.leaves]
     if whole or not layer.is_known:
-        return list(apart(layer))
-    parts = []
-    roles = dict(layer.arrays)
+        return [layer]
+    found, made_of = [], {part.address: (role, part) for role, each in layer.arrays for part in parts(each)}
+    joined = {role: each for role, each in layer.arrays if isinstance(each, Joined)}
     for leaf in layer.leaves:
-        if layer.arrays and (leaf.role not in roles or leaf.role == "bias"):  # several make one, or moved
-            parts.append(parameter(leaf.address, leaf.shape, layer.dtype))
-        elif leaf.role == "bias":
-            copies = leaf.shape[: layer.module_axes]
-            vector = replace(parameter(leaf.address, leaf.shape, layer.dtype), uses=layer.uses, stack=copies)
-            parts.append(replace(vector, shape=(prod(leaf.shape[len(copies) :]),)))
+        role, part = made_of.get(leaf.address, (leaf.role, None))
+        if role == "bias" or role in joined:
+            sizes = leaf.shape if part is None else shape(part)
+            one = _copies(layer, leaf, sizes[: layer.module_axes], part)
+            place = _place(layer, role, leaf.address, joined[role]) if role in joined else Place(layer, 0)
+            found.append(replace(one, shape=(prod(one.shape),) if role == "bias" else one.shape, geometry=place))
         else:
-            shape = (layer.shape[0] - layer.has_bias, layer.shape[1])
-            kernel = tuple((role, each) for role, each in layer.arrays if role == leaf.role)
-            parts.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=shape, arrays=kernel))
-    return parts
+            sizes = (layer.shape[0] - layer.has_bias, layer.shape[1])
+            kernel = tuple(pair for pair in layer.arrays if pair[0] == role)
+            found.append(replace(layer, name=leaf.address, leaves=(leaf,), shape=sizes, arrays=kernel))
+    return found
+
+
+def _place(layer: Layer, role: str, address: str, arrangement: Joined) -> Place | None:
+    """That of one of several arrays side by side in a dense layer; None where they share no rows, or it is another."""
+    if layer.kind != "dense" or arrangement.axis != layer.module_axes + (role != "bias"):
+        return None
+    names = [part.address for part in arrangement.parts]
+    before = arrangement.parts[: names.index(address)]
+    return Place(layer, sum(shape(part)[arrangement.axis] for part in before))
+
+
+def _copies(layer: Layer, leaf: Leaf, stack: tuple[int, ...], part: Arranged | None) -> Layer:
+    """An array by itself, that of each copy of its layer; moved as its layer needs it."""
+    sizes = leaf.shape if part is None else shape(part)
+    alone = parameter(leaf.address, leaf.shape, layer.dtype)
+    return replace(alone, shape=sizes[len(stack) :], stack=stack, arrays=() if part is None else (("value", part),))
 
 
 def kind(kinds: Mapping[str, Kind]) -> Kind:

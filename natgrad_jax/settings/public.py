@@ -15,6 +15,7 @@ from natgrad_jax import checks
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.base import Layers, Scalar, ScalarOrSchedule
 from natgrad_jax.lift.meshes import on_any_mesh
+from natgrad_jax.lift.restored import with_gradients_checked
 from natgrad_jax.lift.state import Period
 from natgrad_jax.settings.keywords import hints_of, parts_of
 from natgrad_jax.settings.shared import Completed, Direction, OfTensors, Rate, Transformation
@@ -158,7 +159,7 @@ def _public(settings: Any, name: str, first: Told) -> Any:
             checks.number("learning_rate", rate, least=0, schedule=True)
         chosen = settings(**given)
         chosen = chosen.beside(rate, given) if isinstance(chosen, Completed) else chosen
-        return on_any_mesh(chosen.completed(rate, layers))
+        return with_gradients_checked(on_any_mesh(chosen.completed(rate, layers)))
 
     made.__name__ = made.__qualname__ = name
     made.__module__ = settings.__module__

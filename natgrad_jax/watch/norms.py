@@ -131,6 +131,7 @@ def _norm(
         shape=(prod(parts[0].shape), len(parts)),
         leaves=tuple(parts),
         dtype=max(dtype_of(leaves[leaf.address]) for leaf in parts),
+        geometry=stack_of(arrays[0][0]),
         arrays=() if plain else tuple(arrangements),
     )
     return layer, tuple({touch.product.path: touch for touch in touches}.values())
