@@ -192,14 +192,14 @@ def watched(net: nn.Module, x: Any, y: Any, key: Any, labels: str = "sampled") -
     """The task of a net, or of its twin with the same numbers; x [4, N, ...], y [4, N]."""
     variables = net.init(key, x[0])
     if _current[-1] == "linen":
-        capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels)
+        capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels, verify=False)
         return Task(capture, variables, capture.layers(variables, x[0]), x, y)
     model = _twin(net, x.shape[-1])
     state = nnx.state(model)
     for numbers in variables.values():
         nnx.replace_by_pure_dict(state, jax.tree.map(jnp.copy, numbers))
     nnx.update(model, state)
-    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels=labels)
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels=labels, verify=False)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     return Task(capture, {"params": params, "rest": rest}, capture.layers(model, x[0]), x, y, graph)
 

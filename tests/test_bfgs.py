@@ -228,7 +228,7 @@ def test_c88_as_many_conjugate_pairs_as_dimensions_are_the_inverse(dtype):
     assert_differs(memory(jnp.eye(6, dtype=dtype), fewer), np.linalg.inv(exact))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_memory_is_filled_copy_by_copy_and_under_vmap(dtype):
     s, y = good_pairs(12, 4, dtype)
     s, y = s.reshape(4, 3, 4), y.reshape(4, 3, 4).at[1, 2].multiply(-1)  # one copy skips its second pair

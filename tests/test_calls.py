@@ -70,6 +70,7 @@ def test_a_module_given_to_the_door_of_functions_is_sent_to_its_own():
         ng.capture(nn.Dense(3), ng.losses.squared_error)
 
 
+@pytest.mark.full
 def test_linen_and_a_plain_function_of_the_same_are_the_same_to_the_last_bit():
     x, y = normal(N, 4), normal(N, 3, seed=1)
     module = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])

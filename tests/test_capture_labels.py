@@ -90,7 +90,7 @@ def test_the_value_of_a_likelihood_is_the_mean_over_examples_of_the_sum_over_out
     assert_differs(LIKELIHOODS[loss](z, y), reference.mean_loss(loss, z, y) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_loss
 def test_drawn_labels_have_the_hessian_as_the_second_moment_of_their_score(loss):
     draws = 40_000
@@ -179,6 +179,7 @@ def test_true_evidence_holds_the_gradient_of_every_example():
     assert_differs(captured_fisher(layer, evidence[name]), net.blocks[name])
 
 
+@pytest.mark.full
 def test_true_evidence_is_of_the_likelihood_also_where_an_objective_is_differentiated():
     net = mlp("tanh", "squared_error")
 

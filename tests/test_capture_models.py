@@ -227,7 +227,7 @@ class Mapped(nn.Module):
         return nn.vmap(Block, split_rngs={"params": True}, **axes)(name="block")(x)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_c3_evidence_of_a_vmap_is_that_of_its_members():
     x = normal(4, 5)

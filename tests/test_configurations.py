@@ -221,6 +221,7 @@ def _at_once(method):
     return periods if row(method).apart else {"refresh_every": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

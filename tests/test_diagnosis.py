@@ -113,6 +113,7 @@ def test_what_is_wrong_is_named():
     assert "nothing was observed yet" in ng.diagnose(state, plain.layers).causes["Dense_0"]
 
 
+@pytest.mark.full
 def test_a_layer_whose_refresh_was_not_finite_is_told():
     plain = task("mlp")
     tx = ng.scale_by_kfac(plain.layers, damping=0.1, statistics_every=1, refresh_every=1)
@@ -127,6 +128,7 @@ def test_a_layer_whose_refresh_was_not_finite_is_told():
     assert found["rejected_refreshes"] == 1
 
 
+@pytest.mark.full
 def test_a_controlled_step_has_its_own_numbers():
     tx = ng.kfac("quadratic", task("mlp").layers, momentum="quadratic", damping=ng.adaptive_damping())
     _, _, state = after(tx)

@@ -112,7 +112,7 @@ def test_members_of_different_age_of_which_some_refresh_afresh_train_as_they_wou
     assert by_one[0] <= STEPS / 2 and at_once[0] == STEPS  # due for one of them at every step
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["controlled", "chosen", "pieces"])
 def test_members_share_tests_of_the_step_and_pieces_of_the_batch(how):
     problem = task("mlp")

@@ -36,7 +36,8 @@ def trained(name, devices, share=slice(None)):
     # what these learn of parameters without a gradient is rounding, and normalisation makes such of biases
     net = Net(name not in ("soap", "kbfgs"))
     variables = net.init(jax.random.key(2), x[0])
-    capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels="true" if name == "tengrad" else None)
+    settings = {"labels": "true" if name == "tengrad" else None, "verify": False}
+    capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, **settings)
     batch, given = (x, y, weights), variables
     if devices:
         mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:devices])

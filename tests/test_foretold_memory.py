@@ -37,6 +37,7 @@ def test_wrappers_and_steps_that_choose_themselves_are_foretold(tx):
     assert problem.layers.bytes(tx) == real(tx.init(params))
 
 
+@pytest.mark.full
 def test_parameters_of_half_precision_are_foretold_from_their_shapes():
     problem = task("mlp bfloat16")
     tx, params = optimizer("mbf", problem.layers), problem.variables["params"]

@@ -140,38 +140,43 @@ def digits():
     return tasks.watched(tasks.MLP(width=32, hidden=1, outputs=10), x, y, jax.random.key(0))
 
 
-def learns(optimizer):
-    """Three passes over 1,500 real digits bring the loss below a third of where it started."""
-    problem = digits()
-    tx = optimizer(problem.layers)
-
-    def train(carry, t):
-        params, state = carry
-        key = jax.random.fold_in(jax.random.key(1), t)
-        out = problem.evaluate(params, problem.x[t % 5], problem.y[t % 5], key=key)
-        updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
-        return (optax.apply_updates(params, updates), state), out.value
+@tasks.kept
+def learning(method):
+    """Fifteen steps on the digits: losses, at a learning rate that is traced, so that the control compiles nothing."""
+    problem, row = digits(), table.row(method)
+    settings = {"kl_clip": None, "refresh_every": 5, "statistics_every": 1} | row.learning
 
     @jax.jit
-    def run(params):
+    def run(params, rate):
+        tx = row.optimizer(layers=problem.layers, **settings | {"learning_rate": rate})
+
+        def train(carry, t):
+            params, state = carry
+            key = jax.random.fold_in(jax.random.key(1), t)
+            out = problem.evaluate(params, problem.x[t % 5], problem.y[t % 5], key=key)
+            updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+            return (optax.apply_updates(params, updates), state), out.value
+
         return jax.lax.scan(train, (params, tx.init(params)), jnp.arange(15))[1]
 
-    losses = run(problem.params)
+    return run
+
+
+def learns(method, rate):
+    """Three passes over 1,500 real digits bring the loss below a third of where it started."""
+    losses = learning(method)(digits().params, rate)
     assert losses[-1] < losses[0] / 3
 
 
 @pytest.mark.slow
 @few_optimizers
 def test_the_loss_falls_on_real_digits(method):
-    row = table.row(method)
-    settings = {"kl_clip": None, "refresh_every": 5, "statistics_every": 1} | row.learning
-    learns(lambda layers: row.optimizer(layers=layers, **settings))
+    learns(method, table.row(method).learning["learning_rate"])
 
 
 @pytest.mark.slow
 def test_a_learning_rate_of_nearly_zero_does_not_learn():
-    learn = table.row(ANY).optimizer
-    fails(learns, lambda layers: learn(1e-4, layers, refresh_every=5, statistics_every=1))
+    fails(learns, ANY, 1e-4)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_a_method_without_a_guard_does_not_survive():
     laws.fails(survives_a_poisoned_gradient, wrapped(direction("shampoo"), update))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_method
 def test_a_parameter_that_another_optimizer_takes_is_left_alone(method):
     gradient, _ = measured("mlp")

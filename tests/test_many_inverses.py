@@ -105,7 +105,7 @@ def test_single_matrices_under_vmap_are_inverted_like_stacks():
     assert_differs(one_by_one, together[::-1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_hundred_thousand_blocks_are_inverted_without_a_call_of_lapack():
     kernel = normal(3, 3, 250, 400, dtype="float32")
     tx = ng.scale_by_mbf(**AT_ONCE)

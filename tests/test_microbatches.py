@@ -85,7 +85,7 @@ def test_the_state_and_the_step_are_those_of_the_whole_batch(method):
     agree(steps(optimizer(method), 4), steps(optimizer(method), 1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["kfac pi", "tengrad"])
 def test_so_are_they_with_weights(method):
     agree(steps(optimizer(method), 2, weighted=True), steps(optimizer(method), 1, weighted=True))

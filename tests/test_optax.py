@@ -103,7 +103,7 @@ def test_the_complete_optimizer_is_direction_decay_momentum_and_learning_rate(me
     close(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_with_clipping_passes_the_curvature_on():
     gradient, evidence = measured("mlp")
     tx = optax.chain(direction(ANY), optax.clip_by_global_norm(1e-3))
@@ -129,7 +129,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
     assert update._cache_size() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_every_direction_takes_injected_hyperparameters(method):
     gradient, evidence = measured("mlp")
@@ -186,7 +186,7 @@ def test_apply_if_finite_leaves_out_a_gradient_that_is_not():
     assert after.total_notfinite == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_update_and_skip_are_two_branches_of_one_type(method):
     gradient, evidence = measured("mlp")
@@ -246,7 +246,7 @@ def test_multi_steps_sees_the_evidence_of_the_last_micro_batch_only():
 # --- ensembles and checkpoints ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_an_ensemble_under_vmap_steps_as_its_members_do(method):
     tx, scales = direction(method), (0.5, 1.0, 2.0)

@@ -339,7 +339,7 @@ def test_factors_of_a_tied_table_are_those_of_its_uses_each_pair_balanced():
     assert_equal(output_moment(layer, of_table), outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("labels", "draws"), [("exact", 7), ("sampled", 3)])
 def test_a_tied_table_has_the_gradient_of_every_draw(labels, draws):
     one = CASES["tied"]()

@@ -106,6 +106,7 @@ def step(method, reduction, damping, clip):
     return optax.apply_updates(params, updates)
 
 
+@pytest.mark.full
 def test_the_batch_is_the_mean_of_its_pieces_masks_and_all():
     likelihood, outputs = ng.losses.softmax_cross_entropy.reduced("mean"), model(PARAMS, X)
     weights = (jnp.arange(N * T).reshape(N, T) % 3 > 0).astype(float)

@@ -79,6 +79,7 @@ def test_c2_rows_of_nodes_and_edges_give_the_gradient_of_every_graph():
     rows_give_the_gradient_of_every_example(layers, *measure(params))
 
 
+@pytest.mark.full
 def test_factors_are_moments_of_the_nodes_that_there_are():
     params, batch = problem()
     layer = CAPTURE.layers(params, batch)["node"]

@@ -277,7 +277,7 @@ def test_a_mask_that_injection_takes_for_a_schedule_is_refused_with_the_remedy()
 # EKFAC's authors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["scale_by_ekfac", "scale_by_tekfac"])
 def test_the_scale_alone_is_averaged_with_its_own_weight(name):

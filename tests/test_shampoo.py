@@ -416,7 +416,7 @@ def test_after_a_warm_start_the_first_step_leaves_the_statistics_and_the_next_on
         assert_differs(updates, followed(rest[name]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned():
     x, y = normal(3, 6, 4), reference.targets("softmax_cross_entropy", (3, 6, 3))

@@ -82,6 +82,7 @@ def _labels(tree):
     }
 
 
+@pytest.mark.full
 def test_observe_weighs_the_old_statistics_as_it_is_told():
     tx = optimizer("kfac pi")
     first, second = (measured("convnet", t)[1] for t in (0, 1))
@@ -131,7 +132,7 @@ def _bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @of_the_lifting(MEASURED)
 def test_operators_that_a_batch_measured_want_one(method):
     tx = optimizer(method)

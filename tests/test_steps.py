@@ -163,6 +163,7 @@ def test_a_grafted_step_has_the_length_of_one_and_the_direction_of_the_other(met
     assert not np.allclose(optax.tree.norm(free), optax.tree.norm(lengths), rtol=0.1)  # the control: without grafting
 
 
+@pytest.mark.full
 def test_a_step_grafted_as_a_whole_keeps_the_proportions_of_its_parameters():
     plain, other = direction("kfac pi"), optax.sgd(0.1)
     gradient, free, _ = updated(plain)
@@ -187,6 +188,7 @@ def test_a_direction_of_zero_stays_zero_and_a_graft_of_unknown_kind_is_refused()
         ng.graft(zero, zero, per="layer")
 
 
+@pytest.mark.full
 def test_warm_start_reaches_through_the_graft():
     gradient, evidence = measured("mlp")
     tx = ng.graft(direction("kfac pi"), optax.scale_by_adam())

@@ -52,7 +52,7 @@ def test_half_of_the_bytes_are_held():
     assert 0.5 < narrow / wide < 0.51
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_factor_of_few_examples_is_still_factorised_without_damping(monkeypatch, guarded):
     if not guarded:

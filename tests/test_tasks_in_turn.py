@@ -48,7 +48,7 @@ def steps(tx, tasks):
     return updates, states
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("make", [ng.scale_by_kfac, ng.scale_by_ekfac, ng.scale_by_tengrad])
 def test_a_head_whose_turn_it_is_not_stays_where_it_is(make):
     layers = layers_of("both")
