@@ -88,7 +88,7 @@ def complete(method, **settings):
 
 
 @pytest.mark.slow
-@of_the_lifting(ALL_NAMES)
+@of_the_lifting(ALL_NAMES, ("kfac pi",))
 def test_members_train_as_they_would_alone_and_share_what_is_due(method):
     alone, together, by_one, at_once = compared(complete(method), task("mlp"))
     assert_alike(alone, together)

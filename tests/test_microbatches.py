@@ -80,7 +80,7 @@ def test_the_evidence_is_that_of_the_whole_batch_on_which_every_method_works(wei
 
 
 @pytest.mark.slow
-@of_the_lifting(ALL_NAMES)
+@of_the_lifting(ALL_NAMES, ("kfac pi",))
 def test_the_state_and_the_step_are_those_of_the_whole_batch(method):
     agree(steps(optimizer(method), 4), steps(optimizer(method), 1))
 

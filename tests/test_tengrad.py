@@ -400,7 +400,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", TASKS)
+@pytest.mark.parametrize("where", [TASKS[0], *(pytest.param(name, marks=pytest.mark.full) for name in TASKS[1:])])
 def test_a_joint_direction_keeps_the_laws(where):
     tx = VARIANTS["joint"](table.task(where).layers)
     laws.owns_its_buffers(where, tx)
