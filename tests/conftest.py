@@ -55,6 +55,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.full)
 
 
+def pytest_collection_finish():
+    """What was collected stays: no collection of garbage looks through it."""
+    gc.freeze()
+
+
 def sample(name, count, size=1):
     """Which of the `count` rows of a test run: as many as `size`, spread from one that its name picks."""
     first, size = zlib.crc32(name.encode()), min(size, count)
@@ -68,7 +73,7 @@ def forget():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
-    gc.collect()
+        gc.collect()  # a second: not after every file
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,7 @@ def test_layers_tell_what_a_method_will_hold_and_print_what_it_holds_of_a_wide_s
     assert layers.bytes(whole) - layers.bytes(cut) == 4 * (2 * 4**2 - 2 * 4)  # of the one side of 4: A and its inverse
 
 
+@pytest.mark.full
 @pytest.mark.verified
 def test_layers_are_found_outside_of_the_axis_that_a_model_names():
     def apply(p, x):

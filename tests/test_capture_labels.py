@@ -123,7 +123,7 @@ def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_exact_evidence_is_the_dense_block_of_convolutions_and_their_groups():
     x = normal(3, 4, 4, 2)
     net = watched(Images(), reference.random_params(Images(), x), x, "softmax_cross_entropy")

@@ -239,7 +239,7 @@ def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
     jax.tree.map(np.testing.assert_array_equal, params[3], params[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
     model = MLP()

@@ -234,7 +234,7 @@ def history():
         yield kept, blocks
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("step", [0, 3])
 def test_c41_after_a_refresh_the_scale_is_the_diagonal_in_the_new_basis_of_the_batch_at_hand(history, step):

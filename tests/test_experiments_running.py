@@ -64,6 +64,7 @@ def test_a_resnet_has_the_parameters_of_the_paper(depth, count):
         jax.eval_shape(ResNet(21).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+@pytest.mark.full
 def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
     block, x = Block(8, 2), jnp.asarray(part(2, 6, 4).images)
     variables = block.init(jax.random.key(0), x, False)

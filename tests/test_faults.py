@@ -129,7 +129,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(method):
 
 
 @pytest.mark.slow
-@of_the_lifting((*ALL_NAMES, ADAPTIVE))
+@of_the_lifting((*ALL_NAMES, ADAPTIVE), ("kfac pi",))
 def test_a_dead_layer_stays_and_the_others_learn(method):
     dead = {**START, "Dense_1": jax.tree.map(jnp.zeros_like, START["Dense_1"])}
     dead["Dense_2"] = {**START["Dense_2"], "kernel": jnp.zeros_like(START["Dense_2"]["kernel"])}
@@ -195,6 +195,7 @@ def test_factors_that_are_wrong_keep_the_last_inverse_or_give_a_finite_one(facto
         assert updates["Dense_1"]["kernel"].any()
 
 
+@pytest.mark.full
 def test_overflow_in_half_precision_costs_the_step():
     problem = task("mlp bfloat16")
     tx = optax.apply_if_finite(ng.kfac(0.05, problem.layers, damping=0.1), max_consecutive_errors=5)

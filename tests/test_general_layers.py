@@ -212,7 +212,7 @@ def rows_of_twins():
             yield pytest.param(name, twins, marks=marks, id=f"{name}-{twins}")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "twins"), rows_of_twins())
 def test_a_layer_trains_as_its_dense_twin_does(method, twins):
     table = twins != "axes"
@@ -251,6 +251,7 @@ def test_a_layer_trains_as_its_dense_twin_does(method, twins):
 # Tables of embeddings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_rows_of_a_table_are_places_not_vectors():
     layer, evidence, _, _ = seen("embedding of sequences")
     rows = input_rows(layer, evidence)

@@ -304,7 +304,7 @@ def compiles_without_a_second_backward(tx, extra=0, due=2):
 
 
 @pytest.mark.slow
-@few_optimizers
+@of_the_lifting(ALL_NAMES, table.FEW[:1])
 def test_the_compiled_step_without_statistics_costs_a_gradient(method):
     due = 2 if table.row(method).apart else 4
     compiles_without_a_second_backward(direction(method, "mlp wide"), applying(method), due)

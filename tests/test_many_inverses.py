@@ -25,7 +25,7 @@ def positive_definite(count, size, condition=10.0, seed=0):
     return (found + found.swapaxes(1, 2)) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_sweeps_invert_matrices_of_every_size():
     stacks = [positive_definite(100, size, seed=size) for size in range(1, 17)]

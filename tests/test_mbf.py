@@ -294,7 +294,7 @@ def net_updates(vectors):
     return updates_of(ng.scale_by_mbf(layers, vectors=vectors, **AT_ONCE), gradients)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_with_layers_stacks_and_groups_have_blocks_of_their_own_and_dense_layers_their_bias():
     _, gradients, at, blocks, lone = net_case()

@@ -65,7 +65,7 @@ def optimizer(method):
     return lambda layers: row(method).optimizer(0.05, layers, **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_evidence_is_that_of_the_whole_batch_on_which_every_method_works(weighted):
     params, inputs, y, weights = problem()
@@ -99,7 +99,7 @@ def test_so_is_a_step_that_chooses_its_own_length():
     agree(steps(adaptive, 4, weighted=True), steps(adaptive, 1, weighted=True), gate=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_accumulated_gradients_with_the_curvature_of_the_last_piece_are_not():
     params, inputs, y, _ = problem()
     capture = captured(1)

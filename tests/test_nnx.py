@@ -137,7 +137,7 @@ def test_looking_for_layers_leaves_the_model_as_it_is():
 
 
 @pytest.mark.slow
-@of_the_lifting(ALL_NAMES)
+@of_the_lifting(ALL_NAMES, ("kfac pi",))
 def test_every_method_trains_by_the_optimizer_of_nnx_in_one_trace(method):
     capture, layers = watched("true" if method == "kbfgs" else "sampled")
     model, traces = fresh(rate=0.0), []

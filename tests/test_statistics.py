@@ -96,6 +96,7 @@ def test_observe_weighs_the_old_statistics_as_it_is_told():
     np.testing.assert_allclose(mean(half).total, 0.5 * mean(state).total + 0.5 * mean(once).total, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_observe_through_multi_steps_is_refused_with_the_remedy():
     tx = optax.MultiSteps(optimizer("kfac pi"), 2)
     with pytest.raises(ValueError, match="microbatches=k"):

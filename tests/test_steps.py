@@ -14,7 +14,7 @@ from reference import normal
 
 import natgrad_jax as ng
 
-every_method = of_the_lifting(NAMES)
+every_method = of_the_lifting(NAMES, ("kfac pi",))
 
 
 def length(rate, gradient, updates):
@@ -122,13 +122,12 @@ def test_a_direction_uphill_and_a_zero_gradient_are_not_clipped_and_give_no_nan(
 def test_the_complete_optimizers_clip_before_the_momentum():
     layers = task("mlp").layers
     gradient, evidence = measured("mlp")
-    for make in (ng.kfac, ng.ekfac):
-        clipped, plain = (make(0.5, layers, damping=0.03, kl_clip=clip) for clip in (1e-4, None))
-        short, state = update_of(clipped)(gradient, clipped.init(gradient), curvature=evidence)
-        long, _ = update_of(plain)(gradient, plain.init(gradient), curvature=evidence)
-        scale = optax.tree.get(state, "clip_factor")
-        assert 0 < scale < 1
-        jax.tree.map(lambda s, f, scale=scale: np.testing.assert_allclose(s, scale * f, rtol=1e-4), short, long)
+    clipped, plain = (ng.kfac(0.5, layers, damping=0.03, kl_clip=clip) for clip in (1e-4, None))
+    short, state = update_of(clipped)(gradient, clipped.init(gradient), curvature=evidence)
+    long, _ = update_of(plain)(gradient, plain.init(gradient), curvature=evidence)
+    scale = optax.tree.get(state, "clip_factor")
+    assert 0 < scale < 1
+    jax.tree.map(lambda s, f: np.testing.assert_allclose(s, scale * f, rtol=1e-4), short, long)
 
 
 def test_warm_start_reaches_through_the_clip():

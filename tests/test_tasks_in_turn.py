@@ -90,6 +90,7 @@ def test_a_method_that_needs_all_layers_at_every_step_says_so(make):
         tx.update(out.grad, tx.init(parameters()), parameters(), curvature=out.curvature)
 
 
+@pytest.mark.full
 def test_evidence_of_another_model_is_refused_as_before():
     out = evaluated("a")
     tx = ng.scale_by_kfac(layers_of("both"), damping=0.1, statistics_every=1)

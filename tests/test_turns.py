@@ -130,6 +130,7 @@ def test_every_refresh_is_there_once_in_a_branch_of_its_own():
     assert alone == [2, 2, 2]  # both factors of each of three layers
 
 
+@pytest.mark.full
 def test_the_turns_are_balanced_by_the_cubes_of_the_sides():
     sizes = [(100, 10), (80, 80), (80, 70), (60, 60), (60, 60), (60, 5), (50, 50), (5, 5)]
     layers = [ng.Layer(str(index), "dense", shape, ()) for index, shape in enumerate(sizes)]
