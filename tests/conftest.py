@@ -5,7 +5,8 @@ optimise, which is no matter of the package, and what was compiled is kept in `.
 for the next run. The key of an entry is the program itself, so that a change of the package compiles what it changes.
 
 Of the table of a test that is `slow` one row runs, another one for other tests, so that the suite sees every row of the
-common tables many times; `-m full` runs the rest. A test that is `whole` runs on all its rows.
+common tables many times; `-m full` runs the rest. A test that is `whole` runs on all its rows. One whose claim a
+neighbour stands for is `full` itself.
 
 Within a process it is kept as long as there is room: each program holds memory maps, of which a process has 65,530, and
 jaxlib dies where it gets no more.

@@ -47,11 +47,11 @@ class Affine(nn.Module):
 
 def root_of(likelihood, z):
     """R as a matrix, [C, C] for outputs z [C]."""
-    return jax.vmap(lambda unit: likelihood.root(z, unit))(jnp.eye(z.size)).T
+    return np.asarray(jax.jit(jax.vmap(lambda unit: likelihood.root(z, unit)))(np.eye(z.size))).T
 
 
 def hessian_of(loss, z, y):
-    return jax.hessian(lambda z: jnp.sum(reference.LOSSES[loss](z, y)))(z)
+    return jax.jit(jax.hessian(lambda z: jnp.sum(reference.LOSSES[loss](z, y))))(z)
 
 
 @pytest.mark.slow
@@ -106,6 +106,7 @@ def test_drawn_labels_have_the_hessian_as_the_second_moment_of_their_score(loss)
 # Exact ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_loss
 def test_exact_evidence_is_the_dense_block_of_every_dense_layer(loss):
     net = mlp("tanh", loss)
@@ -113,7 +114,7 @@ def test_exact_evidence_is_the_dense_block_of_every_dense_layer(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared_error"])
 def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
     x = normal(3, 4, 2)

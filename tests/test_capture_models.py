@@ -252,6 +252,7 @@ class Layers(nn.Module):
         return nn.Dense(3, name="head")(nn.tanh(rows).reshape(*x.shape[:-1], -1).sum(1))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_an_axis_of_merged_examples_and_positions_is_taken_apart():
     model, x = Layers(), normal(4, 2, 5)

@@ -41,7 +41,7 @@ def test_every_method_is_traced_under_strict_promotion(method, where, flag):
         traced(problem, tx)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_flag
 @pytest.mark.parametrize(
     "name", ["adaptive", "newton", "wide", "limited", "kl_clip", "exact", "weights", "positions", "microbatches"]

@@ -140,7 +140,7 @@ def test_the_ratio_is_the_change_of_the_loss_over_the_undamped_dense_model():
         np.testing.assert_allclose(state.ratio, change / foretold, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("activation", "equal"), [("linear", True), ("tanh", False)])
 def test_the_ratio_is_one_where_the_loss_is_its_own_quadratic_model(activation, equal):

@@ -173,6 +173,7 @@ def test_the_step_of_tengrad_is_that_of_the_dense_block_of_the_array(name):
     assert_differs(step["w"].reshape(-1), np.linalg.solve(damped(halves, DAMPING), np.asarray(grad["w"]).reshape(-1)))
 
 
+@pytest.mark.full
 def test_factors_of_parts_with_different_inputs_are_those_of_rows_with_zeros():
     one, layers, evidence, *_ = watched(CASES["rows of different inputs"])
     x, pre = np.asarray(one.x), np.asarray(one.x[:, :2] @ one.params["w"][4:])

@@ -55,6 +55,7 @@ def test_eigenvalues_are_those_of_the_kronecker_product():
     np.testing.assert_allclose(found["Dense_1/condition"], (block[-1] + 0.03) / (max(block[0], 0) + 0.03), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_ages_and_weights_follow_the_schedule():
     tx = ng.scale_by_kfac(task("mlp").layers, damping=0.1, decay=0.5, refresh_every=4, early_refresh=False)
     _, _, state = after(tx, steps=3)

@@ -29,7 +29,7 @@ def test_the_equation_of_the_page_is_solved(names):
     assert set(names["losses"]) == {"inside", "edge"} and names["layers"].examples == 42
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_heads_of_the_page_have_one_gradient(names):
     p = {
         "body": single(3, 4),

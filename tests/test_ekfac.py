@@ -308,6 +308,7 @@ def test_c42_minibatch_scale_is_the_variance_and_n_times_the_squared_mean():
 # Damping --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [EKFAC, MINIBATCH], ids=["per_example", "minibatch"])
 def test_c53_the_damped_step_is_the_dense_solve(dtype, method):
     net = mlp("tanh", "softmax_cross_entropy", dtype=dtype)

@@ -158,7 +158,7 @@ def test_a_branch_stays_one_under_vmap_of_vmap_and_gives_each_its_own():
     assert not _branches(jax.make_jaxpr(jax.vmap(jax.vmap(naive)))(is_due, states).jaxpr)  # what it is there for
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
 def test_one_of_two_dear_functions_is_that_of_each_member(mapped):
     def choose(which, x):

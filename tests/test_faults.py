@@ -137,7 +137,7 @@ def test_a_dead_layer_stays_and_the_others_learn(method):
     assert all_finite(params) and np.mean(losses[-8:]) < np.mean(losses[:4])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @of_the_lifting(ALL_NAMES)
 def test_a_batch_of_one(method):
     tx = optimizer(method)

@@ -83,6 +83,7 @@ def test_the_improved_empirical_fisher_counts_every_parameter():
     assert_equal(found, rows.T @ np.linalg.solve(rows @ rows.T + DAMPING * np.eye(N), slopes), 1e-8)
 
 
+@pytest.mark.full
 def test_gradients_of_examples_are_the_same_in_chunks_in_pieces_and_without_those_of_no_weight(monkeypatch):
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
     weights = jnp.array([1.0, 2.0, 1.0, 0.0, 1.0, 1.0])

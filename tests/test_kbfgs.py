@@ -460,7 +460,7 @@ def test_an_ensemble_under_vmap_steps_as_its_members_do():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["mlp bfloat16", pytest.param("convnet bfloat16", marks=pytest.mark.full)])
 def test_a_step_changes_no_shape_and_no_dtype(where):
     problem = table.task(where)

@@ -88,7 +88,7 @@ def test_every_direction_descends_also_between_refreshes(method, where):
 
 @pytest.mark.slow
 def test_a_direction_that_turns_round_between_refreshes_fails_the_law_of_descent():
-    fails(descends, "mlp", scaled(direction(ANY), lambda count: jnp.where(count % 4 == 3, -1.0, 1.0)))
+    fails(descends, "dense", scaled(direction(ANY, "dense"), lambda count: jnp.where(count % 4 == 3, -1.0, 1.0)))
 
 
 def is_positive_definite(where, tx):
@@ -118,7 +118,7 @@ def test_a_method_that_mixes_entries_is_not_positive_definite():
         found, state = inner(updates, state, params, **extra)
         return jax.tree.map(lambda u: u[..., ::-1], found), state
 
-    fails(is_positive_definite, "mlp", wrapped(direction(ANY), update))
+    fails(is_positive_definite, "dense", wrapped(direction(ANY, "dense"), update))
 
 
 # --- tracing, jit, scan, donation -------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_state_that_changes_its_dtype_is_traced_twice():
         found, state = inner(updates, state, params, **extra)
         return found, state._replace(metrics=state.metrics._replace(damping=state.metrics.damping.astype(jnp.bfloat16)))
 
-    fails(traces_once, wrapped(direction(ANY), update))
+    fails(traces_once, wrapped(direction(ANY, "dense"), update), "dense")
 
 
 def agrees_however_it_runs(tx, where="mlp"):

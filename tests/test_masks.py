@@ -110,7 +110,7 @@ class PerPosition(nn.Module):
         return nn.Dense(4, name="head")(nn.tanh(nn.Dense(5, name="first")(x)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("garbage", ["inputs", "labels"])
 def test_positions_of_weight_zero_count_for_nothing_whatever_stands_there(garbage):
     x, y = jnp.asarray(normal(6, 5, 3, dtype="float32")), jnp.arange(30).reshape(6, 5) % 4

@@ -221,6 +221,7 @@ def dense_case():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dense", ["fan_out", "fan_in", "literal"])

@@ -118,6 +118,7 @@ def test_accumulated_gradients_with_the_curvature_of_the_last_piece_are_not():
         agree(found, steps(optimizer("kfac pi"), 1, count=1)[0], gate=1e-5)
 
 
+@pytest.mark.full
 def test_loss_gradient_and_outputs_are_those_of_the_whole_batch():
     params, inputs, y, weights = problem()
 

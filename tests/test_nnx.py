@@ -154,7 +154,7 @@ def test_every_method_trains_by_the_optimizer_of_nnx_in_one_trace(method):
     assert losses[-1] < losses[0] and len(traces) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("make", [ng.soap, ng.shampoo, partial(ng.mbf, damping=0.1)], ids=["soap", "shampoo", "mbf"])
 def test_methods_that_need_only_gradients_train_as_any_optimizer_does(make):
     model = fresh(rate=0.0)

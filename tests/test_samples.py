@@ -63,6 +63,7 @@ def test_c60_the_kernel_of_shared_weights_is_that_of_the_jacobian_in_every_order
     assert_differs(samples.kernel(seen, samples.WORKSPACE, order)[..., :6, :6], summed @ np.swapaxes(summed, -1, -2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "gradients"])
 def test_c60_products_with_the_jacobian_need_no_jacobian(kind, dtype):
     layer, evidence = spatial(6, 7, 5, 3, stack=(2,), draws=2, dtype=dtype)

@@ -250,6 +250,7 @@ def test_blocks_are_preconditioned_each_by_itself(block):
         assert factor.shape == (-(-7 // rows) * -(-5 // columns), size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("settings", "shape"),
@@ -398,6 +399,7 @@ def test_coupled_factors_of_a_sum_are_refused():
 # Warm start -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_after_a_warm_start_the_first_step_leaves_the_statistics_and_the_next_ones_average_on():
     data, tx = stream(6, shapes=FLAT), ng.shampoo(0.5, **SETTINGS, kl_clip=None)

@@ -18,7 +18,8 @@ import methods_table as table
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-problem = table.task("mlp")
+where = sys.argv[4]
+problem = table.task(where)
 
 def trained(tx, examples):
     everywhere, apart = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -42,7 +43,7 @@ def trained(tx, examples):
 first = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(problem.variables["params"])])
 errors = {}
 for name in json.loads(sys.argv[2]):
-    tx = table.direction(name)
+    tx = table.direction(name, where)
     one = trained(tx, "one device")
     moved = jnp.linalg.norm(one - first)
     others = ("spread", "a quarter") if name in json.loads(sys.argv[3]) else ("spread",)
@@ -56,12 +57,15 @@ CONTROLLED = (NAMES[0], "tengrad")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("devices", "names"),
-    [(4, CONTROLLED[1:]), *(pytest.param(count, ALL_NAMES, marks=pytest.mark.full) for count in (2, 4, 8))],
+    ("devices", "names", "where"),
+    [
+        (4, CONTROLLED[1:], "dense"),
+        *(pytest.param(count, ALL_NAMES, "mlp", marks=pytest.mark.full) for count in (2, 4, 8)),
+    ],
 )
-def test_c13_several_devices_train_like_one(devices, names):
+def test_c13_several_devices_train_like_one(devices, names, where):
     errors = json.loads(
-        on_devices(devices, SCRIPT, str(devices), json.dumps(names), json.dumps(CONTROLLED), timeout=480)
+        on_devices(devices, SCRIPT, str(devices), json.dumps(names), json.dumps(CONTROLLED), where, timeout=480)
     )
     assert set(errors) == set(names)
     for name, (spread, *_) in errors.items():

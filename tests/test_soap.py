@@ -229,7 +229,7 @@ def test_on_vectors_the_complete_optimizer_is_adam():
     jax.tree.map(assert_differs, found, updates_of(optax.adam(0.1, 0.5, 0.95), gradients))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_direction_of_zeros_is_zero_also_without_damping():
     gradients = {"bias": normal(2, 4, dtype="float32").at[:, 1].set(0.0), "kernel": jnp.zeros((2, 3, 4))}
     found = updates_of(ng.scale_by_soap(damping=0.0, **AFRESH), gradients)

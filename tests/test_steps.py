@@ -95,6 +95,7 @@ def test_a_clipped_step_diverges_by_half_the_bound_less_the_damping_where_kfac_i
     assert divergence(1e3)[0] > 1e-2 / 2  # the control: a bound too wide to matter
 
 
+@pytest.mark.full
 def test_the_clip_follows_a_schedule_of_the_learning_rate():
     plain = direction("kfac pi")
     gradient, free, _ = updated(plain)

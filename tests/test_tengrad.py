@@ -48,6 +48,7 @@ def jacobian(layer, evidence):
 # C58: the dense solve -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("examples", "damping"), [(9, 0.3), (7, 1e-2)])
 def test_c58_the_direction_is_the_dense_solve_and_both_forms_of_woodbury_are_it(examples, damping, dtype):
     layer, evidence = pairs(normal(examples, 7, dtype=dtype), normal(examples, 4, seed=1, dtype=dtype))
@@ -315,6 +316,7 @@ def spring_direction(weight, dtype, last):
     return params, x, y, direction_of(make, params, x, y, labels="exact", last=last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.9])
 def test_c67_spring_solves_the_proximal_least_squares_problem(weight, dtype):
     last = normal(12, 1, seed=5, dtype=dtype)
@@ -399,7 +401,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("where", [TASKS[0], *(pytest.param(name, marks=pytest.mark.full) for name in TASKS[1:])])
 def test_a_joint_direction_keeps_the_laws(where):
     tx = VARIANTS["joint"](table.task(where).layers)

@@ -119,6 +119,7 @@ def root_of(size, seed):
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3, 4), (2, 3, 4)], ids=["2 modes", "3 modes"])
 def test_c70_a_tensor_normal_covariance_is_found_exactly_and_solved_exactly_without_damping(dtype, sizes):
     root = kron([root_of(size, seed) for seed, size in enumerate(sizes)])

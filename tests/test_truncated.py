@@ -88,7 +88,7 @@ def test_products_stand_in_for_the_moment_where_they_take_fewer_flops():
     assert_equal(dense(by_products), dense(by_matrix))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sides", ["both", "rows", "one whole", "none"])
 def test_coordinates_are_weighted_as_those_of_the_whole_basis_with_one_weight_for_the_rest(sides):
     u, v = rotation(6)[:, :2], rotation(5, 1)[:, :3]

@@ -110,7 +110,7 @@ def batches(stack=(2,)):
     return layer, first, second
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_methods
 @pytest.mark.parametrize("estimator", ["per_example", "minibatch"])
