@@ -5,7 +5,8 @@ optimise, which is no matter of the package, and what was compiled is kept in `.
 for the next run. The key of an entry is the program itself, so that a change of the package compiles what it changes.
 
 Of the table of a test that is `slow` one row runs, another one for other tests, so that the suite sees every row of the
-common tables many times; `-m full` runs the rest. A test that is `whole` runs on all its rows.
+common tables many times; `-m full` runs the rest. A test that is `whole` runs on all its rows. One whose claim a
+neighbour stands for is `full` itself.
 
 Within a process it is kept as long as there is room: each program holds memory maps, of which a process has 65,530, and
 jaxlib dies where it gets no more.
@@ -55,6 +56,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.full)
 
 
+def pytest_collection_finish():
+    """What was collected stays: no collection of garbage looks through it."""
+    gc.freeze()
+
+
 def sample(name, count, size=1):
     """Which of the `count` rows of a test run: as many as `size`, spread from one that its name picks."""
     first, size = zlib.crc32(name.encode()), min(size, count)
@@ -68,7 +74,7 @@ def forget():
     maps = pathlib.Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
-    gc.collect()
+        gc.collect()  # a second: not after every file
 
 
 @pytest.fixture(autouse=True)

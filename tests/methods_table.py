@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from tasks import Task, kept, task
@@ -180,8 +181,12 @@ def build(method: str, where: str = "mlp", **settings: Any) -> Transformation:
     return row(method).scale_by(task(where).layers, **{**SETTINGS, **settings})
 
 
-direction = kept(build)
-"""The same, but one object for one question, so that what was compiled for it is found again."""
+_direction = kept(build)
+
+
+def direction(method: str, where: str = "mlp", **settings: Any) -> Transformation:
+    """The same, but one object for one question, so that what was compiled for it is found again."""
+    return _direction(method, where, **settings)
 
 
 @cache
@@ -230,25 +235,40 @@ def evaluate(problem: Task, params: Any, t: Any) -> Any:
     return problem.evaluate(params, x, y, key=key)
 
 
-@kept
 def measured(where: str, t: int = 0) -> tuple[Any, Any]:
     """Gradient and evidence {name: Evidence} of step t at the first parameters."""
-    problem = task(where)
+    return _measured(where, t)
 
-    def measure(params):
-        out = evaluate(problem, params, t)
+
+@kept
+def _measured(where: str, t: int) -> tuple[Any, Any]:
+    return _measure(where)(task(where).params, np.int32(t))
+
+
+@kept
+def _measure(where: str) -> Any:
+    """The compiled measurement, of the parameters and the number of the step."""
+
+    def measure(params, t):
+        out = evaluate(task(where), params, t)
         return out.grad, out.curvature()
 
-    return jax.jit(measure)(problem.params)
+    return jax.jit(measure)
 
 
-def step(problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any) -> tuple[tuple[Any, Any], Record]:
-    """One step of training with a small learning rate: (params, state), t -> (params, state), record."""
+def step(
+    problem: Task, tx: Transformation, carry: tuple[Any, Any], t: Any, other: Any = None
+) -> tuple[tuple[Any, Any], Record]:
+    """One step of training with a small learning rate: (params, state), t -> (params, state), record.
+
+    `other` is (whether it is taken instead, a gradient).
+    """
     params, state = carry
     out = evaluate(problem, params, t)
-    updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
+    grad = out.grad if other is None else jax.tree.map(partial(jnp.where, other[0]), other[1], out.grad)
+    updates, state = tx.update(grad, state, params, curvature=out.curvature)
     moved = jax.tree.map(lambda p, u: p - jnp.asarray(RATE, p.dtype) * u, params, updates)
-    return (moved, state), Record(out.value, out.grad, updates, optax.tree.get(state, "metrics"))
+    return (moved, state), Record(out.value, grad, updates, optax.tree.get(state, "metrics"))
 
 
 def start(problem: Task, tx: Transformation) -> tuple[Any, Any]:

@@ -52,14 +52,19 @@ def net(function):
     return Net()
 
 
+def found(build):
+    """The case, its capture and its layers; nothing is compiled for it."""
+    one = build()
+    capture = ng.capture(one.apply, ng.losses.squared_error, labels="true")
+    return one, capture, capture.layers(one.params, one.x)
+
+
 @cache
 def watched(build):
-    """The case, its capture, layers, evidence of true labels, and the gradient of every example by autodiff."""
-    one = build()
+    """The case, its layers, evidence of true labels, and the gradient of every example by autodiff."""
+    one, capture, layers = found(build)
     outputs = jax.eval_shape(one.apply, one.params, one.x)
     y = normal(*outputs.shape, seed=9)
-    capture = ng.capture(one.apply, ng.losses.squared_error, labels="true")
-    layers = capture.layers(one.params, one.x)
 
     def by_example(params):
         return 0.5 * jnp.sum((one.apply(params, one.x) - y) ** 2, axis=range(1, y.ndim))

@@ -184,8 +184,9 @@ def total(weights, examples: int):
     return examples if weights is None else jnp.sum(jnp.max(weights.reshape(examples, -1), axis=1))
 
 
-def _hessians(loss, outputs, y, weights):
+def _hessians(model, params, loss, x, y, weights):
     """Hessian of the loss of every example by its outputs, [N, C, C]."""
+    outputs = jax.vmap(lambda x: _apply(model)(params, x[None])[0])(x)
 
     def of_example(z, y, w):
         terms = LOSSES[loss](z[None], y[None])
@@ -196,10 +197,9 @@ def _hessians(loss, outputs, y, weights):
     return jax.vmap(jax.hessian(of_example))(outputs, y, weights).reshape(-1, count, count)
 
 
-def _curvature(start, outputs, loss, x, y, weights):
+def _curvature(start, outputs, hessians, x, weights):
     jacobians = jax.vmap(jax.jacrev(outputs), (None, 0))(start, x)
     jacobians = jacobians.reshape(len(x), -1, start.size)
-    hessians = _hessians(loss, jax.vmap(outputs, (None, 0))(start, x), y, weights)
     return jnp.einsum("nap,nab,nbq->pq", jacobians, hessians, jacobians) / total(weights, len(x))
 
 
@@ -207,14 +207,16 @@ def _curvature(start, outputs, loss, x, y, weights):
 def fisher_blocks(model, params, names: tuple[str, ...], loss: str, x, y, weights=None):
     """F of each layer, {name: [I O, I O]}; the generalized Gauss-Newton block is the same matrix."""
     params, x, y = wide((params, x, y))
-    return {name: _curvature(*_in_layer(model, params, name), loss, x, y, weights) for name in names}
+    hessians = _hessians(model, params, loss, x, y, weights)
+    return {name: _curvature(*_in_layer(model, params, name), hessians, x, weights) for name in names}
 
 
 @partial(jax.jit, static_argnames=("model", "loss"))
 def fisher(model, params, loss: str, x, y, weights=None):
     """F of all parameters, in the order of `ravel_pytree`."""
     params, x, y = wide((params, x, y))
-    return _curvature(*_in_everything(model, params), loss, x, y, weights)
+    hessians = _hessians(model, params, loss, x, y, weights)
+    return _curvature(*_in_everything(model, params), hessians, x, weights)
 
 
 @partial(jax.jit, static_argnames=("model", "names", "loss"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import families
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -180,26 +181,26 @@ def _task(model: str, labels: str = "sampled", dtype: str = "float32", examples:
     if model in FAMILIES and _current[-1] != "linen":
         pytest.skip(f"{model} has no twin in NNX")
     shape = {"convnet": (6, 6, 2), **families.SHAPES}.get(model, (width,))
-    keys = jax.random.split(jax.random.key(7), 3)
-    x = jax.random.normal(keys[0], (4, examples, *shape), dtype)
-    y = jax.random.randint(keys[1], (4, examples), 0, 3)
+    rng = np.random.default_rng(7)  # drawn by NumPy, which compiles nothing
+    x = jnp.asarray(rng.normal(size=(4, examples, *shape)), dtype)
+    y = jnp.asarray(rng.integers(3, size=(4, examples)), jnp.int32)
     # six outputs, so that no factor of "dense" has several null vectors: any basis of these were as good as another
     nets = {"mlp": MLP(dtype, width), "convnet": ConvNet(dtype), "dense": nn.Dense(6), **families.NETS}
-    return watched(nets[model], x, y, keys[2], labels)
+    return watched(nets[model], x, y, jax.random.key(2), labels)
 
 
 def watched(net: nn.Module, x: Any, y: Any, key: Any, labels: str = "sampled") -> Task:
     """The task of a net, or of its twin with the same numbers; x [4, N, ...], y [4, N]."""
-    variables = net.init(key, x[0])
+    variables = jax.jit(net.init)(key, x[0])
     if _current[-1] == "linen":
-        capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels)
+        capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, labels=labels, verify=False)
         return Task(capture, variables, capture.layers(variables, x[0]), x, y)
     model = _twin(net, x.shape[-1])
     state = nnx.state(model)
     for numbers in variables.values():
         nnx.replace_by_pure_dict(state, jax.tree.map(jnp.copy, numbers))
     nnx.update(model, state)
-    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels=labels)
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels=labels, verify=False)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     return Task(capture, {"params": params, "rest": rest}, capture.layers(model, x[0]), x, y, graph)
 

@@ -238,6 +238,7 @@ def test_no_file_is_longer_than_a_reader_can_hold():
     assert around and too_long(sources() | around) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("origin", "line", "target"),
     [

@@ -179,6 +179,7 @@ def test_a_rise_within_the_rounding_of_the_first_loss_is_not_tested():
         assert np.isfinite(after.ratio) == tested
 
 
+@pytest.mark.full
 def test_a_batch_of_nan_leaves_the_averages_and_the_parameters_finite():
     tx = ng.automatic(IDENTITY)
     params = {"x": jnp.array([1.0, 0.0, 0.0])}
@@ -204,6 +205,7 @@ def test_without_a_learning_rate_the_loss_falls_on_a_real_problem(method):
     assert np.all(np.isfinite(losses)) and losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.full
 def test_clipping_in_front_leaves_the_length_to_the_model_if_the_gradient_is_given():
     problem = task("mlp")
     params = problem.variables["params"]
@@ -233,6 +235,7 @@ def test_what_is_found_while_training_is_not_given(settings, name):
         ng.kfac(layers=task("mlp").layers, **settings)
 
 
+@pytest.mark.full
 def test_a_quadratic_rate_brings_its_momentum_and_its_damping():
     problem = task("mlp")
     implied = ng.kfac("quadratic", problem.layers)
@@ -249,6 +252,7 @@ def test_a_quadratic_rate_brings_its_momentum_and_its_damping():
     assert state.damping == 0.5 and state.last is None
 
 
+@pytest.mark.full
 def test_diagnose_tells_what_the_steps_have_found():
     problem = task("mlp")
     tx, params = ng.kfac(layers=problem.layers), problem.variables["params"]

@@ -57,6 +57,7 @@ def test_before_the_first_step_it_is_the_start_in_buffers_of_its_own():
     assert found["w"].unsafe_buffer_pointer() != PARAMS["w"].unsafe_buffer_pointer()
 
 
+@pytest.mark.full
 def test_it_is_found_in_a_chain_and_answers_requests():
     watched = ng.capture(lambda params, x: x @ params["w"], ng.losses.squared_error)
     params, x, y = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4)), jnp.zeros((8, 3))

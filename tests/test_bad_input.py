@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from methods_table import ALL_NAMES, NAMES, SETTINGS, direction, measured, row, task
+from methods_table import ALL_NAMES, NAMES, SETTINGS, direction, evaluate, measured, row, task
 
 import natgrad_jax as ng
 
@@ -182,9 +182,13 @@ def test_an_option_of_a_convolution_that_cannot_be_handled_costs_the_layer_not_t
     notes = {layer.name: layer.note for layer in layers.rest}
     assert set(notes) == {"conv/kernel", "conv/bias"} and WORDS[option] in notes["conv/kernel"]
     assert notes["conv/kernel"] in str(layers)
-    out = capture.value_and_grad(variables, images, jnp.zeros(8, int), key=jax.random.key(0))
     tx = ng.kfac(0.1, layers)
-    tx.update(out.grad, tx.init(variables["params"]), variables["params"], curvature=out.curvature)
+
+    def step(params):
+        out = capture.value_and_grad({"params": params}, images, jnp.zeros(8, int), key=jax.random.key(0))
+        return tx.update(out.grad, tx.init(params), params, curvature=out.curvature)[0]
+
+    assert jax.tree.structure(jax.eval_shape(step, variables["params"])) == jax.tree.structure(variables["params"])
 
 
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"conv_general_dilated": _conv}], ids=["same", "its own"])
@@ -374,12 +378,16 @@ def test_evidence_of_other_shapes(method, field):
 
 @pytest.mark.slow
 def test_evidence_for_a_remaining_parameter_without_its_gradient():
-    gradient, evidence = measured("convnet")
-    norm = "BatchNorm_0/scale+bias"
-    tx = direction("kfac pi", "convnet")
-    bad = {**evidence, norm: evidence[norm]._replace(gradient=None)}
+    norm, tx = "BatchNorm_0/scale+bias", direction("kfac pi", "convnet")
+
+    def step(params):
+        out = evaluate(task("convnet"), params, 0)
+        evidence = out.curvature()
+        bad = {**evidence, norm: evidence[norm]._replace(gradient=None)}
+        return tx.update(out.grad, tx.init(params), curvature=bad)
+
     with says(ValueError, f"{norm!r}", "`gradient` and `count`"):
-        tx.update(gradient, tx.init(gradient), curvature=bad)
+        jax.eval_shape(step, task("convnet").params)
 
 
 def test_evidence_without_cotangents_for_a_method_that_squares_gradients():

@@ -151,6 +151,7 @@ def test_c86_the_damping_of_levenberg_and_marquardt_leaves_as_much_after_that_of
     assert jnp.all(bfgs.dot(s, bent) >= SECOND * bfgs.dot(s, s))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [SECOND, 1.0, 2.0])
 def test_c86_a_dead_layer_or_a_pair_of_the_identity_divides_by_nothing(dtype, least):
     s = normal(3, 4, dtype=dtype) * jnp.asarray([[1.0], [1.0], [0.0]], dtype)
@@ -205,6 +206,7 @@ def good_pairs(count, size, dtype):
     return jnp.asarray(s, dtype), jnp.asarray(y, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_c88_the_compact_form_is_the_recursion_over_the_last_pairs(dtype, count):
     s, y = good_pairs(count, 8, dtype)
@@ -228,7 +230,7 @@ def test_c88_as_many_conjugate_pairs_as_dimensions_are_the_inverse(dtype):
     assert_differs(memory(jnp.eye(6, dtype=dtype), fewer), np.linalg.inv(exact))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_memory_is_filled_copy_by_copy_and_under_vmap(dtype):
     s, y = good_pairs(12, 4, dtype)
     s, y = s.reshape(4, 3, 4), y.reshape(4, 3, 4).at[1, 2].multiply(-1)  # one copy skips its second pair
@@ -241,7 +243,7 @@ def test_a_memory_is_filled_copy_by_copy_and_under_vmap(dtype):
     assert_equal(memory(rows, stacked)[2], np.asarray(bfgs.times(rows[2], alone), np.float64))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_pairs_of_any_size_are_the_same_pair(dtype):
     s, y = good_pairs(4, 6, dtype)
     scale = jnp.asarray([1e-18, 1.0, 1e12, 1e-9], dtype)[:, None]

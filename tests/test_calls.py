@@ -70,6 +70,7 @@ def test_a_module_given_to_the_door_of_functions_is_sent_to_its_own():
         ng.capture(nn.Dense(3), ng.losses.squared_error)
 
 
+@pytest.mark.full
 def test_linen_and_a_plain_function_of_the_same_are_the_same_to_the_last_bit():
     x, y = normal(N, 4), normal(N, 3, seed=1)
     module = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(3)])
@@ -99,6 +100,7 @@ def test_layers_tell_what_a_method_will_hold_and_print_what_it_holds_of_a_wide_s
     assert layers.bytes(whole) - layers.bytes(cut) == 4 * (2 * 4**2 - 2 * 4)  # of the one side of 4: A and its inverse
 
 
+@pytest.mark.full
 @pytest.mark.verified
 def test_layers_are_found_outside_of_the_axis_that_a_model_names():
     def apply(p, x):

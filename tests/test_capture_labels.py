@@ -47,11 +47,11 @@ class Affine(nn.Module):
 
 def root_of(likelihood, z):
     """R as a matrix, [C, C] for outputs z [C]."""
-    return jax.vmap(lambda unit: likelihood.root(z, unit))(jnp.eye(z.size)).T
+    return np.asarray(jax.jit(jax.vmap(lambda unit: likelihood.root(z, unit)))(np.eye(z.size))).T
 
 
 def hessian_of(loss, z, y):
-    return jax.hessian(lambda z: jnp.sum(reference.LOSSES[loss](z, y)))(z)
+    return jax.jit(jax.hessian(lambda z: jnp.sum(reference.LOSSES[loss](z, y))))(z)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_the_value_of_a_likelihood_is_the_mean_over_examples_of_the_sum_over_out
     assert_differs(LIKELIHOODS[loss](z, y), reference.mean_loss(loss, z, y) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_loss
 def test_drawn_labels_have_the_hessian_as_the_second_moment_of_their_score(loss):
     draws = 40_000
@@ -106,6 +106,7 @@ def test_drawn_labels_have_the_hessian_as_the_second_moment_of_their_score(loss)
 # Exact ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_loss
 def test_exact_evidence_is_the_dense_block_of_every_dense_layer(loss):
     net = mlp("tanh", loss)
@@ -113,7 +114,7 @@ def test_exact_evidence_is_the_dense_block_of_every_dense_layer(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared_error"])
 def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
     x = normal(3, 4, 2)
@@ -123,7 +124,7 @@ def test_exact_evidence_is_the_dense_block_where_outputs_are_sequences(loss):
         assert_equal(captured_fisher(layer, net.evidence[name]), net.blocks[name])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_exact_evidence_is_the_dense_block_of_convolutions_and_their_groups():
     x = normal(3, 4, 4, 2)
     net = watched(Images(), reference.random_params(Images(), x), x, "softmax_cross_entropy")
@@ -179,6 +180,7 @@ def test_true_evidence_holds_the_gradient_of_every_example():
     assert_differs(captured_fisher(layer, evidence[name]), net.blocks[name])
 
 
+@pytest.mark.full
 def test_true_evidence_is_of_the_likelihood_also_where_an_objective_is_differentiated():
     net = mlp("tanh", "squared_error")
 
@@ -339,16 +341,21 @@ def test_on_a_cpu_the_branch_of_the_evidence_has_no_convolution_for_the_gradient
 
 
 def test_the_root_of_a_gaussian_with_a_predicted_variance_is_that_of_its_fisher_matrix():
-    likelihood, z = ng.losses.mean_and_variance, normal(1, 4, seed=3)
-    root = root_of(likelihood, z[0])
-    means, deviations = z[0, :2], jnp.exp(z[0, 2:] / 2)
+    likelihood, z = ng.losses.mean_and_variance, np.asarray(normal(1, 4, seed=3))
+    root = np.asarray(root_of(likelihood, z[0]))
+    means, deviations = z[0, :2], np.exp(z[0, 2:] / 2)
     nodes, masses = np.polynomial.hermite_e.hermegauss(20)
     grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     mass = np.outer(masses, masses).reshape(-1) / np.sum(masses) ** 2
-    scores = jax.vmap(lambda e: jax.grad(lambda z: jnp.sum(likelihood.terms(z, means + deviations * e)))(z[0]))(grid)
-    assert_equal(root @ root.T, jnp.einsum("ei,ej,e->ij", scores, scores, mass))
-    hessian = jax.hessian(lambda z: jnp.sum(likelihood.terms(z, means + 2 * deviations)))(z[0])
+
+    def of_targets(z, targets):
+        return jnp.sum(likelihood.terms(z, targets))
+
+    scores = jax.jit(jax.vmap(jax.grad(of_targets), (None, 0)))(z[0], means + deviations * grid)
+    assert_equal(root @ root.T, np.einsum("ei,ej,e->ij", scores, scores, mass))
+    hessian = jax.jit(jax.hessian(of_targets))(z[0], means + 2 * deviations)
     assert_differs(root @ root.T, hessian)
-    drawn = jax.vmap(lambda key: likelihood.sample(key, z))(jax.random.split(jax.random.key(0), 4000))[:, 0]
-    assert_equal(jnp.std(drawn, axis=0), deviations, 0.05)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.jit(jax.vmap(likelihood.sample, (0, None)))(keys, z)[:, 0]
+    assert_equal(np.std(drawn, axis=0), deviations, 0.05)
     assert likelihood.check(z, means[None]) is None and "mean for each target" in likelihood.check(z, z)

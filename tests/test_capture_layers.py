@@ -16,6 +16,34 @@ import natgrad_jax as ng
 from natgrad_jax.layers.rows import from_matrix, gradient_matrix, input_rows, output_rows, to_matrix
 
 pytestmark = pytest.mark.usefixtures("x64")
+MORE = {
+    "dense on sequences without bias",
+    "dense on images",
+    "conv without bias",
+    "conv 1d of an int",
+    "strides",
+    "valid",
+    "padding of an int",
+    "padding of ints",
+    "padding of an int and a pair",
+    "circular with strides and kernel dilation",
+    "reflect with kernel dilation",
+    "causal with strides and kernel dilation",
+    "input dilation that is cropped",
+    "groups without bias",
+    "groups 1d with strides",
+    "groups over further batch axes",
+    "depthwise with a multiplier",
+}
+"""Other ways to write what others stand for, and options together that are tried one by one."""
+
+
+def rows(options):
+    """The rows of a table of options, those of `MORE` with `-m full` alone."""
+    return [pytest.param(name, marks=pytest.mark.full) if name in MORE else name for name in options]
+
+
+every_option = pytest.mark.parametrize("option", rows(LAYERS))
 
 
 class Seen(NamedTuple):
@@ -67,7 +95,7 @@ def pairs(rows, columns):
     return np.einsum("...nti,...knto->...io", rows, columns)
 
 
-@pytest.mark.parametrize("option", LAYERS)
+@every_option
 def test_c2_inputs_times_cotangents_are_the_gradient_of_the_summed_loss(option):
     one = seen(option)
     expected = by_group(reference.matrix(one.gradient), one.layer)
@@ -77,7 +105,7 @@ def test_c2_inputs_times_cotangents_are_the_gradient_of_the_summed_loss(option):
     reference.assert_differs(pairs(one.rows, of_the_next_example), expected)
 
 
-@pytest.mark.parametrize("option", LAYERS)
+@every_option
 def test_the_layer_knows_beforehand_how_many_positions_its_rows_have(option):
     one = seen(option)
     assert one.layer.positions == one.rows.shape[-2] == one.columns.shape[-2]
@@ -98,7 +126,7 @@ def test_c2_cotangents_are_of_the_summed_loss_not_of_the_mean():
     reference.assert_differs(of_the_mean, reference.matrix(one.gradient))
 
 
-@pytest.mark.parametrize("option", LAYERS)
+@every_option
 def test_c24_rows_times_the_weight_matrix_are_the_outputs(option):
     one = seen(option)
     weights = one.weights[..., None, :, :]
@@ -128,7 +156,7 @@ def test_c24_fails_with_the_geometry_of_another_layer(option, wrong):
     assert found.shape != expected.shape or reference.error(found, expected) > reference.CONTROL
 
 
-@pytest.mark.parametrize("option", LAYERS)
+@every_option
 def test_the_weight_matrix_holds_the_kernel_and_then_the_bias_and_turns_back(option):
     layer, weights, leaves = (one := seen(option)).layer, one.weights, one.leaves
     assert weights.shape == layer.stack + layer.shape
@@ -139,7 +167,7 @@ def test_the_weight_matrix_holds_the_kernel_and_then_the_bias_and_turns_back(opt
         np.testing.assert_array_equal(back[role], leaf)
 
 
-@pytest.mark.parametrize("option", CONV)
+@pytest.mark.parametrize("option", rows(CONV))
 def test_every_group_of_a_convolution_is_a_copy_in_the_stack(option):
     groups = CONV[option][0].feature_group_count
     assert seen(option).layer.stack == ((groups,) if groups > 1 else ())

@@ -227,7 +227,7 @@ class Mapped(nn.Module):
         return nn.vmap(Block, split_rngs={"params": True}, **axes)(name="block")(x)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_c3_evidence_of_a_vmap_is_that_of_its_members():
     x = normal(4, 5)
@@ -252,6 +252,7 @@ class Layers(nn.Module):
         return nn.Dense(3, name="head")(nn.tanh(rows).reshape(*x.shape[:-1], -1).sum(1))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_an_axis_of_merged_examples_and_positions_is_taken_apart():
     model, x = Layers(), normal(4, 2, 5)

@@ -98,6 +98,7 @@ def test_evidence_of_weighted_examples_or_positions_is_the_weighted_dense_block(
     assert_differs(plain, expected)
 
 
+@pytest.mark.full
 def test_an_example_of_weight_two_counts_as_two_examples():
     net = mlp("tanh", "softmax_cross_entropy")
     args = net.model, ng.losses.softmax_cross_entropy, net.params

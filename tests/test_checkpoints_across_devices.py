@@ -3,12 +3,8 @@
 Each side is a process of its own, because the number of devices is settled when JAX starts.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from devices import on_devices
 
 SCRIPT = """
 import sys
@@ -69,22 +65,6 @@ with orbax.StandardCheckpointer() as checkpointer:
 """
 
 
-def run(devices, *arguments):
-    """The script on so many simulated devices."""
-    here = Path(__file__).parent
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
-    paths = os.pathsep.join((str(here), str(here.parent)))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, *arguments],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "how"),
@@ -96,12 +76,12 @@ def run(devices, *arguments):
 )
 def test_training_goes_on_on_another_number_of_devices(before, after, how, tmp_path):
     pytest.importorskip("orbax.checkpoint")
-    run(before, str(tmp_path), "save", "replicated")
-    run(after, str(tmp_path), "restore", how)
+    on_devices(before, SCRIPT, str(tmp_path), "save", "replicated")
+    on_devices(after, SCRIPT, str(tmp_path), "restore", how)
 
 
 @pytest.mark.full
 def test_what_was_sharded_over_four_devices_goes_on_on_one(tmp_path):
     pytest.importorskip("orbax.checkpoint")
-    run(4, str(tmp_path), "save", "sharded")
-    run(1, str(tmp_path), "restore", "replicated")
+    on_devices(4, SCRIPT, str(tmp_path), "save", "sharded")
+    on_devices(1, SCRIPT, str(tmp_path), "restore", "replicated")

@@ -57,6 +57,7 @@ def test_one_entry_that_is_not_finite_is_seen_wherever_it_stands(bad):
     assert np.array_equal(finite_each({"c": (state | {"stack": stack}, axes)})["c"], [True, False])
 
 
+@pytest.mark.full
 def test_a_product_of_trees_is_that_of_all_their_entries():
     keys = jax.random.split(jax.random.key(0), 8)
     shapes = ((3, 2), (4,), (), (2, 2, 2))

@@ -140,7 +140,7 @@ def test_the_ratio_is_the_change_of_the_loss_over_the_undamped_dense_model():
         np.testing.assert_allclose(state.ratio, change / foretold, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("activation", "equal"), [("linear", True), ("tanh", False)])
 def test_the_ratio_is_one_where_the_loss_is_its_own_quadratic_model(activation, equal):
@@ -230,6 +230,7 @@ def test_a_tested_step_that_raises_the_loss_is_not_taken_and_raises_the_damping(
     assert losses[1] > losses[0]
 
 
+@pytest.mark.full
 def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
     rule = ng.adaptive_damping(0.1, every=50, calibration=0, factor=0.99)
     states, _, params = controlled_steps(rule, learning_rate=300.0, steps=3, momentum=0.9)
@@ -238,7 +239,7 @@ def test_after_a_bad_test_every_step_is_tested_until_one_is_good():
     jax.tree.map(np.testing.assert_array_equal, params[3], params[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
     model = MLP()
@@ -259,7 +260,7 @@ def test_a_loss_that_is_not_finite_counts_as_a_failure(every):
     np.testing.assert_allclose(state.damping, 0.9**-every, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_steps_between_tests_leave_damping_and_ratio_as_they_are():
     states, _, _ = controlled_steps(ng.adaptive_damping(1.0, every=3, calibration=0), steps=7)
     ratios, dampings = [float(s.ratio) for s in states], [float(s.damping) for s in states]
@@ -269,6 +270,7 @@ def test_steps_between_tests_leave_damping_and_ratio_as_they_are():
         assert ratios[tested] != ratios[tested - 1]
 
 
+@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitude():
     def last_loss(calibration):
         rule = ng.adaptive_damping(1e4, every=20, calibration=calibration, calibration_factor=0.1)
@@ -278,6 +280,7 @@ def test_the_calibration_mends_a_damping_that_is_too_large_by_orders_of_magnitud
     assert last_loss(15) < 0.5 * last_loss(0)
 
 
+@pytest.mark.full
 def test_the_calibration_mends_a_damping_that_is_too_small_by_orders_of_magnitude():
     """The steps of a fixed learning rate overshoot; tested each, they are not taken until the damping has risen."""
 
@@ -326,6 +329,7 @@ def test_a_parallel_last_step_and_a_gradient_of_zero_give_no_nan():
     assert not np.any(flat(first(state, 0.0)[0]))
 
 
+@pytest.mark.full
 def test_a_mask_hides_parameters_from_the_step_and_from_the_model():
     problem = task("mlp")
     params = problem.variables["params"]

@@ -29,7 +29,7 @@ class Net(nn.Module):
 x, y = jax.random.normal(jax.random.key(0), (16, 6, 16)), jax.random.randint(jax.random.key(1), (16,), 0, 8)
 net = Net()
 params = net.init(jax.random.key(2), x)["params"]
-capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy)
+capture = ng.linen.capture(net, ng.losses.softmax_cross_entropy, verify=False)
 tx = ng.scale_by_kfac(capture.layers({"params": params}, x), damping=0.1, statistics_every=2, refresh_every=2)
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

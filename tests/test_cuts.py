@@ -120,6 +120,7 @@ def test_c2_what_is_cut_is_one_layer_whose_rows_give_the_gradient_of_every_examp
     rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian)
 
 
+@pytest.mark.full
 def test_whether_the_kernel_is_cut_or_the_result_is_the_same():
     def cut_kernel(p, x):
         return _different(x @ k + b for k, b in zip(jnp.split(p["w"], 3, 1), jnp.split(p["b"], 3), strict=True))
@@ -149,7 +150,7 @@ def dense_block(apply, params, x, y):
     return np.asarray(jacobian.T @ jacobian / len(x))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["rows of different inputs", "overlapping"])
 def test_the_step_of_tengrad_is_that_of_the_dense_block_of_the_array(name):
     one = CASES[name]()
@@ -172,6 +173,7 @@ def test_the_step_of_tengrad_is_that_of_the_dense_block_of_the_array(name):
     assert_differs(step["w"].reshape(-1), np.linalg.solve(damped(halves, DAMPING), np.asarray(grad["w"]).reshape(-1)))
 
 
+@pytest.mark.full
 def test_factors_of_parts_with_different_inputs_are_those_of_rows_with_zeros():
     one, layers, evidence, *_ = watched(CASES["rows of different inputs"])
     x, pre = np.asarray(one.x), np.asarray(one.x[:, :2] @ one.params["w"][4:])

@@ -29,6 +29,7 @@ def test_the_equation_of_the_page_is_solved(names):
     assert set(names["losses"]) == {"inside", "edge"} and names["layers"].examples == 42
 
 
+@pytest.mark.slow
 def test_the_heads_of_the_page_have_one_gradient(names):
     p = {
         "body": single(3, 4),
@@ -44,6 +45,7 @@ def test_the_heads_of_the_page_have_one_gradient(names):
     assert jnp.all(jnp.isfinite(ravel_pytree(out.grad)[0]))
 
 
+@pytest.mark.full
 def test_the_curvature_of_a_policy_gradient_is_the_fisher_matrix_whatever_the_advantages_are(names):
     p, x = (
         {"body": single(3, 4), "policy": single(4, 2, seed=1)},

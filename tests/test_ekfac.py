@@ -103,7 +103,7 @@ def test_forward_evidence_has_no_gradient_of_a_batch_and_the_minibatch_estimator
         state_of(MINIBATCH, net.layers["only"], net.evidence["only"], 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_ekfac_is_kfac_where_the_block_is_a_kronecker_product():
     net = mlp("linear", "squared_error")
@@ -139,7 +139,7 @@ class Pixels(nn.Module):
         return nn.Conv(2, (2, 2), name="head")(nn.tanh(nn.Conv(3, (2, 2), name="first")(x)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_c32_the_scale_of_a_convolution_is_the_square_of_the_sum_over_positions(dtype):
     x = normal(3, 3, 3, 2, dtype=dtype)
     net = watched(Pixels(), random_params(Pixels(), x, dtype=dtype), x, "squared_error")
@@ -234,7 +234,7 @@ def history():
         yield kept, blocks
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("step", [0, 3])
 def test_c41_after_a_refresh_the_scale_is_the_diagonal_in_the_new_basis_of_the_batch_at_hand(history, step):
@@ -274,6 +274,7 @@ def test_minibatch_scale_starts_at_the_kronecker_eigenvalues_and_takes_in_the_sq
     assert_differs(scale, start)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_minibatch_scale_is_unbiased_for_labels_of_the_model_and_not_for_true_ones():
     net = mlp("tanh", "softmax_cross_entropy")
@@ -307,6 +308,7 @@ def test_c42_minibatch_scale_is_the_variance_and_n_times_the_squared_mean():
 # Damping --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [EKFAC, MINIBATCH], ids=["per_example", "minibatch"])
 def test_c53_the_damped_step_is_the_dense_solve(dtype, method):
     net = mlp("tanh", "softmax_cross_entropy", dtype=dtype)

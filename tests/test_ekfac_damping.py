@@ -105,7 +105,7 @@ def test_ekfac_is_kfac_with_the_same_split_where_the_scale_is_a_product_whatever
         says(found, operator(kfac_block(0.0, split), layer, evidence, 0.5))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_splits
 def test_tekfac_is_tkfac_with_the_same_split_where_the_scale_is_a_product(split):
@@ -164,7 +164,7 @@ def test_c55_every_update_descends(split, examples):
 # Wide sides -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_splits
 @with_methods

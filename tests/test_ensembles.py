@@ -88,7 +88,7 @@ def complete(method, **settings):
 
 
 @pytest.mark.slow
-@of_the_lifting(ALL_NAMES)
+@of_the_lifting(ALL_NAMES, ("kfac pi",))
 def test_members_train_as_they_would_alone_and_share_what_is_due(method):
     alone, together, by_one, at_once = compared(complete(method), task("mlp"))
     assert_alike(alone, together)
@@ -112,7 +112,7 @@ def test_members_of_different_age_of_which_some_refresh_afresh_train_as_they_wou
     assert by_one[0] <= STEPS / 2 and at_once[0] == STEPS  # due for one of them at every step
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["controlled", "chosen", "pieces"])
 def test_members_share_tests_of_the_step_and_pieces_of_the_batch(how):
     problem = task("mlp")
@@ -158,7 +158,7 @@ def test_a_branch_stays_one_under_vmap_of_vmap_and_gives_each_its_own():
     assert not _branches(jax.make_jaxpr(jax.vmap(jax.vmap(naive)))(is_due, states).jaxpr)  # what it is there for
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)])
 def test_one_of_two_dear_functions_is_that_of_each_member(mapped):
     def choose(which, x):

@@ -31,6 +31,7 @@ def test_c18_the_block_of_a_deep_linear_net_with_squared_error(method: Method, u
         assert_equal(found[name], net.blocks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_c18_the_product_of_its_factors_is_that_block(use_bias, dtype):
     net = mlp("linear", use_bias=use_bias, dtype=dtype)
@@ -38,6 +39,7 @@ def test_c18_the_product_of_its_factors_is_that_block(use_bias, dtype):
         assert_equal(kron(*pair).astype(dtype), net.blocks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_methods
 @pytest.mark.parametrize(("activation", "loss"), [("linear", "softmax_cross_entropy"), ("tanh", "squared_error")])
@@ -46,6 +48,7 @@ def test_c18_fails_with_another_loss_or_an_activation(method: Method, activation
     assert_differs(implied_blocks(method, net)["layer_b"], net.blocks["layer_b"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_methods
 @with_losses

@@ -31,7 +31,7 @@ def test_the_usual_setting_is_within_what_is_tried():
                 assert least <= usual <= most
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind):

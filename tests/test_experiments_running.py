@@ -64,6 +64,7 @@ def test_a_resnet_has_the_parameters_of_the_paper(depth, count):
         jax.eval_shape(ResNet(21).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+@pytest.mark.full
 def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
     block, x = Block(8, 2), jnp.asarray(part(2, 6, 4).images)
     variables = block.init(jax.random.key(0), x, False)
@@ -73,7 +74,7 @@ def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
     assert not np.any(found[..., :2]) and not np.any(found[..., 6:])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_digits_have_a_net_of_their_own_size():
     chosen = classification("digits", 4)
     data = chosen.data(None)
@@ -102,6 +103,7 @@ def test_all_take_their_turn():
     assert said == ["a", "b"] * 10
 
 
+@pytest.mark.full
 def test_several_steps_in_one_program_are_those_of_several_programs():
     net, given = Perceptron((3,), 10), part(12, 2, 1)
     task, ends = Task(net, ng.losses.softmax_cross_entropy, given.first(4)), []
@@ -156,7 +158,7 @@ def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_sa
     assert not runner.restore(saved[1:], 3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
     chosen = classification("digits", 2)
     given = part(8, 8, 1)
@@ -181,7 +183,7 @@ def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name
     assert str(pixels) in chosen.title
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["mnist", "faces"])
 def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(name):
     chosen, x = reconstruction(name, smoke=True), np.random.default_rng(0).random((5, 7), np.float32)

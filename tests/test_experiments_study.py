@@ -73,6 +73,7 @@ def test_a_run_ends_at_a_level_in_time_and_trials_alone_are_all_told(case, tmp_p
     assert [row["numbers"]["rate"] for row in rows] == [0.1, 0.5]
 
 
+@pytest.mark.full
 def test_a_static_number_is_a_number_when_it_compiles(case, tmp_path):
     def make(numbers, layers):
         return optax.lbfgs(memory_size=int(numbers["memory"]))
@@ -82,6 +83,7 @@ def test_a_static_number_is_a_number_when_it_compiles(case, tmp_path):
     assert row["losses"][-1] < 1e-3
 
 
+@pytest.mark.full
 def test_a_cosine_rises_and_falls_as_that_of_optax():
     ours, theirs = study.cosine(0.3, 200, 0.05), optax.warmup_cosine_decay_schedule(0.0, 0.3, 10, 200)
     counts = np.arange(220)

@@ -82,6 +82,7 @@ def test_a_classifier_runs(problem, tmp_path):
     assert train.found_in(config).records == found.records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_made_with_the_clip_and_the_labels_of_its_own(name, tmp_path, monkeypatch):
     config = train.small(train.Config(output=tmp_path, problem="fashion"))

@@ -47,8 +47,8 @@ def assert_same(step, again, leaves, problem, sizes=SIZES):
 
 STANDS_FOR_ALL = "kfac pi"
 METHODS = [
-    (STANDS_FOR_ALL, "mlp"),
-    pytest.param(STANDS_FOR_ALL, "convnet", marks=pytest.mark.full),
+    (STANDS_FOR_ALL, "dense"),
+    *(pytest.param(STANDS_FOR_ALL, where, marks=pytest.mark.full) for where in ("mlp", "convnet")),
     *(pytest.param(n, "mlp", marks=pytest.mark.full) for n in ALL_NAMES if n not in ("tengrad", STANDS_FOR_ALL)),
 ]
 

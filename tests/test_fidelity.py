@@ -111,6 +111,7 @@ def test_the_exact_direction_solves_with_the_dense_fisher_of_all_parameters():
     assert_equal(natural_gradient(model, params, given.images, given.labels, 0.01), expected)
 
 
+@pytest.mark.full
 def test_the_joint_block_of_tengrad_has_the_exact_direction_and_its_layers_alone_have_not():
     model, params, given = small()
     aim = np.asarray(natural_gradient(model, params, given.images, given.labels, 0.01))
@@ -130,6 +131,7 @@ def test_a_direction_points_uphill_as_the_gradient_does(name):
     assert all(each["cosine"] > 0 for each in angles(name, model, params, given, aim, 0.01, 1))
 
 
+@pytest.mark.full
 def test_what_sees_minibatches_has_another_direction_after_others():
     model, params, given = small()
     other = given._replace(stream=(given.images[None, 2:], given.labels[None, 2:]))

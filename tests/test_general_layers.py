@@ -123,7 +123,7 @@ def test_the_captured_block_is_the_dense_fisher_block(case):
     reference.assert_differs(wrong.reshape(block.shape), block)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_the_matrix_turns_back_and_its_gradient_is_a_product_of_rows(case):
     layer, evidence, params, _ = seen(case)
@@ -136,6 +136,7 @@ def test_the_matrix_turns_back_and_its_gradient_is_a_product_of_rows(case):
     reference.assert_equal(gradient_matrix(layer, evidence), products)
 
 
+@pytest.mark.full
 def test_every_projection_of_attention_is_a_layer():
     model, x = Attention(), floats(4, 3, 4)
     capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy)
@@ -211,7 +212,7 @@ def rows_of_twins():
             yield pytest.param(name, twins, marks=marks, id=f"{name}-{twins}")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "twins"), rows_of_twins())
 def test_a_layer_trains_as_its_dense_twin_does(method, twins):
     table = twins != "axes"
@@ -250,6 +251,7 @@ def test_a_layer_trains_as_its_dense_twin_does(method, twins):
 # Tables of embeddings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_rows_of_a_table_are_places_not_vectors():
     layer, evidence, _, _ = seen("embedding of sequences")
     rows = input_rows(layer, evidence)
@@ -257,7 +259,7 @@ def test_rows_of_a_table_are_places_not_vectors():
     np.testing.assert_array_equal(written_out(rows), jax.nn.one_hot(places(4, 3), 7))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @of_the_lifting(ALL_NAMES)
 def test_a_vocabulary_of_fifty_thousand_fits(method):
     """No array of a step, compiled, has as many entries as the one-hot rows or a square of the vocabulary would."""

@@ -43,6 +43,7 @@ def direction(tx, capture, p, x, y, weights=None):
     return ravel_pytree(found)[0], ravel_pytree(gradient)[0]
 
 
+@pytest.mark.full
 def test_tengrad_is_exact_for_parameters_of_no_layer():
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
     capture = ng.capture(apply, ng.losses.squared_error, labels="exact", jacobian="examples")
@@ -56,6 +57,7 @@ def test_tengrad_is_exact_for_parameters_of_no_layer():
     assert_differs(direction(tx, rows, p, x, y)[0], found)
 
 
+@pytest.mark.full
 def test_blocks_of_arrays_are_those_of_the_dense_matrix():
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
     capture = ng.capture(apply, ng.losses.squared_error, labels="exact", jacobian="examples")
@@ -69,6 +71,7 @@ def test_blocks_of_arrays_are_those_of_the_dense_matrix():
         start += size
 
 
+@pytest.mark.full
 def test_the_improved_empirical_fisher_counts_every_parameter():
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
     capture = ng.capture(apply, ng.losses.squared_error, labels="true", jacobian="examples")
@@ -80,6 +83,7 @@ def test_the_improved_empirical_fisher_counts_every_parameter():
     assert_equal(found, rows.T @ np.linalg.solve(rows @ rows.T + DAMPING * np.eye(N), slopes), 1e-8)
 
 
+@pytest.mark.full
 def test_gradients_of_examples_are_the_same_in_chunks_in_pieces_and_without_those_of_no_weight(monkeypatch):
     p, x, y = params(), normal(N, 4, seed=5), normal(N, 2, seed=6)
     weights = jnp.array([1.0, 2.0, 1.0, 0.0, 1.0, 1.0])
@@ -128,7 +132,7 @@ def test_a_model_whose_examples_are_mixed_is_refused_whatever_the_inputs_are(of)
         capture.layers(model.init(jax.random.key(0), x), x)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("of", ["layer", "running"])
 def test_a_model_that_separates_is_not_refused(of):
     model, x = Normed(of), normal(N, 4)
@@ -146,6 +150,7 @@ def test_a_function_that_cannot_be_called_with_one_example_is_refused():
         capture.layers({"w": normal(4, 2)}, normal(N, 4))
 
 
+@pytest.mark.full
 def test_labels_are_exact_where_an_example_has_one_output_and_sampled_elsewhere():
     def outputs(of, **options):
         capture = ng.capture(lambda p, x: x @ p["w"], ng.losses.squared_error, **options)
@@ -179,6 +184,7 @@ def test_a_direction_of_which_nothing_is_kept_needs_what_it_is_made_of():
         ng.scale_by_tengrad(layers, damping=DAMPING, kept=False, blocks="joint", refresh_every=1)
 
 
+@pytest.mark.full
 def test_no_array_of_examples_times_parameters_is_formed_where_nothing_is_kept():
     def odd(p, x):
         return jnp.tanh(x @ jnp.sin(p["w"])) @ p["v"]

@@ -270,7 +270,7 @@ def grouped_mean(outputs):
     return np.mean(np.asarray(outputs), axis=(0, 1, 2)).reshape(2, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_the_steps_of_the_mean_outputs_are_those_of_the_model_also_of_groups_and_positions():
     x, y = normal(6, 4, 4, 2), jnp.arange(6) % 3
@@ -287,7 +287,7 @@ def test_the_steps_of_the_mean_outputs_are_those_of_the_model_also_of_groups_and
     assert state.metrics.rejected_statistics == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_an_example_of_weight_two_is_there_twice_and_one_of_weight_zero_is_not():
     x, y = normal(6, 4, 4, 2), jnp.arange(6) % 3
@@ -312,7 +312,7 @@ def patches(x):
     return np.concatenate([rows, np.ones((len(x), 9, 1))], axis=-1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("split", ["even", "positions"])
 def test_of_a_convolution_a_sums_positions_and_acts_without_being_kept(split):
@@ -352,7 +352,7 @@ class Dead(nn.Module):
         return nn.Dense(3, name="head")(nn.relu(nn.Dense(4, name="dead")(x) - 1e3))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_dead_layer_learns_nothing_and_no_damping_divides_by_zero():
     x, y = normal(6, 5, dtype="float32"), jnp.arange(6) % 3
     capture = watch(Dead())
@@ -397,7 +397,7 @@ def test_a_step_to_where_nothing_is_finite_is_forgotten_and_counted():
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((after, record)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_masked_layers_stay_and_the_others_step_as_before():
     problem = table.task("mlp true labels")
     params = problem.variables["params"]
@@ -419,7 +419,7 @@ def test_masked_layers_stay_and_the_others_step_as_before():
     assert np.all(np.isfinite(one_s)) and error(one_s, other_s) > 1e-3  # of the step that was taken
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_hyperparameters_can_be_injected_and_changed_between_steps():
     problem = table.task("mlp true labels")
     params = problem.variables["params"]
@@ -460,8 +460,8 @@ def test_an_ensemble_under_vmap_steps_as_its_members_do():
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["mlp bfloat16", "convnet bfloat16"])
+@pytest.mark.full
+@pytest.mark.parametrize("where", ["mlp bfloat16", pytest.param("convnet bfloat16", marks=pytest.mark.full)])
 def test_a_step_changes_no_shape_and_no_dtype(where):
     problem = table.task(where)
     tx = ng.kbfgs(0.1, problem.layers, memory=3, weight_decay=1e-5)

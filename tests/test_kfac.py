@@ -223,6 +223,7 @@ class Affine(nn.Module):
         return nn.Dense(3, name="only")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["pi", "even", "exact"])
 def test_c29_one_undamped_step_of_linear_regression_is_least_squares(dtype, split):
     x, y = normal(30, 5, dtype=dtype), normal(30, 3, seed=1, dtype=dtype)

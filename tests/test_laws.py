@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,7 +17,6 @@ from methods_table import (
     NAMES,
     direction,
     evaluate,
-    measured,
     of_the_lifting,
     scanned,
     start,
@@ -36,13 +36,15 @@ lifting_optimizer = of_the_lifting(ALL_NAMES)
 few_optimizers = of_the_lifting(ALL_NAMES, table.FEW)
 everywhere = pytest.mark.parametrize("where", ["mlp", *(pytest.param(n, marks=pytest.mark.full) for n in TASKS[1:])])
 """On the net of dense layers; with `-m full` on the convnet too."""
+on_one_layer = pytest.mark.parametrize("where", ["dense", *(pytest.param(n, marks=pytest.mark.full) for n in TASKS)])
+"""Of what is the same for each layer: on a single one; with `-m full` on the nets."""
 ANY = NAMES[0]
 
 
-def fails(law, *args):
+def fails(law, *args, **kwargs):
     """The control: a broken transformation does not pass the law."""
     with pytest.raises((AssertionError, TypeError, ValueError)):
-        law(*args)
+        law(*args, **kwargs)
 
 
 def scaled(tx, factor):
@@ -71,7 +73,7 @@ def blockwise(problem, one, other):
 
 def descends(where, tx, statistics=5):
     """<gradient, direction> > 0 in every block, at ten steps of which five have no statistics and seven no refresh."""
-    _, record = scanned(where, tx)
+    record = jax.tree.map(lambda *leaves: np.stack(leaves), *looped(tx, where).records)
     assert jnp.all(blockwise(task(where), record.grad, record.updates) > 0)
     assert record.metrics.statistics[-1] == statistics
     assert getattr(record.metrics, "refreshes", jnp.array([3]))[-1] == 3
@@ -86,22 +88,22 @@ def test_every_direction_descends_also_between_refreshes(method, where):
 
 @pytest.mark.slow
 def test_a_direction_that_turns_round_between_refreshes_fails_the_law_of_descent():
-    fails(descends, "mlp", scaled(direction(ANY), lambda count: jnp.where(count % 4 == 3, -1.0, 1.0)))
+    fails(descends, "dense", scaled(direction(ANY, "dense"), lambda count: jnp.where(count % 4 == 3, -1.0, 1.0)))
 
 
 def is_positive_definite(where, tx):
     """Any gradient, not only that of the batch that was measured, is met by a direction of descent."""
-    problem, ((params, state), _) = task(where), scanned(where, tx)
-    keys = iter(jax.random.split(jax.random.key(0), 100))
-    gradients = jax.tree.map(lambda leaf: jax.random.normal(next(keys), (50, *leaf.shape)), params)
-
-    @jax.jit
-    def products(state, evidence):
-        frozen = state._replace(count=jnp.int32(11))  # nothing is due
-        found, _ = jax.vmap(lambda gradient: tx.update(gradient, frozen, curvature=evidence))(gradients)
-        return blockwise(problem, gradients, found)
-
-    assert jnp.all(products(state, measured(where)[1]) > 0)
+    loop, rng = looped(tx, where), np.random.default_rng(0)
+    carry = jax.tree.map(np.asarray, loop.carry)
+    gradients = jax.tree.map(lambda leaf: np.float32(rng.normal(size=(50, *leaf.shape))), carry[0])
+    found = []
+    for n in range(50):
+        params, state = jax.tree.map(np.copy, carry)
+        gradient = jax.tree.map(lambda leaf, n=n: leaf[n], gradients)
+        frozen = state._replace(count=np.int32(11))  # nothing is due
+        found.append(loop.step((params, frozen), np.int32(11), (True, gradient))[1].updates)
+    directions = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    assert jnp.all(blockwise(task(where), gradients, directions) > 0)
 
 
 @pytest.mark.slow
@@ -116,33 +118,52 @@ def test_a_method_that_mixes_entries_is_not_positive_definite():
         found, state = inner(updates, state, params, **extra)
         return jax.tree.map(lambda u: u[..., ::-1], found), state
 
-    fails(is_positive_definite, "mlp", wrapped(direction(ANY), update))
+    fails(is_positive_definite, "dense", wrapped(direction(ANY, "dense"), update))
 
 
 # --- tracing, jit, scan, donation -------------------------------------------------------------------------------------
 
 
-@table.kept
+class Loop(NamedTuple):
+    """Ten jitted, donated steps.
+
+    Attributes:
+        step: the compiled step, of (params, state), its number, and (whether it is taken instead, a gradient).
+        carry: the last (params, state).
+        records: of the steps.
+        traces: how often the step was traced.
+    """
+
+    step: Any
+    carry: Any
+    records: list[table.Record]
+    traces: int
+
+
 def looped(tx, where="mlp"):
-    """Ten jitted, donated steps: the last (params, state), the records, and how often a step was traced."""
+    """Ten steps; they run once for all laws that ask for them."""
+    return _looped(tx, where)
+
+
+@table.kept
+def _looped(tx, where):
     problem, traces, records = task(where), [], []
 
     @partial(jax.jit, donate_argnums=0)
-    def jitted(carry, t):
+    def jitted(carry, t, other):
         traces.append(t)
-        return step(problem, tx, carry, t)
+        return step(problem, tx, carry, t, other)
 
-    carry = start(problem, tx)
+    carry, other = start(problem, tx), (False, jax.tree.map(np.zeros_like, problem.params))
     for t in range(10):
-        carry, record = jitted(carry, jnp.int32(t))
+        carry, record = jitted(carry, np.int32(t), other)
         records.append(record)
-    return carry, records, len(traces)
+    return Loop(jitted, carry, records, len(traces))
 
 
 def traces_once(tx, where="mlp"):
     """The first step is traced, the nine that follow are not: nothing about the state changes but its values."""
-    _, _, traces = looped(tx, where)
-    assert traces == 1
+    assert looped(tx, where).traces == 1
 
 
 @pytest.mark.slow
@@ -157,32 +178,32 @@ def test_a_state_that_changes_its_dtype_is_traced_twice():
         found, state = inner(updates, state, params, **extra)
         return found, state._replace(metrics=state.metrics._replace(damping=state.metrics.damping.astype(jnp.bfloat16)))
 
-    fails(traces_once, wrapped(direction(ANY), update))
+    fails(traces_once, wrapped(direction(ANY, "dense"), update), "dense")
 
 
-def agrees_however_it_runs(tx):
+def agrees_however_it_runs(tx, where="mlp"):
     """Jitted and donated, scanned, and eager steps make the same updates and the same counters."""
-    (params, state), records, _ = looped(tx)
-    (scan_params, scan_state), _ = scanned("mlp", tx)
+    _, (params, state), records, _ = looped(tx, where)
+    (scan_params, scan_state), _ = scanned(where, tx)
     chex.assert_trees_all_close(scan_params, params, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(scan_state.metrics, state.metrics)
-    carry = start(task("mlp"), tx)
+    carry = start(task(where), tx)
     with jax.disable_jit():
         for t, expected in enumerate(records[:2]):
-            carry, record = step(task("mlp"), tx, carry, jnp.int32(t))
+            carry, record = step(task(where), tx, carry, jnp.int32(t))
             chex.assert_trees_all_close(record, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @few_optimizers
 def test_jit_scan_donation_and_eager_agree(method):
-    agrees_however_it_runs(direction(method))
+    agrees_however_it_runs(direction(method, "dense"), "dense")
 
 
 @pytest.mark.slow
 def test_a_transformation_with_a_memory_in_python_disagrees_with_itself():
     calls = itertools.count()
-    fails(agrees_however_it_runs, scaled(direction(ANY), lambda count: 1.0 + 0.1 * next(calls)))
+    fails(agrees_however_it_runs, scaled(direction(ANY, "dense"), lambda count: 1.0 + 0.1 * next(calls)), "dense")
 
 
 def owns_its_buffers(where, tx):
@@ -283,7 +304,7 @@ def compiles_without_a_second_backward(tx, extra=0, due=2):
 
 
 @pytest.mark.slow
-@few_optimizers
+@of_the_lifting(ALL_NAMES, table.FEW[:1])
 def test_the_compiled_step_without_statistics_costs_a_gradient(method):
     due = 2 if table.row(method).apart else 4
     compiles_without_a_second_backward(direction(method, "mlp wide"), applying(method), due)
@@ -316,7 +337,7 @@ def tends_to_the_gradient(build, rate, power=1.0, where="mlp"):
 
 
 @pytest.mark.slow
-@everywhere
+@on_one_layer
 @every_method
 def test_large_damping_gives_the_gradient_over_the_damping(method, where):
     row = table.row(method)
@@ -327,18 +348,19 @@ def test_large_damping_gives_the_gradient_over_the_damping(method, where):
 def test_a_layer_left_on_the_raw_gradient_fails_the_law_of_large_damping():
     def update(inner, updates, state, params, **extra):
         found, state = inner(updates, state, params, **extra)
-        return {**found, "Dense_0": updates["Dense_0"]}, state
+        return {**found, "kernel": updates["kernel"]}, state
 
     fails(
         tends_to_the_gradient,
-        lambda damping: wrapped(table.build(ANY, damping=damping), update),
+        lambda damping: wrapped(table.build(ANY, "dense", damping=damping), update),
         0.5,
+        where="dense",
     )
 
 
 @pytest.mark.slow
 def test_factored_damping_does_not_have_the_rate_of_exact_damping():
-    fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", damping=damping), 1.0)
+    fails(tends_to_the_gradient, lambda damping: table.build("kfac pi", "dense", damping=damping), 1.0, where="dense")
 
 
 def ignores_the_order_of_examples(tx, where="mlp true labels"):
@@ -362,9 +384,10 @@ def ignores_the_order_of_examples(tx, where="mlp true labels"):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["dense", pytest.param("mlp true labels", marks=pytest.mark.full)])
 @lifting_optimizer
-def test_the_order_of_the_examples_does_not_matter(method):
-    ignores_the_order_of_examples(direction(method))
+def test_the_order_of_the_examples_does_not_matter(method, where):
+    ignores_the_order_of_examples(direction(method, where), where)
 
 
 @pytest.mark.slow
@@ -378,4 +401,4 @@ def test_examples_weighted_by_their_place_fail_the_law_of_permutation():
 
         return inner(updates, state, params, curvature=weighted, **extra)
 
-    fails(ignores_the_order_of_examples, wrapped(direction(ANY), update))
+    fails(ignores_the_order_of_examples, wrapped(direction(ANY, "dense"), update), "dense")

@@ -123,7 +123,7 @@ def test_steps_trace_once_and_agree_however_they_run_and_descend(method):
     laws.descends("mlp", laws.direction(method, "mlp"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("of_nnx")
 @pytest.mark.parametrize("where", ["convnet", pytest.param("mlp bfloat16", marks=pytest.mark.full)])
 @of_the_lifting(ALL_NAMES)
@@ -136,19 +136,20 @@ def test_shapes_types_buffers_and_the_contract_of_optax_are_kept(method, where):
         state_laws.needs_no_parameters(laws.direction(method))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("of_nnx")
 @pytest.mark.parametrize("method", [pytest.param(LAWFUL[0], marks=pytest.mark.full), LAWFUL[1]])
 def test_a_batch_that_is_not_finite_leaves_the_previous_factors(method):
     state_laws.survives_poison("convnet", laws.direction(method, "convnet", statistics_every=1, refresh_every=1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("of_nnx")
 def test_a_step_without_statistics_has_no_second_backward():
     laws.skips_the_second_backward(laws.direction("kfac pi", "mlp wide"))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("of_nnx")
 def test_broken_transformations_fail_the_laws_here_too():
     laws.test_a_state_with_a_shared_zero_fails_the_law_of_buffers()

@@ -25,7 +25,7 @@ def positive_definite(count, size, condition=10.0, seed=0):
     return (found + found.swapaxes(1, 2)) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_sweeps_invert_matrices_of_every_size():
     stacks = [positive_definite(100, size, seed=size) for size in range(1, 17)]
@@ -105,7 +105,7 @@ def test_single_matrices_under_vmap_are_inverted_like_stacks():
     assert_differs(one_by_one, together[::-1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_hundred_thousand_blocks_are_inverted_without_a_call_of_lapack():
     kernel = normal(3, 3, 250, 400, dtype="float32")
     tx = ng.scale_by_mbf(**AT_ONCE)

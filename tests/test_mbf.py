@@ -221,6 +221,7 @@ def dense_case():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dense", ["fan_out", "fan_in", "literal"])
@@ -294,7 +295,7 @@ def net_updates(vectors):
     return updates_of(ng.scale_by_mbf(layers, vectors=vectors, **AT_ONCE), gradients)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_with_layers_stacks_and_groups_have_blocks_of_their_own_and_dense_layers_their_bias():
     _, gradients, at, blocks, lone = net_case()
@@ -423,7 +424,7 @@ def trained(statistics):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_settings_of_the_mean_gradient_become_settings_of_one_example_by_the_size_of_the_batch():
     rate, damping, decay, size = 0.02, 0.01, 0.3, float(EXAMPLES)
@@ -449,7 +450,7 @@ def sampled():
     return layers, evidence, blocks
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_sampled_labels_are_second_moments_of_the_summed_gradient_over_the_size():
     layers, evidence, blocks = sampled()
@@ -488,7 +489,7 @@ def counted(tx, gradients):
     return tuple(map(list, jax.jit(lambda g: lax.scan(step, start, g)[1])(gradients)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_c17_statistics_start_with_the_first_step_and_the_first_period_refreshes_after_each():
     gradients, calendar = dense_gradients(count=15, dtype="float32"), {"statistics_every": 2, "refresh_every": 6}
     statistics, refreshes = counted(ng.scale_by_mbf(damping=1.0, **calendar), gradients)

@@ -65,7 +65,7 @@ def optimizer(method):
     return lambda layers: row(method).optimizer(0.05, layers, **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_evidence_is_that_of_the_whole_batch_on_which_every_method_works(weighted):
     params, inputs, y, weights = problem()
@@ -80,12 +80,12 @@ def test_the_evidence_is_that_of_the_whole_batch_on_which_every_method_works(wei
 
 
 @pytest.mark.slow
-@of_the_lifting(ALL_NAMES)
+@of_the_lifting(ALL_NAMES, ("kfac pi",))
 def test_the_state_and_the_step_are_those_of_the_whole_batch(method):
     agree(steps(optimizer(method), 4), steps(optimizer(method), 1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["kfac pi", "tengrad"])
 def test_so_are_they_with_weights(method):
     agree(steps(optimizer(method), 2, weighted=True), steps(optimizer(method), 1, weighted=True))
@@ -99,7 +99,7 @@ def test_so_is_a_step_that_chooses_its_own_length():
     agree(steps(adaptive, 4, weighted=True), steps(adaptive, 1, weighted=True), gate=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_accumulated_gradients_with_the_curvature_of_the_last_piece_are_not():
     params, inputs, y, _ = problem()
     capture = captured(1)
@@ -118,6 +118,7 @@ def test_accumulated_gradients_with_the_curvature_of_the_last_piece_are_not():
         agree(found, steps(optimizer("kfac pi"), 1, count=1)[0], gate=1e-5)
 
 
+@pytest.mark.full
 def test_loss_gradient_and_outputs_are_those_of_the_whole_batch():
     params, inputs, y, weights = problem()
 

@@ -71,7 +71,7 @@ def pixels(**capture):
     return net.layers["first"], net.evidence["first"], net.blocks["first"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0, 3.0)])
 def test_c37_they_are_the_partial_traces_of_the_block_also_with_weights(weights):
     layer, evidence, block = pixels(weights=None if weights is None else jnp.asarray(weights))
@@ -94,7 +94,7 @@ def test_pooled_ones_are_those_of_the_product_of_a_sum_and_a_mean():
     assert_differs(inputs, np.einsum("knio,knjo->ij", true, true) / (3 * len(g)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sharing", ["example", "expand", "reduce"])
 def test_where_g_is_the_identity_they_are_those_of_a_and_the_identity(sharing):
     layer = Layer("one", "dense", (4, 3), (), (2,), "float64")

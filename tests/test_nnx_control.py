@@ -101,7 +101,7 @@ def of_linen(params, make, pieces, warm):
     return params
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.full] * (what in FULL)) for what in OPTIONS])
 def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     make, kept, donated, pieces, warm = OPTIONS[what]

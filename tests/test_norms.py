@@ -170,7 +170,7 @@ def simple_params(dtype="float64"):
     return {name: reference.normal(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_c2_the_gradients_of_weighted_examples_also_in_pieces():
     params, weights = simple_params(), np.array([1.0, 0.0, 2.0, 0.5])

@@ -16,7 +16,7 @@ import natgrad_jax as ng
 from natgrad_jax import addresses
 
 every_method = pytest.mark.parametrize("method", NAMES)
-lifting_method = of_the_lifting(NAMES)
+lifting_method = of_the_lifting(NAMES, ("kfac pi",))
 every_optimizer = pytest.mark.parametrize("method", ALL_NAMES)
 lifting_optimizer = of_the_lifting(ALL_NAMES)
 ANY = NAMES[0]
@@ -103,7 +103,7 @@ def test_the_complete_optimizer_is_direction_decay_momentum_and_learning_rate(me
     close(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_with_clipping_passes_the_curvature_on():
     gradient, evidence = measured("mlp")
     tx = optax.chain(direction(ANY), optax.clip_by_global_norm(1e-3))
@@ -129,7 +129,7 @@ def test_hyperparameters_can_be_injected_and_changed_between_steps():
     assert update._cache_size() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_every_direction_takes_injected_hyperparameters(method):
     gradient, evidence = measured("mlp")
@@ -173,7 +173,7 @@ def test_a_mask_through_the_middle_of_a_layer_is_refused():
         optax.masked(direction(ANY), mask).init(params_of())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_apply_if_finite_leaves_out_a_gradient_that_is_not():
     gradient, evidence = measured("mlp")
     tx = optax.apply_if_finite(optimizer(), max_consecutive_errors=3)
@@ -186,7 +186,7 @@ def test_apply_if_finite_leaves_out_a_gradient_that_is_not():
     assert after.total_notfinite == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_update_and_skip_are_two_branches_of_one_type(method):
     gradient, evidence = measured("mlp")
@@ -207,7 +207,7 @@ def test_update_and_skip_are_two_branches_of_one_type(method):
     assert table.lifted(step(True, state)[1]).count == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["conditionally_transform", "schedule_free"])
 def test_other_wrappers_pass_the_curvature_on(name):
     gradient, evidence = measured("mlp")
@@ -246,7 +246,7 @@ def test_multi_steps_sees_the_evidence_of_the_last_micro_batch_only():
 # --- ensembles and checkpoints ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_an_ensemble_under_vmap_steps_as_its_members_do(method):
     tx, scales = direction(method), (0.5, 1.0, 2.0)
@@ -291,7 +291,7 @@ def resumes(method, save, folder):
     chex.assert_trees_all_equal(*(update(gradient, s, curvature=evidence) for s in (state, restored)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @lifting_method
 def test_a_checkpoint_of_plain_arrays_gives_the_identical_next_step(method, tmp_path):
     resumes(method, saved_by_numpy, tmp_path)

@@ -39,7 +39,7 @@ def all_of(layer, evidence):
     return jax.jit(found)(evidence)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("groups", "weighted"), [(1, False), (2, True)])
 def test_the_sums_over_pieces_are_those_over_the_batch(monkeypatch, groups, weighted):

@@ -132,6 +132,7 @@ def step_of(method):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["kfac pi", pytest.param("tnt", marks=pytest.mark.full)])
 @cheap
 @given(damping, scale, scale)

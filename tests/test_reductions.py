@@ -67,7 +67,7 @@ def test_the_mean_is_that_of_the_terms(name):
     assert_close(likelihood.reduced("mean")(outputs, TARGETS[name]), jnp.sum(terms) / (N * T))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("labels", ["exact", "sampled", "true"])
 def test_the_fisher_matrix_is_that_of_the_sum_over_the_positions(labels):
     of_sum, of_mean = (block(labels, reduction) for reduction in ("sum", "mean"))
@@ -85,12 +85,13 @@ def block(labels, reduction):
     return rows.T @ rows / len(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "tengrad"])
 def test_with_damping_and_clip_per_position_the_steps_are_those_of_the_sum(method):
     assert_close(step(method, "mean", DAMPING / T, CLIP / T), step(method, "sum", DAMPING, CLIP))
 
 
+@pytest.mark.full
 def test_with_the_same_damping_and_clip_they_are_not():
     for settings in ((DAMPING, CLIP / T), (DAMPING / T, CLIP)):
         with pytest.raises(AssertionError):
@@ -106,6 +107,7 @@ def step(method, reduction, damping, clip):
     return optax.apply_updates(params, updates)
 
 
+@pytest.mark.full
 def test_the_batch_is_the_mean_of_its_pieces_masks_and_all():
     likelihood, outputs = ng.losses.softmax_cross_entropy.reduced("mean"), model(PARAMS, X)
     weights = (jnp.arange(N * T).reshape(N, T) % 3 > 0).astype(float)

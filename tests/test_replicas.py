@@ -4,16 +4,13 @@ In a process of its own, because the number of devices is settled when JAX start
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_devices
 from flax import linen as nn
 from methods_table import LIFTED, task
 
@@ -34,14 +31,15 @@ import json, sys
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import methods_table as table
 import natgrad_jax as ng
 from test_replicas import Normed
 
-mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 likelihood = ng.losses.softmax_cross_entropy
-problem = table.task("mlp")
+kind, errors = sys.argv[1], {}
+problem = table.task("mlp" if kind == "others" else "dense")
 x, y, start = problem.x[0], problem.y[0], problem.variables["params"]
 weights = jnp.array([1.0, 2.0, 0.0, 1.0, 0.5, 1.0, 1.0, 3.0])  # replicas of unequal weight
 
@@ -68,11 +66,13 @@ def trained(how, capture, tx, variables, steps=5):
     if how == "pmap":
         carry = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carry)
         batch = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), batch)
+        carry = jax.device_put(carry, NamedSharding(mesh, P("batch")))
         run = jax.pmap(one, axis_name="batch")
     elif how == "one":
         run = jax.jit(one)
     else:
         specs = (P(), *[P("batch")] * 3)
+        carry = jax.device_put(carry, NamedSharding(mesh, P()))  # as it comes back: one compilation
         run = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=how == "checked"))
     for _ in range(steps):
         carry, value = run(carry, *batch)
@@ -104,10 +104,10 @@ def controls():  # labels are drawn independently, and what is said where nothin
         found = many.value_and_grad(variables, x, y, key=jax.random.key(7)).curvature()
         return next(iter(found.values())).cotangents[0]
 
-    spread = jax.shard_map(cotangents, mesh=mesh, in_specs=(P("batch"), P("batch")), out_specs=P())
+    spread = jax.jit(jax.shard_map(cotangents, mesh=mesh, in_specs=(P("batch"), P("batch")), out_specs=P()))
     both = spread(jnp.concatenate([x[:1]] * 64), jnp.zeros(64, jnp.int32))
     errors["draws of two replicas are the same"] = bool(jnp.array_equal(both[0, :32], both[0, 32:]))
-    tx = table.direction("kfac pi")
+    tx = table.direction("kfac pi", "dense")
     try:
         trained("checked", one, tx, variables)
     except ValueError as error:
@@ -122,13 +122,12 @@ def controls():  # labels are drawn independently, and what is said where nothin
     errors["members"] = trained("pmap", each, tx, variables)[2]
 
 
-kind, errors = sys.argv[1], {}
 names = ("kfac pi",) if kind == "one method" else table.LIFTED[1:]
 captures = pair()
 variables = {"params": start}
 for name in names:
     hows = ("checked", "unchecked", "pmap") if name == "kfac pi" else ("checked",)
-    errors[name] = distance(hows, captures, table.direction(name), variables)
+    errors[name] = distance(hows, captures, table.direction(name, "mlp" if kind == "others" else "dense"), variables)
 if kind == "one method":
     controls()
     print(json.dumps(errors))
@@ -154,19 +153,7 @@ OTHERS = (*LIFTED[1:], "adaptive", "microbatches", "normed")
 @cache
 def errors(kind):
     """What the script measured, of one method with the controls or of what is around it."""
-    here = Path(__file__).parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    paths = os.pathsep.join((str(here), str(here.parent)))
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, kind],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=480,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(on_devices(4, SCRIPT, kind, timeout=480))
 
 
 @pytest.mark.slow

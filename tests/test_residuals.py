@@ -114,7 +114,7 @@ def tengrad(residual, params, x, y, jacobian):
     return ravel_pytree(direction(params))[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "residual", [pytest.param(f, id=f.__name__, marks=() if f in FEW else pytest.mark.full) for f in RESIDUALS]
 )
@@ -146,6 +146,7 @@ def test_factors_of_kfac_are_those_of_primal_tangents_and_laplacian_as_shared_po
         assert_equal(output_moment(layers[name], evidence[name]), found.T @ found / 20)
 
 
+@pytest.mark.full
 def test_a_layer_knows_to_which_of_its_products_its_bias_is_added():
     def apply(p, x):
         first, second = x @ p["w"] + p["b"], jnp.tanh(x) @ p["w"]

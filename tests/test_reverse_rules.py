@@ -80,7 +80,7 @@ def test_the_product_is_of_the_map_whose_transpose_the_reverse_rule_is():
     assert_equal(ours.curvature.along(first["params"]), -whole.curvature.along(first["params"]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("settings", [{}, {"damping": ng.adaptive_damping()}], ids=["quadratic", "adaptive"])
 def test_steps_that_choose_themselves_lower_the_loss(settings):
     capture, _ = evaluation(scaled_back)
@@ -116,6 +116,7 @@ def test_a_state_made_with_another_momentum_is_refused():
         without.update(out.grad, with_it.init(params), params, curvature=out.curvature)
 
 
+@pytest.mark.full
 def test_a_convolution_without_outputs_has_zero_statistics():
     class Empty(nn.Module):
         @nn.compact

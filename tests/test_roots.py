@@ -36,6 +36,7 @@ def moments(*stack, size=6, dtype="float64"):
 # Equal to the eigendecomposition --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [1, 2, 4, 6])
 def test_c48_the_coupled_newton_root_is_that_of_the_eigendecomposition(dtype, power):
     matrices, damping = moments(2, 3, dtype=dtype), jnp.asarray([[0.01, 0.02, 0.03], [0.04, 0.05, 0.06]], dtype)
@@ -45,6 +46,7 @@ def test_c48_the_coupled_newton_root_is_that_of_the_eigendecomposition(dtype, po
     assert_differs(found, by_definition(matrices, 1 + damping, 1 / power))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [1 / 6, 0.3, 0.5, 1.0, 1.7])
 def test_by_eigendecomposition_any_exponent_will_do(dtype, exponent):
     matrices, damping = moments(2, 3, dtype=dtype), jnp.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype)
@@ -62,6 +64,7 @@ def test_the_root_of_a_diagonal_is_a_diagonal_and_that_of_the_matrix(dtype, root
     assert_equal(jax.vmap(jnp.diag)(found.entries), by_definition(matrices, [0.1, 0.2], 0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", roots.ROOTS)
 def test_of_a_zero_matrix_there_is_the_damping_alone_and_without_that_nothing_finite(dtype, root):
     zeros = jnp.zeros((2, 4, 4), dtype)
@@ -73,6 +76,7 @@ def test_of_a_zero_matrix_there_is_the_damping_alone_and_without_that_nothing_fi
     assert not np.any(np.isfinite(entries[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", roots.ROOTS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_smallest_matrices_have_roots(dtype, root, size):
@@ -137,6 +141,7 @@ def test_no_step_is_wasted_on_what_rounding_keeps_from_falling(dtype, power, dec
     assert_equal(found, by_definition(exact, 0.0, 1 / power), gate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("power", "size"), [(2, 4), (4, 4), (4, 9), (6, 9), (6, 16)])
 def test_of_a_matrix_of_ones_a_root_is_found_though_the_largest_entry_of_the_error_grows_at_first(dtype, power, size):
     matrix = np.ones((size, size)) + 1e-2 * np.eye(size)

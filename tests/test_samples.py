@@ -51,6 +51,7 @@ def test_c57_the_kernel_of_a_dense_layer_is_the_hadamard_product_of_two_grams(dt
     assert_differs(found, (x @ x.T) * (g @ g.T) / 9)  # the control: a bias left out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [(), (2,)])
 @pytest.mark.parametrize(("kind", "order"), [("rows", "gram"), ("rows", "gradients"), ("gradients", None)])
 def test_c60_the_kernel_of_shared_weights_is_that_of_the_jacobian_in_every_order(kind, order, stack, dtype):
@@ -62,6 +63,7 @@ def test_c60_the_kernel_of_shared_weights_is_that_of_the_jacobian_in_every_order
     assert_differs(samples.kernel(seen, samples.WORKSPACE, order)[..., :6, :6], summed @ np.swapaxes(summed, -1, -2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "gradients"])
 def test_c60_products_with_the_jacobian_need_no_jacobian(kind, dtype):
     layer, evidence = spatial(6, 7, 5, 3, stack=(2,), draws=2, dtype=dtype)
@@ -83,6 +85,7 @@ def test_c59_the_push_through_identity(dtype):
     assert_differs(found.reshape(-1), exact.T @ np.asarray(weights, np.float64) / 0.3)  # the control
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("kind", "order"), [("rows", "gram"), ("rows", "gradients"), ("gradients", None)])
 @pytest.mark.parametrize("workspace", [1, 5000])

@@ -77,6 +77,7 @@ def test_a_loss_by_search_with_spring_never_rises(searched):
     assert all(after <= before for before, after in itertools.pairwise(losses)) and losses[-1] < losses[0]
 
 
+@pytest.mark.full
 def test_no_length_that_lowers_the_loss_is_no_step():
     p, x, y = problem()
     capture = ng.capture(apply, ng.losses.squared_error)

@@ -79,6 +79,7 @@ def test_c2_rows_of_nodes_and_edges_give_the_gradient_of_every_graph():
     rows_give_the_gradient_of_every_example(layers, *measure(params))
 
 
+@pytest.mark.full
 def test_factors_are_moments_of_the_nodes_that_there_are():
     params, batch = problem()
     layer = CAPTURE.layers(params, batch)["node"]
@@ -90,7 +91,7 @@ def test_factors_are_moments_of_the_nodes_that_there_are():
     assert_differs(output_moment(layer, evidence), cotangents.T @ cotangents / (10 * N))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_step_of_tengrad_is_that_of_the_dense_block_of_graphs_without_the_one_of_no_weight():
     params, batch = problem()
     y, weights = normal(N, 2, seed=9), jnp.array([1.0, 1, 1, 1, 1, 0])

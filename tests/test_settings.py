@@ -222,7 +222,7 @@ def test_a_step_with_injected_numbers_is_that_with_the_numbers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kfac", "soap", "kbfgs"])
+@pytest.mark.parametrize("name", ["kfac", *(pytest.param(name, marks=pytest.mark.full) for name in ("soap", "kbfgs"))])
 def test_settings_in_bfloat16_as_optax_makes_them_for_such_parameters_are_taken(name):
     tx = optax.inject_hyperparams(getattr(ng, name))(0.1, task("mlp true labels").layers, damping=0.1)
     updates, state = stepped(tx, "bfloat16")
@@ -277,7 +277,7 @@ def test_a_mask_that_injection_takes_for_a_schedule_is_refused_with_the_remedy()
 # EKFAC's authors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["scale_by_ekfac", "scale_by_tekfac"])
 def test_the_scale_alone_is_averaged_with_its_own_weight(name):

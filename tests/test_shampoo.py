@@ -250,6 +250,7 @@ def test_blocks_are_preconditioned_each_by_itself(block):
         assert factor.shape == (-(-7 // rows) * -(-5 // columns), size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("settings", "shape"),
@@ -398,6 +399,7 @@ def test_coupled_factors_of_a_sum_are_refused():
 # Warm start -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_after_a_warm_start_the_first_step_leaves_the_statistics_and_the_next_ones_average_on():
     data, tx = stream(6, shapes=FLAT), ng.shampoo(0.5, **SETTINGS, kl_clip=None)
@@ -416,7 +418,7 @@ def test_after_a_warm_start_the_first_step_leaves_the_statistics_and_the_next_on
         assert_differs(updates, followed(rest[name]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_warm_start_takes_gradients_evidence_or_all_that_the_capture_returned():
     x, y = normal(3, 6, 4), reference.targets("softmax_cross_entropy", (3, 6, 3))

@@ -147,7 +147,7 @@ def test_it_follows_its_definition_and_c41_the_scale_moves_with_its_basis(dtype,
     assert_differs(found, of_kernel(gradients.swapaxes(1, 2)[:, :, :4])[..., :4] if False else -found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("settings", "modes"),
@@ -170,7 +170,7 @@ def test_a_convolution_has_the_modes_that_are_asked_for(settings, modes):
     assert_differs(found, others.reshape(found.shape))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_groups_of_a_convolution_have_bases_of_their_own_if_its_layer_is_known():
     model, x = nn.Conv(4, (2, 2), feature_group_count=2, use_bias=False), normal(1, 3, 3, 4)
@@ -189,7 +189,7 @@ def test_modes_of_one_entry_do_not_count():
     assert_follows(of_kernel(gradients, **AFRESH)[:, 0, 0], soap_by_definition(gradients[:, 0, 0], **AFRESH))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_blocks_of_a_long_mode_are_arrays_by_themselves():
     gradients = drifting(5, 4)
@@ -229,7 +229,7 @@ def test_on_vectors_the_complete_optimizer_is_adam():
     jax.tree.map(assert_differs, found, updates_of(optax.adam(0.1, 0.5, 0.95), gradients))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_direction_of_zeros_is_zero_also_without_damping():
     gradients = {"bias": normal(2, 4, dtype="float32").at[:, 1].set(0.0), "kernel": jnp.zeros((2, 3, 4))}
     found = updates_of(ng.scale_by_soap(damping=0.0, **AFRESH), gradients)
@@ -305,7 +305,7 @@ def trained(layers, **settings):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_true_labels_give_the_statistics_of_the_gradient_with_layers_or_without():
     of_gradient = trained(layers=False)
@@ -319,6 +319,7 @@ def test_true_labels_give_the_statistics_of_the_gradient_with_layers_or_without(
 # Rounding -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_rounding_in_null_directions_of_the_first_gradients_is_not_amplified():
     left, right = (
         np.linalg.norm(v) ** -1 * v for v in (np.asarray(normal(n, seed=n, dtype="float32")) for n in (48, 64))
@@ -337,7 +338,7 @@ def test_rounding_in_null_directions_of_the_first_gradients_is_not_amplified():
 # Programs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_it_is_the_same_in_a_scan_and_step_by_step_and_again():
     gradients = {"kernel": drifting(5, 4), "bias": normal(STEPS, 4)}

@@ -29,7 +29,7 @@ keys = jax.random.split(jax.random.key(0), 5)
 params = {"first": jax.random.normal(keys[0], (5, 8)), "deep": jax.random.normal(keys[1], (4, 8, 8)) / 3,
           "last": jax.random.normal(keys[2], (8, 3))}
 x, y = jax.random.normal(keys[3], (16, 5)), jax.random.normal(keys[4], (16, 3))
-watched = ng.capture(apply, ng.losses.squared_error)
+watched = ng.capture(apply, ng.losses.squared_error, verify=False)
 layers = watched.layers(params, x)
 tx = ng.kfac(0.05, layers, damping=0.1, statistics_every=1, refresh_every=2, momentum=0.9)
 
@@ -89,9 +89,9 @@ for kind in ("Auto", "Explicit"):
         elif policy == "replicated":
             text = step.lower(*ended, *batch, jax.random.key(0)).compile().as_text()
             found[f"{kind} {policy}"]["step"] = sorted(sent(text))
-jax.config.update("jax_enable_x64", True)
-import shards_table
-found["shards"] = [shards_table.SIZES, shards_table.explained(["two views"])]
+with jax.enable_x64(True):
+    import shards_table
+    found["shards"] = [shards_table.SIZES, shards_table.explained(["two views"])]
 print(json.dumps(found))
 """
 

@@ -82,6 +82,7 @@ def _labels(tree):
     }
 
 
+@pytest.mark.full
 def test_observe_weighs_the_old_statistics_as_it_is_told():
     tx = optimizer("kfac pi")
     first, second = (measured("convnet", t)[1] for t in (0, 1))
@@ -95,6 +96,7 @@ def test_observe_weighs_the_old_statistics_as_it_is_told():
     np.testing.assert_allclose(mean(half).total, 0.5 * mean(state).total + 0.5 * mean(once).total, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_observe_through_multi_steps_is_refused_with_the_remedy():
     tx = optax.MultiSteps(optimizer("kfac pi"), 2)
     with pytest.raises(ValueError, match="microbatches=k"):
@@ -131,7 +133,7 @@ def _bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @of_the_lifting(MEASURED)
 def test_operators_that_a_batch_measured_want_one(method):
     tx = optimizer(method)

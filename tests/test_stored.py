@@ -30,7 +30,7 @@ def after(make, steps=6, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["kfac pi", *(pytest.param(n, marks=pytest.mark.full) for n in [*METHODS][1:])])
 def test_what_is_kept_is_narrow_and_the_direction_that_of_wide_factors_up_to_its_rounding(method):
     found, narrow = after(METHODS[method], factor_dtype="bfloat16")
     whole, wide = after(METHODS[method])
@@ -52,7 +52,7 @@ def test_half_of_the_bytes_are_held():
     assert 0.5 < narrow / wide < 0.51
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_factor_of_few_examples_is_still_factorised_without_damping(monkeypatch, guarded):
     if not guarded:

@@ -48,7 +48,7 @@ def steps(tx, tasks):
     return updates, states
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("make", [ng.scale_by_kfac, ng.scale_by_ekfac, ng.scale_by_tengrad])
 def test_a_head_whose_turn_it_is_not_stays_where_it_is(make):
     layers = layers_of("both")
@@ -90,6 +90,7 @@ def test_a_method_that_needs_all_layers_at_every_step_says_so(make):
         tx.update(out.grad, tx.init(parameters()), parameters(), curvature=out.curvature)
 
 
+@pytest.mark.full
 def test_evidence_of_another_model_is_refused_as_before():
     out = evaluated("a")
     tx = ng.scale_by_kfac(layers_of("both"), damping=0.1, statistics_every=1)

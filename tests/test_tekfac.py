@@ -195,7 +195,7 @@ def test_a_convolution_is_damped_by_its_mean_eigenvalue_and_a_dense_layer_by_the
         assert_differs(updates["Dense_0"], solved(states["Dense_0"], gradients["Dense_0"], means["Dense_0"]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("where", "rule"), [("convnet", "scalar"), ("mlp", "mean_eigenvalue")])
 def test_the_scalar_rule_and_a_model_without_convolutions_have_the_damping_itself(where, rule):
     updates, gradients, states = first_step(where, rule)(1e-3)

@@ -48,6 +48,7 @@ def jacobian(layer, evidence):
 # C58: the dense solve -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("examples", "damping"), [(9, 0.3), (7, 1e-2)])
 def test_c58_the_direction_is_the_dense_solve_and_both_forms_of_woodbury_are_it(examples, damping, dtype):
     layer, evidence = pairs(normal(examples, 7, dtype=dtype), normal(examples, 4, seed=1, dtype=dtype))
@@ -75,7 +76,7 @@ def test_c58_kernel_and_bias_are_one_block():
     assert error(np.concatenate(apart), found) > 0.05  # the control
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["squared_error", "softmax_cross_entropy"])
 def test_with_exact_labels_the_block_is_the_fisher_block_of_every_layer_of_a_deep_net(loss, dtype):
     net = mlp("tanh", loss, dtype=dtype)
@@ -122,7 +123,7 @@ def test_c58_the_joint_direction_is_the_exact_damped_natural_gradient_of_the_who
 
 
 @x64
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_joint_kernel_of_stacked_and_grouped_layers_is_that_of_all_copies():
     problem = table.task("convnet")
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), problem.variables)
@@ -253,6 +254,7 @@ def test_c66_without_damping_the_ief_direction_is_the_exact_natural_gradient(dty
     assert cosine < 0.9  # the control: the empirical Fisher as it is
 
 
+@pytest.mark.full
 @x64
 def test_ief_with_damping_and_weights_solves_for_the_weighted_slopes():
     model, params, x, y, _, _ = net(labels="true")
@@ -314,6 +316,7 @@ def spring_direction(weight, dtype, last):
     return params, x, y, direction_of(make, params, x, y, labels="exact", last=last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.9])
 def test_c67_spring_solves_the_proximal_least_squares_problem(weight, dtype):
     last = normal(12, 1, seed=5, dtype=dtype)
@@ -344,6 +347,7 @@ def test_the_complete_optimizer_with_spring_learns(settings):
 # One date -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_kernel_that_overflows_takes_the_rows_of_its_batch_back():
     gradient, evidence = table.measured("mlp")
     tx = table.direction("tengrad", refresh_every=1)
@@ -359,6 +363,7 @@ def test_a_kernel_that_overflows_takes_the_rows_of_its_batch_back():
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4), found, expected))
 
 
+@pytest.mark.full
 def test_a_batch_that_is_observed_between_refreshes_leaves_the_rows_and_their_inverse_alone():
     gradient, evidence = table.measured("mlp")
     tx = table.direction("tengrad")
@@ -370,6 +375,7 @@ def test_a_batch_that_is_observed_between_refreshes_leaves_the_rows_and_their_in
     assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
 
 
+@pytest.mark.full
 def test_the_damping_of_a_direction_is_that_of_its_refresh():
     gradient, evidence = table.measured("mlp")
     schedule = optax.linear_schedule(0.1, 10.0, 3)
@@ -395,8 +401,8 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", TASKS)
+@pytest.mark.full
+@pytest.mark.parametrize("where", [TASKS[0], *(pytest.param(name, marks=pytest.mark.full) for name in TASKS[1:])])
 def test_a_joint_direction_keeps_the_laws(where):
     tx = VARIANTS["joint"](table.task(where).layers)
     laws.owns_its_buffers(where, tx)
@@ -407,13 +413,14 @@ def test_a_joint_direction_keeps_the_laws(where):
     state_laws.survives_poison(where, VARIANTS["joint"](table.task(where).layers, refresh_every=1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_joint_direction_of_pooled_positions_and_leading_vectors_descends():
     tx = VARIANTS["joint reduced"](table.task("convnet").layers)
     _, record = table.scanned("convnet", tx)
     assert jnp.all(laws.blockwise(table.task("convnet"), record.grad, record.updates).sum(-1) > 0)
 
 
+@pytest.mark.full
 def test_a_mask_takes_layers_out_of_the_joint_block():
     gradient, evidence = table.measured("mlp")
     layers = table.task("mlp").layers
@@ -482,6 +489,7 @@ def test_the_report_tells_the_bytes_of_the_state():
             assert any(layer.leaves[0].address in line and shown in line for line in str(layers).splitlines())
 
 
+@pytest.mark.full
 def test_how_many_rows_there_will_be_is_known_from_the_capture():
     x, y = jnp.ones((6, 5)), jnp.zeros(6, jnp.int32)
     for labels, draws in (("sampled", 2), ("exact", 1), ("true", 1), ("forward", 1)):
@@ -498,7 +506,7 @@ def test_how_many_rows_there_will_be_is_known_from_the_capture():
         assert (layers.examples, layers.draws) == (6, rows)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("routine", ["cholesky", "eigh"])
 def test_low_rank_takes_an_eigendecomposition_and_full_rank_a_cholesky(routine, monkeypatch):
     called, real = [], getattr(linalg, routine)
@@ -509,7 +517,7 @@ def test_low_rank_takes_an_eigendecomposition_and_full_rank_a_cholesky(routine, 
     assert called == [routine]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", [{}, {"blocks": "joint"}, {"energy": 0.9}], ids=["layer", "joint", "energy"])
 def test_parameters_of_two_dtypes_have_directions_in_their_own(variant):

@@ -33,7 +33,7 @@ def mean_of(factors):
     return [np.asarray(total) / np.asarray(factors.weight) for total in factors.total]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("known", [True, False], ids=["layers", "no layers"])
 @pytest.mark.parametrize("gives", ["outs", "curvatures", "evidence"])

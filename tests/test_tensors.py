@@ -202,7 +202,7 @@ def plain():
     return run(params)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("statistics", ["curvature", "gradient"])
 def test_without_groups_and_stacks_the_layers_need_not_be_known(statistics):
@@ -285,7 +285,7 @@ def test_the_gradients_of_examples_are_those_of_every_copy_and_of_no_known_layer
             assert_equal(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_evidence_alone_does_not_say_what_layers_it_is_of():
     net = dense()
@@ -405,7 +405,7 @@ def is_ours(node):
 # Trees ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
 def test_the_parameters_may_be_one_array(shape):
     gradient = normal(*shape, dtype="float32")

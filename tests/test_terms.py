@@ -52,6 +52,7 @@ def problem():
         yield layers, step(p), flat, tree
 
 
+@pytest.mark.full
 def test_loss_and_gradient_are_weighted_sums_and_every_term_has_its_loss(problem):
     _, (out, _, _, _, elsewhere), flat, tree = problem
     half = jax.jit(jax.value_and_grad(lambda flat: jnp.sum(errors(flat, tree) ** 2) / 2))
@@ -63,6 +64,7 @@ def test_loss_and_gradient_are_weighted_sums_and_every_term_has_its_loss(problem
         assert_equal(out.losses[name], np.mean((np.asarray(jax.jit(f)(tree(flat), X[name])) - Y[name]) ** 2) / 2)
 
 
+@pytest.mark.full
 def test_tengrad_of_all_terms_is_the_damped_gauss_newton_direction_of_their_sum(problem):
     layers, (_, direction, along, _, _), flat, tree = problem
     assert layers.examples == 7 and set(layers) == {"a", "b", "c"} and not layers.rest
@@ -83,6 +85,7 @@ def test_tengrad_of_all_terms_is_the_damped_gauss_newton_direction_of_their_sum(
     assert_equal(np.concatenate([np.ravel(along[name]) for name in X]), jacobian @ np.asarray(direction))
 
 
+@pytest.mark.full
 def test_the_moments_of_kfac_are_those_of_all_rows(problem):
     layers, (_, _, _, evidence, _), *_ = problem
     found = factors_of(layers["a"], evidence["a"])

@@ -320,7 +320,7 @@ def test_a_side_that_is_too_wide_keeps_the_diagonal_of_its_factor(most):
     assert_differs(found, delta * kron(phi, psi))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_forward_evidence_gives_the_product_of_a_and_the_identity():
     net = mlp("tanh", "squared_error", examples=7)

@@ -119,6 +119,7 @@ def root_of(size, seed):
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3, 4), (2, 3, 4)], ids=["2 modes", "3 modes"])
 def test_c70_a_tensor_normal_covariance_is_found_exactly_and_solved_exactly_without_damping(dtype, sizes):
     root = kron([root_of(size, seed) for seed, size in enumerate(sizes)])
@@ -385,7 +386,7 @@ def every_factor(net, blocks, **settings):
             yield from zip(found[f"{name}/{role}"], expected, strict=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("labels", ["true", "exact"])
 def test_c78_gradients_of_examples_are_those_of_autodiff_whatever_shares_the_weights(labels):
@@ -397,7 +398,7 @@ def test_c78_gradients_of_examples_are_those_of_autodiff_whatever_shares_the_wei
             assert_differs(found, expected)  # that of the batch
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_modes_that_are_too_long_keep_the_diagonals_of_the_gradients_of_examples():
     net, blocks = sharing("exact")
@@ -408,7 +409,7 @@ def test_modes_that_are_too_long_keep_the_diagonals_of_the_gradients_of_examples
             assert_equal(values, expected if is_whole else np.diagonal(expected, axis1=-2, axis2=-1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("estimator", ["minibatch", "per_example"])
 def test_a_batch_in_which_no_example_has_weight_shows_nothing(estimator):
@@ -463,7 +464,7 @@ def test_statistics_of_the_gradient_are_its_own_square_and_ask_for_no_curvature(
             assert_differs(ours / 3, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_statistics_of_the_gradient_are_not_those_of_the_labels_that_the_model_would_give():
     net = enumerated().net

@@ -88,7 +88,7 @@ def test_c72_the_total_damping_of_one_scale_is_converted_by_the_size_of_the_batc
     each(assert_differs, found, trained("total", other, rate * w, damping * w, decay))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("scale", OWN)

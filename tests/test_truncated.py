@@ -63,6 +63,7 @@ def test_the_error_is_that_of_the_dropped_eigenvalues_from_their_mean_and_the_tr
     assert np.linalg.norm(dense(any_basis) - moment) > 2 * np.linalg.norm(tail)  # vectors count
 
 
+@pytest.mark.full
 def test_a_stack_is_done_as_each_of_its_matrices():
     moments = jnp.stack([matrix(2.0 ** -np.arange(6)), matrix(3.0 ** -np.arange(6), seed=1)])
     found = settled(moments, 2, stack=(2,))
@@ -77,6 +78,7 @@ def test_a_direction_that_the_first_batches_do_not_show_is_found():
     assert abs(found.values[-1] - 9.001) < 1e-6
 
 
+@pytest.mark.full
 def test_products_stand_in_for_the_moment_where_they_take_fewer_flops():
     rows, weights = normal(50, 20), jnp.arange(50.0)
     few, many = (second_moment(rows, weights, rank=rank) for rank in (2, 15))
@@ -86,7 +88,7 @@ def test_products_stand_in_for_the_moment_where_they_take_fewer_flops():
     assert_equal(dense(by_products), dense(by_matrix))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sides", ["both", "rows", "one whole", "none"])
 def test_coordinates_are_weighted_as_those_of_the_whole_basis_with_one_weight_for_the_rest(sides):
     u, v = rotation(6)[:, :2], rotation(5, 1)[:, :3]
@@ -111,7 +113,7 @@ def test_coordinates_are_weighted_as_those_of_the_whole_basis_with_one_weight_fo
     assert_equal(total[:, 0, 0], np.sum(np.asarray(x) ** 2, axis=(1, 2)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("positions", [1, 4])
 def test_second_moments_of_examples_in_the_basis_are_those_of_their_gradients(positions):
     a, g = normal(2, 7, positions, 6), normal(2, 3, 7, positions, 5, seed=1)
@@ -193,7 +195,7 @@ def steps(method, count, rank, shape=(5, 4), every=1):
     return jax.jit(lambda state: jax.lax.scan(step, state, length=count)[1][-1])(tx.init({"w": gradient}))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("method", TENSORS.values(), ids=TENSORS)
 def test_a_method_of_tensors_is_exact_with_all_vectors_but_one_and_differs_with_one(method):
     count = 1000 if method.keywords.get("coupled") else 100  # what is whitened comes to rest more slowly

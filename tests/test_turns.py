@@ -95,6 +95,7 @@ def test_the_values_are_those_of_a_schedule_for_each_layer(method):
     assert state.metrics.refreshes == 3 + 4
 
 
+@pytest.mark.full
 def test_a_state_that_was_put_away_goes_on_with_the_same_turns():
     settings = METHODS["kfac"][0]
     _, (whole, _) = rolled(settings)
@@ -129,6 +130,7 @@ def test_every_refresh_is_there_once_in_a_branch_of_its_own():
     assert alone == [2, 2, 2]  # both factors of each of three layers
 
 
+@pytest.mark.full
 def test_the_turns_are_balanced_by_the_cubes_of_the_sides():
     sizes = [(100, 10), (80, 80), (80, 70), (60, 60), (60, 60), (60, 5), (50, 50), (5, 5)]
     layers = [ng.Layer(str(index), "dense", shape, ()) for index, shape in enumerate(sizes)]
@@ -153,6 +155,7 @@ def test_periods_that_are_not_known_yet_are_refused():
         ng.scale_by_kfac(task("mlp").layers, damping=0.1, rolling=True, refresh_every=jnp.int32(10))
 
 
+@pytest.mark.full
 def test_bases_that_have_hardly_turned_are_kept_and_counted():
     same = {"statistics_every": 1, "refresh_every": 1, "early_refresh": False, "decay": 0.9}
     layers, (gradient, evidence) = task("mlp").layers, measured("mlp")

@@ -104,7 +104,7 @@ def test_layers_behind_which_examples_are_mixed_are_told_and_have_no_gradient_of
         np.testing.assert_allclose(found.sum(0), expected.sum(0), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("norm", "mixed"), [(nn.BatchNorm, ["c", "d"]), (nn.LayerNorm, [])])
 def test_a_layer_in_front_of_batch_normalisation_is_told_also_in_half_precision_and_among_many(norm, mixed):
     class Net(nn.Module):

@@ -58,6 +58,7 @@ def test_the_scale_moves_with_the_columns_that_a_step_puts_in_order():
     assert_differs(recomposed(kron(*found), np.ravel(scale)), recomposed(kron(u, v), np.ravel(scale)))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_step_keeps_the_sign_of_every_column():
     a, u = factor(6)
@@ -79,7 +80,7 @@ def test_a_side_without_a_basis_stays_so_and_keeps_its_order():
     assert_equal(same, scale)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_stacks_and_vmap_give_what_single_layers_give():
     (a, _), (g, _) = factor(5, stack=(4,)), factor(3, seed=1, stack=(4,))
@@ -109,7 +110,7 @@ def batches(stack=(2,)):
     return layer, first, second
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_methods
 @pytest.mark.parametrize("estimator", ["per_example", "minibatch"])
@@ -152,7 +153,7 @@ def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
     assert off_diagonal(cold) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_one_copy_without_a_scale_has_the_whole_stack_start_afresh():
     layer, first, second = batches()

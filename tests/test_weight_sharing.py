@@ -67,7 +67,7 @@ def test_c23_reduce_is_the_block_of_the_last_convolution_before_a_sum_and_not_of
     assert_differs(implied_blocks(EXPAND, net)["last"], net.blocks["last"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_positions_without_weight_are_not_pooled():
     model, x = Sequences(reduce=False), normal(4, 3, 5)
@@ -88,7 +88,7 @@ def test_positions_without_weight_are_not_pooled():
         assert_equal(diagonal.entries, np.diag(moment))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_weights_of_examples_enter_pooled_factors_as_often_as_they_say():
     model, x, y = Sequences(), 2 * normal(3, 4, 5), jnp.array([0, 1, 2])
@@ -114,7 +114,7 @@ class Pixels(nn.Module):
         return nn.Conv(2, (2, 2), name="last")(x).mean((1, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_ekfac_takes_its_basis_from_pooled_factors_and_its_scale_from_the_gradients_of_examples():
     net = net_of(Pixels(), 4, 3, 3, 2)

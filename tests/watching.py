@@ -187,17 +187,22 @@ def first_step(optimizer, model, likelihood, params, x, *, labels="exact"):
 
 def pairs(inputs, cotangents):
     """A layer without bias and its evidence from rows a [S, N, I] and g [S, N, O]."""
+    inputs, cotangents = np.asarray(inputs), np.asarray(cotangents)  # NumPy compiles nothing
     shape = inputs.shape[-1], cotangents.shape[-1]
     leaf = Leaf("kernel", "pairs/kernel", (*inputs.shape[:-2], *shape))
     layer = ng.Layer("pairs", "dense", shape, (leaf,), inputs.shape[:-2], str(inputs.dtype))
-    gradient = jnp.einsum("...ni,...no->...io", inputs, cotangents)[None]
-    count = jnp.asarray(inputs.shape[-2], inputs.dtype)
-    return layer, ng.Evidence((inputs,), (cotangents[None],), {"kernel": gradient}, None, count)
+    gradient = np.einsum("...ni,...no->...io", inputs, cotangents)[None]
+    count = np.asarray(inputs.shape[-2], inputs.dtype)
+    evidence = ng.Evidence((inputs,), (cotangents[None],), {"kernel": gradient}, None, count)
+    return layer, jax.tree.map(jnp.asarray, evidence)
 
 
 def random_layers(inputs, outputs, examples, copies=100, dtype="float64"):
     """Layers whose inputs and cotangents depend on each other, and the empirical Fisher block of each."""
-    normal = reference.normal
+
+    def normal(*shape, seed=0):
+        return np.random.default_rng(seed).normal(size=shape)
+
     a = normal(copies, examples, inputs) @ normal(copies, inputs, inputs, seed=1)
     g = a @ normal(copies, inputs, outputs, seed=2) + normal(copies, examples, outputs, seed=3)
     layer, evidence = pairs(a.astype(dtype), g.astype(dtype))

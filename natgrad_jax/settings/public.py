@@ -133,9 +133,12 @@ _EXAMPLE = """
     >>> variables = model.init(jax.random.key(0), x)
     >>> capture = ng.linen.capture(model, ng.losses.softmax_cross_entropy)
     >>> tx = ng.{call}
+    >>> @jax.jit
+    ... def step(params, state, key):
+    ...     out = capture.value_and_grad({{"params": params}}, x, y, key=key)
+    ...     return tx.update(out.grad, state, params, curvature=out.curvature)
     >>> state = tx.init(variables["params"])
-    >>> out = capture.value_and_grad(variables, x, y, key=jax.random.key(1))
-    >>> updates, state = tx.update(out.grad, state, variables["params"], curvature=out.curvature)
+    >>> updates, state = step(variables["params"], state, jax.random.key(1))
 """
 Told = Mapping[str, tuple[Any, Any, str]]
 

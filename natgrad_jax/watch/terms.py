@@ -59,8 +59,9 @@ def terms(captures: Mapping[str, Capture], weights: Mapping[str, Scalar] | None 
     >>> layers = loss.layers(params, x)
     >>> layers.examples
     9
-    >>> out = loss.value_and_grad(params, x, {"inside": jnp.ones((8, 1)), "edge": jnp.zeros((1, 1))})
-    >>> sorted(out.losses)
+    >>> y = {"inside": jnp.ones((8, 1)), "edge": jnp.zeros((1, 1))}
+    >>> losses = jax.jit(lambda params: loss.value_and_grad(params, x, y).losses)(params)
+    >>> sorted(losses)
     ['edge', 'inside']
 
     Args:
