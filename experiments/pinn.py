@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -152,12 +153,16 @@ def table(rows: Records) -> Table:
     )
 
 
+def picture(rows: Records) -> Figure:
+    """Errors against seconds and steps."""
+    return figures.curves(rows, "relative L2 error", seconds="processor seconds")
+
+
 def main(config: Config) -> None:
     """Run, print, draw."""
     rows = run(config)
     (config.output / "pinn.md").write_text(markdown(table(rows)) + "\n")
-    picture = figures.curves(rows, "relative L2 error", seconds="processor seconds")
-    figures.present([table(rows)], picture, config.output / "pinn.png")
+    figures.present([table(rows)], picture(rows), config.output / "pinn.png")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from rich import print as say
 from rich.table import Table
 from sklearn.datasets import load_diabetes
@@ -147,12 +148,16 @@ def table(rows: Records) -> Table:
     )
 
 
+def picture(rows: Records) -> Figure:
+    """Losses against seconds and steps."""
+    return figures.curves(rows, "loss on the whole table", seconds="processor seconds")
+
+
 def main(config: Config) -> None:
     """Run, print, draw."""
     rows = run(config)
     (config.output / "regression.md").write_text(figures.markdown(table(rows)) + "\n")
-    picture = figures.curves(rows, "loss on the whole table", seconds="processor seconds")
-    figures.present([table(rows)], picture, config.output / "regression.png")
+    figures.present([table(rows)], picture(rows), config.output / "regression.png")
 
 
 if __name__ == "__main__":

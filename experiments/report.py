@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 
-from experiments import crossover, fidelity, speed, train, tune
+from experiments import crossover, fidelity, pinn, regression, speed, text, train, tune
 from experiments.figures import markdown
 from experiments.methods import METHODS
 from experiments.problems import RECONSTRUCTED
@@ -93,7 +93,7 @@ def of_training(config: train.Config, found: train.Found) -> Section:
 
 
 def of_others(folder: Path) -> Iterator[Section]:
-    """Fidelity, speed, the crossover of TENGraD, and pictures of experiments whose records are not in the folder.
+    """Fidelity, speed, the crossover of TENGraD, short studies, and pictures of those without records in the folder.
 
     Args:
         folder: of the records.
@@ -113,11 +113,21 @@ def of_others(folder: Path) -> Iterator[Section]:
         shown = "TENGraD over K-FAC for one dense layer by its width and the batch"
         table = crossover.table(records)
         yield Section("When TENGraD is cheaper", [made("crossover")], records, [table], {"crossover.png": shown})
+    for name, (study, title, shown) in STUDIES.items():
+        if records := kept(folder / f"{name}.jsonl", {"trial": False}):
+            pictures = {drawn(study.picture(records), folder / f"{name}.png"): shown}
+            yield Section(title, [made(name)], records, [study.table(records)], pictures)
     for name, title in PICTURES.items():
         if (folder / f"{name}.png").exists():
             yield Section(title, [made(name)], [], [], {f"{name}.png": title})
 
 
+STUDIES: dict[str, tuple[Any, str, str]] = {
+    "pinn": (pinn, "Differential equations", "Relative L2 error against seconds of the processor and steps"),
+    "regression": (regression, "Least squares", "Loss on whole tables against seconds of the processor and steps"),
+    "text": (text, "A transformer on letters", "Loss of letters not trained on against seconds and steps"),
+}
+"""Short studies: {records: the experiment, its title, what its picture shows}."""
 PICTURES = {
     "race": "The race by steps that choose themselves: training loss above its floor",
     "control": "Which ways of choosing the step survive a small batch",

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -182,11 +183,15 @@ def table(rows: Records) -> Table:
     return figures.table(title, headings, lines)
 
 
+def picture(rows: Records) -> Figure:
+    """Losses against seconds and steps."""
+    return figures.curves(rows, "loss of letters not trained on, nats", across="linear", up="linear")
+
+
 def main(config: Config) -> None:
     """Train, print the table, write the picture."""
     rows = run(config)
-    picture = figures.curves(rows, "loss of letters not trained on, nats", across="linear", up="linear")
-    figures.present([table(rows)], picture, config.output / "text.png", 120)
+    figures.present([table(rows)], picture(rows), config.output / "text.png", 120)
 
 
 if __name__ == "__main__":
