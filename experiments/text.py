@@ -60,7 +60,7 @@ def soap(rate: Any, damping: Any, layers: Any) -> Any:
 
 METHODS = {
     "Adam": Method(lambda rate, damping, layers: optax.adam(rate), tuned((3e-3,), (5e-4, 2e-2)), None),
-    "SOAP": Method(soap, tuned((3e-3, 1e-16), (5e-4, 2e-2)), None),
+    "SOAP": Method(soap, tuned((3e-3, 1e-16), (5e-4, 2e-2))),
     "K-FAC": ours(ng.kfac),
     "EKFAC": ours(ng.ekfac),
     "TNT": ours(ng.tnt),
