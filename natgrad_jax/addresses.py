@@ -64,6 +64,43 @@ def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_address(path), leaf), tree)
 
 
+def unboxed(tree: Tree) -> Tree:
+    """A tree with arrays in the place of Variables of NNX, such as those in which `nnx.Optimizer` keeps a state.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        The same tree of arrays.
+    """
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if _is_box(node) else node, tree, is_leaf=_is_box)
+
+
+def boxed(tree: Tree, like: Tree) -> Tree:
+    """A tree of arrays, those in Variables that are in some in another tree.
+
+    Args:
+        tree: of arrays.
+        like: a tree with Variables, or with none.
+
+    Returns:
+        The tree. Where the other has Variables alone, an array that is not in it is in a Variable, too.
+    """
+    found = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_box)[0]
+    boxes = {path: jax.tree.structure(node) if _is_box(node) else None for path, node in found}
+    other = None if any(box is None for box in boxes.values()) else next(iter(boxes.values()), None)
+
+    def within(path, leaf):
+        box = boxes.get(path, other)
+        return leaf if box is None else jax.tree.unflatten(box, [leaf])
+
+    return jax.tree_util.tree_map_with_path(within, tree)
+
+
+def _is_box(node: Any) -> bool:
+    return hasattr(node, "get_metadata")  # `value` is there as well, with a warning
+
+
 def parted(tree: Tree, sort: Callable[[Any], str]) -> tuple[dict[str, list[Any]], Callable[[Mapping[str, Any]], Tree]]:
     """Leaves of a tree by their sort, and the way back.
 

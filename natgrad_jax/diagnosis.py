@@ -106,7 +106,7 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
     checks.layers(layers, optional=True)
     kinds = (NaturalGradientState, *_CONTROLLED)
     found: list[Any] = []
-    _collect(jax.device_get(state), kinds, found)
+    _collect(jax.device_get(addresses.unboxed(state)), kinds, found)
     ours = [each for each in found if isinstance(each, NaturalGradientState)]
     if not ours:
         raise ValueError(

@@ -113,8 +113,7 @@ def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     optimizer = kept(model, tx, wrt=nnx.Param)
     if warm:
         out = capture.value_and_grad(model, X, Y, key=jax.random.key(9))
-        params = nnx.pure(nnx.state(model, nnx.Param))
-        nnx.update(optimizer.opt_state, nnx.state(ng.warm_start(tx, tx.init(params), [out.curvature], params)))
+        optimizer.opt_state = ng.warm_start(tx, optimizer.opt_state, [out], nnx.state(model, nnx.Param))
 
     def step(model, optimizer, key):
         traces.append(1)
@@ -129,6 +128,50 @@ def test_an_option_of_control_trains_as_in_linen_in_one_trace(what):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), found, expected)
     assert len(traces) == 1
     assert all(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, first)), strict=True))
+
+
+def of_arrays(state):
+    """A state as Optax has it."""
+    return jax.tree.map(lambda leaf: leaf[...], state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@pytest.mark.slow
+def test_the_state_that_an_optimizer_of_nnx_keeps_is_read_observed_refreshed_and_kept_again():
+    model = Net(nnx.Rngs(0))
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy)
+    layers = capture.layers(model, X)
+    tx = ng.averaged(ng.scale_by_kfac(layers, damping=0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        out = capture.value_and_grad(model, X, Y, key=key)
+        optimizer.update(model, out.grad, curvature=out.curvature)
+        return out.grad, out.curvature()
+
+    gradient, evidence = step(model, optimizer, jax.random.key(0))
+    kept, bare = optimizer.opt_state, of_arrays(optimizer.opt_state)
+    assert dict(ng.diagnose(kept, layers)) == dict(ng.diagnose(bare, layers))
+    average = ng.averaged_params(kept)
+    jax.tree.map(np.testing.assert_array_equal, average, of_arrays(ng.averaged_params(bare)))
+    nnx.update(model, average)
+    np.testing.assert_array_equal(model.a.kernel[...], jax.tree.leaves(average["a"]["kernel"])[0])
+
+    def asked(state):
+        moved = ng.observe(tx, state, evidence, gradient)
+        return {"observed": moved, "refreshed": ng.refresh(tx, ng.without_operators(moved), None, gradient)}
+
+    found, expected = asked(kept), asked(bare)
+    for name in expected:
+        assert jax.tree.structure(found[name]) == jax.tree.structure(kept)
+        jax.tree.map(np.testing.assert_array_equal, of_arrays(found[name]), expected[name])
+    weights = [of_arrays(each).direction.statistics["a"].inputs.weight for each in (kept, found["observed"])]
+    assert weights[1] > weights[0]
+    mixed = tx.init(nnx.state(model, nnx.Param))  # the average of the parameters in Variables, the rest not
+    assert jax.tree.structure(ng.observe(tx, mixed, evidence, gradient)) == jax.tree.structure(mixed)
+    optimizer.opt_state = found["refreshed"]
+    step(model, optimizer, jax.random.key(1))
+    assert int(optax.tree.get(of_arrays(optimizer.opt_state), "metrics").statistics) == 2
 
 
 @pytest.mark.full

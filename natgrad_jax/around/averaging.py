@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import checks
+from natgrad_jax import addresses, checks
 from natgrad_jax.base import Array, Scalar
 from natgrad_jax.lift.requests import answered
 
@@ -104,7 +104,7 @@ def averaged_params(state: Any) -> Any:
         raise ValueError(
             f"The state has {len(found)} averages of parameters; expected one. It is kept by `ng.averaged(tx)`."
         )
-    return found[0].average
+    return addresses.unboxed(found[0].average)
 
 
 def _wide(leaf: Array) -> Array:

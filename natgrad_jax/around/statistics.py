@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax import checks
+from natgrad_jax import addresses, checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Layers, Scalar
 from natgrad_jax.lift.evidence import Known, is_evidence
@@ -30,7 +30,7 @@ def observe(
 
     Args:
         tx: a lifted method, or a transformation with one in it.
-        state: its state.
+        state: its state; the `opt_state` of an `nnx.Optimizer` comes back in Variables, as it is kept there.
         evidence: of a batch: what `capture.value_and_grad` returned; its `out.curvature`; {name: Evidence}, which a
             jitted function can return; or a gradient, for methods whose statistics are of it.
         params: the parameters; needed if `evidence` brings no gradient and `tx` has parts beside the method that need
@@ -136,6 +136,7 @@ def _ask(
     """The state after a request, with whatever form of evidence goes with it."""
     checks.transformation("tx", tx)
     _check(state)
+    given, state = state, addresses.unboxed(state)
     curvature, gradient = getattr(evidence, "curvature", evidence), getattr(evidence, "grad", None)
     layers, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature
     known = None if layers is None else (layers, getattr(curvature, "labels", "true"))
@@ -143,7 +144,9 @@ def _ask(
         gradient, found, known = evidence, None, None
     like = gradient if gradient is not None else {} if params is None else params
     try:
-        return _asked(state, jax.tree.map(jnp.zeros_like, like), params, gradient, found, request, tx=tx, known=known)
+        zeros = jax.tree.map(jnp.zeros_like, like)
+        new = _asked(state, zeros, params, gradient, found, request, tx=tx, known=known)
+        return addresses.boxed(new, given)
     except (TypeError, ValueError) as error:
         if not jax.tree.leaves(like):
             error.add_note("A part of this transformation may need the structure of the parameters: pass `params`.")
