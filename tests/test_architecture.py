@@ -49,6 +49,7 @@ ROOMS = (
     "program/liveness",
     "program/scenes",
     "program/entrywise",
+    "program/scans",
     "program/shards",
     "program/follow",
     "program/replay",

@@ -119,6 +119,11 @@ def in_windows(m, x):
     return m.b(jnp.einsum("wts,wsd->wtd", scores, x)).reshape(whole).sum(1)
 
 
+def rematerialised(part, x):
+    return nnx.remat(called)(part, x)
+
+
+again = nnx.scan(lambda x, m: rematerialised(m, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
 INNER = nnx.jit(called)
 STATE = nnx.StateAxes({nnx.Param: None, ...: nnx.Carry})
 CASES = {
@@ -140,6 +145,24 @@ CASES = {
         lambda m, x: nnx.scan(called, in_axes=(STATE, nnx.Carry), out_axes=nnx.Carry, length=3)(m.a, x),
         "a/linear",
         a=Counted,
+    ),
+    "remat broadcast into a scan": lambda: case(
+        lambda m, x: nnx.scan(rematerialised, in_axes=(None, nnx.Carry), out_axes=nnx.Carry, length=3)(m.a, x),
+        "a/linear",
+        a=Block,
+    ),
+    "remat carried through a scan": lambda: case(
+        lambda m, x: nnx.scan(lambda c: (c[0], rematerialised(*c)), in_axes=nnx.Carry, out_axes=nnx.Carry, length=3)((
+            m.a,
+            x,
+        ))[1],
+        "a/linear",
+        a=Block,
+    ),
+    "remat of a stack, scanned twice": lambda: case(
+        lambda m, x: again(again(x, m.blocks), m.blocks),
+        "blocks/linear",
+        blocks=stack,
     ),
     "stacked, scanned": lambda: case(
         lambda m, x: nnx.scan(lambda x, m: m(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, m.blocks),

@@ -45,6 +45,31 @@ def _in_and_out_of_a_scan(p, x):
     return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), h, None, length=3)[0]
 
 
+def _returned(change, again):
+    """A stack of layers whose scan returns their parameters, out of a `checkpoint`, for a second scan if `again`."""
+
+    def apply(p, x):
+        def first(h, w):
+            h, w = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), change(w)))(h, w)
+            return h, (w, p["c"])
+
+        h, (w, _) = jax.lax.scan(first, x @ p["c"], p["w"])
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w.T), None), h, w)[0] if again else h
+
+    return apply
+
+
+def _chosen(left, right):
+    """A parameter that the branches of a `cond` use and return, for a product behind it."""
+
+    def apply(p, x):
+        branches = [lambda w, x, change=change: (change(w), jnp.tanh(x @ w)) for change in (left, right)]
+        w, h = jax.lax.cond(x.sum() < 1e9, *branches, p["w"], x)
+        return h @ w
+
+    return apply
+
+
 def _lstm(cell):
     return net(lambda x: nn.RNN(cell(3, param_dtype="float64", name="cell"))(x).sum(1))
 
@@ -129,6 +154,26 @@ CASES = {
         lambda p, x: jax.lax.map(lambda x: jnp.tanh(x @ p["w"] + p["b"]), x), WB, (N, 4), "w"
     ),
     "in and out of a scan": lambda: case(_in_and_out_of_a_scan, {"w": (3, 3)}, (N, 3), "w"),
+    "returned from a scan, for nothing": lambda: case(
+        _returned(jnp.sin, again=False), {"w": (2, 3, 3), "c": (3, 3)}, (N, 3), "w c"
+    ),
+    "returned from a scan, for another": lambda: case(
+        _returned(jnp.transpose, again=True), {"w": (2, 3, 3), "c": (3, 3)}, (N, 3), "w c"
+    ),
+    "changed in a scan, for another": lambda: case(
+        _returned(jnp.sin, again=True), {"w": (2, 3, 3), "c": (3, 3)}, (N, 3), "c", w="goes through `sin`"
+    ),
+    "the same from a scan for all turns": lambda: case(
+        lambda p, x: x @ jax.lax.map(lambda _: p["w"], jnp.arange(2)).sum(0),
+        {"w": (3, 3)},
+        (N, 3),
+        "",
+        w="returned from a scan",
+    ),
+    "the same from all branches": lambda: case(_chosen(jnp.transpose, jnp.transpose), {"w": (3, 3)}, (N, 3), "w"),
+    "another from each branch": lambda: case(
+        _chosen(jnp.transpose, lambda w: w), {"w": (3, 3)}, (N, 3), "", w="returned from a branch"
+    ),
     "cond": lambda: case(
         lambda p, x: jax.lax.cond(x.sum() < 1e9, lambda: x @ p["w"] + p["b"], lambda: jnp.tanh(x @ p["v"])),
         WB | {"v": (4, 3)},

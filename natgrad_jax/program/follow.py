@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.algebra.arranged import addresses, source
-from natgrad_jax.program import entrywise, facts, shards
+from natgrad_jax.program import entrywise, facts, scans, shards
 from natgrad_jax.program.axes import SIDES, columns_of, options_of
 from natgrad_jax.program.facts import Fact, Parameter, Result
 from natgrad_jax.program.liveness import INLINE, REMAT, SHARDS, body_of, live_inputs, live_outputs
-from natgrad_jax.program.products import Found, Level, Origin, Path, Product
+from natgrad_jax.program.products import Found, Origin, Path, Product
 from natgrad_jax.program.scenes import Scene, Turns
 
 _WORDS = {
@@ -237,24 +237,20 @@ class _Follower:
 
     def scan(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
         """Follow a scan: its turns share a constant; of a scanned input each has an entry."""
-        options, inputs = equation.params, [scene.fact(v) for v in equation.invars]
-        consts, carries, length = options["num_consts"], options["num_carry"], options["length"]
-        self.note(inputs[consts : consts + carries], "carried through a scan")
-        inside: list[Fact | None] = []
-        for place, fact in enumerate(inputs):
-            if not isinstance(fact, Parameter) or consts <= place < consts + carries:
-                inside.append(None)
-            elif fact.axes is not None or fact.made:
-                self.note([fact], entrywise.why_not(fact) or "repeated along an axis before a scan")
-                inside.append(None)
-            else:
-                inside.append(fact._replace(levels=(*fact.levels, Level(length, place >= consts))))
-        turns = (*scene.turns, Turns(length, twin.params["length"] if twin is not None else length))
+        options, inside = equation.params, scans.entered(equation, [scene.fact(v) for v in equation.invars])
+        for fact, why in inside.refused:
+            self.note([fact], why)
+        turns = Turns(options["length"], (equation if twin is None else twin).params["length"])
         other = twin.params["jaxpr"].jaxpr if twin is not None else None
         wanted = live_outputs(equation, [v in scene.needed for v in equation.outvars])
-        orders = [scene.order(v) for v in equation.invars]
-        ends, after = self.walk(options["jaxpr"].jaxpr, other, inside, orders, wanted, path, turns)
-        self.note(ends, "returned from a scan")
+        orders, body = [scene.order(v) for v in equation.invars], options["jaxpr"].jaxpr
+        ends, after = self.walk(body, other, inside.facts, orders, wanted, path, (*scene.turns, turns))
+        for number, (v, fact, want) in enumerate(zip(equation.outvars, ends, wanted, strict=True)):
+            whole = inside.kept[number] if number < options["num_carry"] else scans.stacked(fact)
+            if whole is not None:
+                scene.facts[v] = whole
+            elif want:
+                self.note([fact], "returned from a scan")
         scene.orders |= {v: order for v, order in zip(equation.outvars, after, strict=True) if order is not None}
 
     def branches(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
@@ -267,15 +263,19 @@ class _Follower:
         orders = [scene.order(v) for v in equation.invars[1:]]
         wanted = [v in scene.needed for v in equation.outvars]
         self.note(inputs[:1], "chooses a branch")
-        after = []
+        walked = []
         for number, branch in enumerate(equation.params["branches"]):
             other = twin.params["branches"][number].jaxpr if twin is not None else None
-            ends, found = self.walk(branch.jaxpr, other, inside, orders, wanted, (*path, number), scene.turns)
-            self.note(ends, "returned from a branch")
-            after.append(found)
-        for v, *found in zip(equation.outvars, *after, strict=True):
-            if len(set(found)) == 1 and found[0] is not None:
-                scene.orders[v] = found[0]
+            at = (*path, number)
+            walked.append(self.walk(branch.jaxpr, other, inside, orders, wanted, at, scene.turns))
+        ends, after = (zip(*each, strict=True) for each in zip(*walked, strict=True))
+        for v, want, facts_of_all, orders_of_all in zip(equation.outvars, wanted, ends, after, strict=True):
+            if isinstance(facts_of_all[0], Parameter) and len(set(facts_of_all)) == 1:
+                scene.facts[v] = facts_of_all[0]
+            elif want:
+                self.note(facts_of_all, "returned from a branch")
+            if len(set(orders_of_all)) == 1 and orders_of_all[0] is not None:
+                scene.orders[v] = orders_of_all[0]
 
     def devices(self, scene: Scene, path: Path, equation: Any, twin: Any) -> None:
         """Follow the body of a `shard_map`: a device has a part of the examples, and whole parameters."""

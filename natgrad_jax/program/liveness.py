@@ -60,6 +60,18 @@ def live_outputs(equation: Any, wanted: Sequence[bool]) -> list[bool]:
         wanted[:carries] = carried
 
 
+def passed_on(program: Jaxpr) -> list[int | None]:
+    """Of each output, the place of the input that it is, out of a `jit` or `checkpoint` as well; None of others."""
+    places = {v: place for place, v in enumerate(program.invars)}
+    for equation in program.eqns:
+        if equation.primitive.name in (*INLINE, *REMAT):
+            for v, place in zip(equation.outvars, passed_on(body_of(equation)), strict=True):
+                given = None if place is None else equation.invars[place]
+                if given is not None and not isinstance(given, Literal) and given in places:
+                    places[v] = places[given]
+    return [None if isinstance(v, Literal) else places.get(v) for v in program.outvars]
+
+
 def _needed_inputs(equation: Any, wanted: Sequence[bool]) -> list[bool]:
     """Of each input of an equation, whether its wanted outputs depend on it."""
     name = equation.primitive.name
