@@ -122,7 +122,7 @@ def test_the_first_refresh_is_by_eigendecompositions(block, estimator):
     jax.tree.map(assert_equal, found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_methods
 def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):
