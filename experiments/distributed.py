@@ -47,7 +47,8 @@ class Config:
         processes: how many.
         steps: of training.
         batch: images in a batch, of all processes.
-        units: of the two hidden layers.
+        units: of each hidden layer.
+        hidden: how many layers of these.
         every: steps between checkpoints.
         killed: the step after whose loss the last process dies.
         patience: seconds until a process that hears nothing of another gives up, at least 10.
@@ -58,6 +59,7 @@ class Config:
     steps: int = 40
     batch: int = 120
     units: int = 32
+    hidden: int = 2
     every: int = 10
     killed: int = 25
     patience: int = 10
@@ -153,7 +155,7 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
     Yields:
         Steps done before, and the loss of the batch.
     """
-    model, data = Perceptron((config.units, config.units), 10), digits().train
+    model, data = Perceptron((config.units,) * config.hidden, 10), digits().train
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))

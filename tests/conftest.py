@@ -34,8 +34,8 @@ import pytest
 
 from natgrad_jax.watch.verify import UNKNOWN
 
-MAPS = 4_000
-"""With more memory maps, which stand for some 2 GB, a process forgets what it compiled; a file adds about 1,000."""
+MAPS = 6_000
+"""With more memory maps, which stand for some 2.5 GB, a process forgets what it compiled; a file adds about 1,000."""
 
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that stay: to look through them was a tenth of the time

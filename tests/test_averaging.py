@@ -30,6 +30,7 @@ def walked(tx, steps=30):
     return path, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
 def test_it_is_the_mean_of_the_first_steps_and_forgets_by_the_decay_from_then_on(decay):
     path, state = walked(ng.averaged(optax.adam(0.1), decay))

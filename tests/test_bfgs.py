@@ -116,6 +116,7 @@ def meets(s, y, bent, hy):
     return fired.sum()
 
 
+@pytest.mark.slow
 def test_c86_powells_damping_leaves_m_times_y_h_y_and_good_pairs_alone(dtype):
     s, y, _, hy = pairs_and_inverses(dtype)
     assert 100 < meets(s, y, bfgs.powell(s, y, hy, LEAST), hy) < 500
@@ -129,6 +130,7 @@ def test_c86_the_other_sign_of_h_y_does_not(dtype):
         meets(s, y, phi * s - (1 - phi) * hy, hy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [SECOND, 1.0, 3**0.5])
 def test_c86_the_second_damping_leaves_m_times_the_length_of_s(dtype, least):
     s, y, _, _ = pairs_and_inverses(dtype)
@@ -221,6 +223,7 @@ def test_c88_the_compact_form_is_the_recursion_over_the_last_pairs(dtype, count)
         assert count == 1 or error(memory(rows, forwards), memory(rows, pairs)) > 0.01  # their order matters
 
 
+@pytest.mark.slow
 def test_c88_as_many_conjugate_pairs_as_dimensions_are_the_inverse(dtype):
     exact = positive(6)
     s, y = (jnp.asarray(values, dtype) for values in conjugate(exact))

@@ -83,6 +83,7 @@ def test_c8_the_hessian_of_a_gaussian_is_one_over_its_variance():
     assert_equal(root @ root.T, 5 * np.eye(4))
 
 
+@pytest.mark.slow
 @every_loss
 def test_the_value_of_a_likelihood_is_the_mean_over_examples_of_the_sum_over_outputs(loss):
     z, y = normal(5, 2, 4, seed=3), reference.targets(loss, (5, 2, 4))
@@ -138,6 +139,7 @@ def test_exact_evidence_is_the_dense_block_of_convolutions_and_their_groups():
     assert_differs(found[0], found[1])
 
 
+@pytest.mark.full
 def test_the_signs_of_exact_columns_leave_the_curvature_and_decorrelate_the_examples():
     net = mlp("tanh", "softmax_cross_entropy")
     layers, other = evidence_of(net.model, ng.losses.softmax_cross_entropy, net.params, net.x, net.y, seed=1)

@@ -111,6 +111,7 @@ def test_the_layer_knows_beforehand_how_many_positions_its_rows_have(option):
     assert one.layer.positions == one.rows.shape[-2] == one.columns.shape[-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["dense", "conv", "groups"])
 def test_c2_holds_in_float32(option):
     one = seen(option, "float32")

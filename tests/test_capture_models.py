@@ -153,6 +153,7 @@ def observed(model, params, x, labels="true"):
     return evidence_of(model, ng.losses.squared_error, params, x, y, labels=labels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("lift", LIFTS)
 def test_c3_evidence_is_the_same_through(lift):

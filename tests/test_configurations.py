@@ -275,6 +275,7 @@ class TwoDtypes(nn.Module):
         return nn.Dense(3, param_dtype=jnp.float32)(x) * scale
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method", [each if each == "tengrad" else pytest.param(each, marks=pytest.mark.full) for each in ALL_NAMES]
 )

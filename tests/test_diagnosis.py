@@ -43,6 +43,7 @@ def test_every_state_has_a_table_and_the_same_as_numbers(method):
     assert found["count"] == 3 and "damping" in table
 
 
+@pytest.mark.full
 def test_eigenvalues_are_those_of_the_kronecker_product():
     _, _, state = after(ng.scale_by_kfac(task("mlp").layers, damping=0.03, statistics_every=1))
     found = ng.diagnose(state, task("mlp").layers)

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.slow
 def test_c13_two_processes_train_like_one(tmp_path):
-    config = Config(steps=3, every=3, batch=40, units=8)
+    config = Config(steps=3, every=3, batch=40, hidden=0)
     alone = dict(train(config, tmp_path / "state.npz"))
     both = run(config, tmp_path / "both", 2)
     assert both.codes == [0, 0], both.said

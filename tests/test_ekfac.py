@@ -249,6 +249,7 @@ def test_c41_after_a_refresh_the_scale_is_the_diagonal_in_the_new_basis_of_the_b
         assert_differs(kept, diagonal_in(q, blocks[step]["layer_b"]))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_between_refreshes_the_scale_is_the_moving_average_in_the_old_basis(history):
     states, blocks = history

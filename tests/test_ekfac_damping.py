@@ -118,6 +118,7 @@ def test_tekfac_is_tkfac_with_the_same_split_where_the_scale_is_a_product(split)
 # Both ends ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_splits
 @with_methods
@@ -134,6 +135,7 @@ def test_c54_large_damping_gives_the_gradient_over_the_damping(method, split):
     assert distance(1e-2) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_splits
 @pytest.mark.parametrize("damping", [1e-30, 0.25])
@@ -143,7 +145,7 @@ def test_a_scale_of_zero_gives_the_gradient_over_the_damping(split, damping):
     assert_equal(found, np.eye(15) / damping)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_splits
 @pytest.mark.parametrize("examples", [1, 40])

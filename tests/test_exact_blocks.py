@@ -60,6 +60,7 @@ def test_c19_and_c20_the_block_of_one_example_also_if_it_is_repeated(method: Met
         assert_equal(found[name], net.blocks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @with_methods
 @with_losses

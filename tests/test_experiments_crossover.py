@@ -14,7 +14,7 @@ def config(tmp_path):
     return crossover.Config(output=tmp_path, widths=(4, 8), batches=(3,), rounds=1, block=0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_cell_is_measured_and_shown(config):
     records = crossover.run(config)
     assert [(record["width"], record["batch"]) for record in records] == [(4, 3), (8, 3)]

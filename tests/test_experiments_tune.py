@@ -81,7 +81,7 @@ def test_the_table_has_dashes_where_every_trial_or_half_of_them_diverged():
     assert rows == [("TNT", "-", "-", "-", "2", "2"), ("Adam", "0.2, 1", "2", "-", "2", "3")]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trials_are_kept_and_not_repeated_and_their_best_is_starred_at_an_edge(tmp_path, monkeypatch):
     config = tune.Config(output=tmp_path, only=("Adam", "SGD-m"), smoke=True, budget=2, epochs=1, batch=300)
     records = tune.run(config)

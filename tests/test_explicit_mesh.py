@@ -83,7 +83,7 @@ print(json.dumps(found))
 OTHERS = tuple(name for name in ALL_NAMES if name not in FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("names", "devices"),
     [

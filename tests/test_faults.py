@@ -155,6 +155,7 @@ def test_a_batch_of_one(method):
     assert all_finite((params, state)) and loss < first
 
 
+@pytest.mark.full
 def test_without_a_guard_a_batch_that_is_not_finite_is_lost_as_with_any_optimizer():
     tx = optimizer("kfac pi")
     x, y, key = batch_of(PROBLEM, 0)

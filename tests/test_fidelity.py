@@ -48,13 +48,14 @@ def implied_blocks(method):
     return watching.implied_blocks(Walk(METHODS[method].method), net())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_of_a_method_is_that_of_the_matrix_it_stands_for(method, layer):
     assert_equal(found(layer)[method], reference.error(implied_blocks(method)[layer], net().blocks[layer]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_best_product_is_the_largest_singular_pair_of_the_arranged_block(layer):
     assert_equal(found(layer)[BEST], reference.best_kronecker_error(net().blocks[layer], net().layers[layer].shape))

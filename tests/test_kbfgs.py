@@ -381,7 +381,7 @@ def test_a_dead_layer_learns_nothing_and_no_damping_divides_by_zero():
         assert state.metrics.skipped_outputs >= 10 and state.metrics.rejected_statistics == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_to_where_nothing_is_finite_is_forgotten_and_counted():
     problem = table.task("mlp true labels")
     far = lambda count: jnp.where(count == 2, jnp.inf, 0.02)  # noqa: E731

@@ -59,6 +59,7 @@ def test_c49_pi_damping_is_the_even_damping_of_factors_of_unit_mean_diagonal(dty
     assert_differs(operator(KFAC["even"], layer, evidence, 0.3), inverse(normalised))
 
 
+@pytest.mark.slow
 def test_c50_pi_makes_the_traces_of_the_cross_terms_equal(dtype):
     a, g = factors_of(*correlated(dtype=dtype))
 
@@ -71,6 +72,7 @@ def test_c50_pi_makes_the_traces_of_the_cross_terms_equal(dtype):
     assert_differs(*cross_terms("even"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["pi", "even"])
 def test_c52_damping_split_over_the_factors_exceeds_exact_damping(dtype, split):
     layer, evidence = correlated(dtype=dtype)

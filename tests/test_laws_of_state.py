@@ -275,10 +275,10 @@ def test_a_count_that_starts_late_fails_the_law_of_the_calendar():
 # --- warm start -------------------------------------------------------------------------------------------------------
 
 
-def starts_with_the_mean(warm_start, tx):
+def starts_with_the_mean(warm_start, tx, where="mlp"):
     """After a pass, the statistics are the mean of what the batches say one by one, and nothing else has moved."""
-    params = task("mlp").params
-    stream = [measured("mlp", t)[1] for t in range(3)]
+    params = task(where).params
+    stream = [measured(where, t)[1] for t in range(3)]
     state = warm_start(tx, tx.init(params), stream, params)
     singles = [warm_start(tx, tx.init(params), [evidence], params).statistics for evidence in stream]
     chex.assert_trees_all_close(state.statistics, jax.tree.map(lambda *x: sum(x) / 3, *singles), rtol=1e-5, atol=1e-7)
@@ -300,7 +300,7 @@ def test_a_moving_average_instead_of_the_running_mean_fails_the_law_of_the_warm_
             state = update(state._replace(count=jnp.int32(1)), evidence)
         return state._replace(count=jnp.int32(0))
 
-    fails(starts_with_the_mean, moving, direction(ANY, statistics_every=1, refresh_every=100))
+    fails(starts_with_the_mean, moving, direction(ANY, "dense", statistics_every=1, refresh_every=100), "dense")
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_ten_steps_trace_once(method):
     laws.traces_once(direction(method, "convnet"), "convnet")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @everywhere
 @every_method
 def test_types_buffers_and_the_contract_of_optax_are_kept(method, where):
@@ -89,13 +89,13 @@ def survives_a_poisoned_gradient(tx):
     assert jnp.all(laws.blockwise(task("mlp"), gradient, updates) > 0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @every_method
 def test_a_gradient_that_is_not_finite_leaves_the_previous_factors_and_is_counted(method):
     survives_a_poisoned_gradient(direction(method))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_method_without_a_guard_does_not_survive():
     def update(inner, updates, state, params, **extra):
         found, state = inner(updates, state, params, **extra)

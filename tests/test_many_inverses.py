@@ -82,6 +82,7 @@ def good_and_bad():
     return given, is_bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", ["nothing", "vmap", "cond"])
 def test_sweeps_give_nan_exactly_where_a_matrix_is_not_positive_definite(dtype, around):
     given, is_bad = good_and_bad()

@@ -205,6 +205,7 @@ def test_a_class_without_probability_beside_one_hot_targets_is_as_if_it_were_not
     assert_equal(loss.root_transpose(masked, vector)[:, :4], loss.root_transpose(logits, vector[:, :4]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "logit", "target"),
     [

@@ -357,7 +357,7 @@ def test_c84_vectors_follow_the_rule_of_the_authors_whatever_stands_in_front(dty
     assert_equal(found[-1, 5:], -0.1 * direction(kernel, [np.arange(2)[None]], incoming=heavy_ball(kernel)[-1]))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_c84_the_rule_is_for_parameters_without_a_block_and_leaves_the_others_alone():
     _, gradients, _, _, lone = net_case()

@@ -83,6 +83,7 @@ def test_c37_they_are_the_partial_traces_of_the_block_also_with_weights(weights)
         assert_differs(partial_traces(layer, evidence, sharing=sharing)[0], expected[0])
 
 
+@pytest.mark.full
 def test_pooled_ones_are_those_of_the_product_of_a_sum_and_a_mean():
     layer, evidence, _ = pixels()
     a, g = (np.asarray(x) for x in rows_of(layer, evidence))

@@ -77,6 +77,7 @@ def watched(labels="sampled"):
     return capture, capture.layers(fresh(), X)
 
 
+@pytest.mark.full
 def test_the_layers_are_printed_as_those_of_linen_are():
     _, layers = watched()
     assert list(layers) == ["conv", "shared", "heads/0"] and layers["shared"].positions == 2
@@ -109,6 +110,7 @@ def test_evidence_gradient_and_batch_statistics_are_those_of_the_linen_twin():
     )
 
 
+@pytest.mark.full
 def test_gradient_and_state_are_those_of_a_plain_call_and_the_state_moves_once():
     watchful, plain = fresh(), fresh()
     capture, _ = watched()

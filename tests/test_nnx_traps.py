@@ -378,6 +378,7 @@ def test_each_piece_of_a_batch_draws_from_streams_outside_anew(way):
     assert jnp.any(out.outputs[: N // 2] != out.outputs[N // 2 :])
 
 
+@pytest.mark.full
 def test_a_tuple_of_model_and_streams_trains_by_the_optimizer_of_nnx():
     both = net(noisy, a=linear), nnx.Rngs(1)
     capture = ng.nnx.capture(both, ng.losses.squared_error, call=lambda both, x: both[0](x, both[1]), labels="true")

@@ -111,7 +111,7 @@ def test_a_chain_with_clipping_passes_the_curvature_on():
     np.testing.assert_allclose(optax.tree.norm(updates), 1e-3, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_hyperparameters_can_be_injected_and_changed_between_steps():
     gradient, evidence = measured("mlp")
     tx = optax.inject_hyperparams(ng.kfac)(0.02, task("mlp").layers, **table.SETTINGS, momentum=None, kl_clip=None)

@@ -60,6 +60,7 @@ def test_loss_gradient_and_products_are_those_of_the_sum_over_the_positions(name
     assert_close(jnp.vdot(u, v), jnp.vdot(*of_sum) / T)
 
 
+@pytest.mark.slow
 @every_likelihood
 def test_the_mean_is_that_of_the_terms(name):
     likelihood, outputs = getattr(ng.losses, name), model(PARAMS, X)

@@ -7,9 +7,9 @@ import pytest
 from jax.experimental import jet
 from jax.flatten_util import ravel_pytree
 from reference import assert_differs, assert_equal, normal
+from watching import factors
 
 import natgrad_jax as ng
-from natgrad_jax.layers.rows import input_moment, output_moment
 
 pytestmark = pytest.mark.usefixtures("x64")
 DAMPING = 1e-2
@@ -123,6 +123,7 @@ def test_tengrad_of_a_residual_is_the_damped_gauss_newton_direction(residual):
     assert_equal(tengrad(residual, params(), x, y, "examples"), gauss_newton(residual, params(), x, y), 1e-8)
 
 
+@pytest.mark.full
 def test_rows_of_the_batch_are_not_enough_for_a_residual():
     x, y = normal(5, 2), normal(5, 1, seed=3)
     found = tengrad(by_gradient, params(), x, y, "rows")
@@ -133,17 +134,18 @@ def test_factors_of_kfac_are_those_of_primal_tangents_and_laplacian_as_shared_po
     x, y, p = normal(5, 2), normal(5, 1, seed=3), params()
     capture = ng.capture(by_forward_laplacian, ng.losses.squared_error, jacobian="examples")
     layers = capture.layers(p, x)
-    evidence = jax.jit(lambda p: capture.value_and_grad(p, x, y).curvature())(p)
-    zeros = {"a": jnp.zeros((5, 4, 4)), "b": jnp.zeros((5, 4, 3))}
-    cotangents = jax.grad(lambda add: jnp.sum(by_forward_laplacian(p, x, add)))(zeros)
-    rows = jnp.concatenate([x[:, None], jnp.tile(jnp.eye(2), (5, 1, 1)), jnp.zeros((5, 1, 2))], axis=1)
-    ones = jnp.zeros((5, 4, 1)).at[:, 0].set(1.0)  # the bias is added to the values alone
-    rows = jnp.concatenate([rows, ones], axis=-1).reshape(20, 3)
-    assert_equal(input_moment(layers["a"], evidence["a"]), rows.T @ rows / 5)
-    assert_differs(input_moment(layers["a"], evidence["a"]), rows.at[:, -1].set(1).T @ rows.at[:, -1].set(1) / 5)
+    moments = factors(layers, jax.jit(lambda p: capture.value_and_grad(p, x, y).curvature())(p))
+    zeros = {"a": np.zeros((5, 4, 4)), "b": np.zeros((5, 4, 3))}
+    cotangents = jax.jit(jax.grad(lambda add: jnp.sum(by_forward_laplacian(p, x, add))))(zeros)
+    rows = np.concatenate([np.asarray(x)[:, None], np.tile(np.eye(2), (5, 1, 1)), np.zeros((5, 1, 2))], axis=1)
+    first = np.eye(4)[:, :1]  # the bias is added to the values alone
+    rows = np.concatenate([rows, np.tile(first, (5, 1, 1))], axis=-1).reshape(20, 3)
+    assert_equal(moments["a"][0], rows.T @ rows / 5)
+    everywhere = np.concatenate([rows[:, :-1], np.ones((20, 1))], axis=1)
+    assert_differs(moments["a"][0], everywhere.T @ everywhere / 5)
     for name, found in cotangents.items():
-        found = found.reshape(20, -1)
-        assert_equal(output_moment(layers[name], evidence[name]), found.T @ found / 20)
+        found = np.asarray(found).reshape(20, -1)
+        assert_equal(moments[name][1], found.T @ found / 20)
 
 
 @pytest.mark.full

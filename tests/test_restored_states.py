@@ -43,7 +43,7 @@ def by_manager(tx, state, params, folder):
         return manager.restore(3, args=orbax.args.StandardRestore(jax.eval_shape(tx.init, params)))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("through", [by_msgpack, by_orbax, by_manager])
 def test_a_named_chain_around_ours_continues_bit_for_bit(through, tmp_path):
     problem = task("mlp")

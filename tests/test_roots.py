@@ -127,7 +127,7 @@ def steps_of(matrix, power, monkeypatch):
     return found, len(products) / {1: 2, 2: 3, 4: 4, 6: 5}[power]  # t^p by squaring, and its products with m and x
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("decades", [1, 3, 6])
 @pytest.mark.parametrize("power", [1, 2, 4, 6])
 def test_no_step_is_wasted_on_what_rounding_keeps_from_falling(dtype, power, decades, monkeypatch):
@@ -157,6 +157,7 @@ def test_of_a_matrix_of_ones_a_root_is_found_though_the_largest_entry_of_the_err
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [1, 2, 4])
 def test_nan_and_negative_matrices_give_nan_and_the_others_of_their_stack_their_roots(dtype, power):
     good = np.asarray(moments(2, size=5), np.float64)

@@ -221,7 +221,7 @@ def test_a_step_with_injected_numbers_is_that_with_the_numbers(name):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["kfac", *(pytest.param(name, marks=pytest.mark.full) for name in ("soap", "kbfgs"))])
 def test_settings_in_bfloat16_as_optax_makes_them_for_such_parameters_are_taken(name):
     tx = optax.inject_hyperparams(getattr(ng, name))(0.1, task("mlp true labels").layers, damping=0.1)

@@ -183,7 +183,7 @@ def watched_steps():
     return run(x, y)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("way", [0, 1, 2], ids=["without layers", "with layers", "of true labels"])
 def test_every_step_is_that_of_the_definition_on_a_model(way):
@@ -195,6 +195,7 @@ def test_every_step_is_that_of_the_definition_on_a_model(way):
     agree(found, of_example, assert_differs, damping=1e-3, learning_rate=0.5 / 6**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [None, 0.5])
 @pytest.mark.usefixtures("x64")
 def test_sums_and_another_exponent_are_those_of_the_definition(exponent):

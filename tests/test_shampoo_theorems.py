@@ -38,6 +38,7 @@ def test_c47_the_first_step_is_the_polar_factor_of_the_gradient(dtype, root):
         assert_equal(found, expected, gate)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("other", [{"exponent": 0.125}, {"damping": 1.0}])
 def test_c47_with_another_exponent_or_damping_it_is_not(other):
@@ -98,6 +99,7 @@ def test_c46_coupled_averages_tend_to_the_factors_of_a_product():
     assert_differs(kron(*limit(False)), kron(left, right))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_c38_of_gradients_of_examples_the_averages_are_the_partial_traces_of_the_fisher_block_and_those_of_tkfac():
     layer, evidence, _ = random_layers(6, 5, 64, copies=1)

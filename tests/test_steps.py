@@ -68,6 +68,7 @@ def test_a_short_step_is_left_as_it_is(method):
     assert state.clip_factor == 1
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_clipped_step_diverges_by_half_the_bound_less_the_damping_where_kfac_is_exact():
     model, x, y = nn.Dense(3), normal(40, 4), normal(40, 3, seed=1)

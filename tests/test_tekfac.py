@@ -174,7 +174,7 @@ def solved(state, gradient, strengths):
     return np.linalg.solve(block + added, np.reshape(gradient, (*block.shape[:-1], 1))).reshape(gradient.shape)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("floor", ["low", "between", "high"])
 def test_a_convolution_is_damped_by_its_mean_eigenvalue_and_a_dense_layer_by_the_largest_of_them(floor):
     step = first_step("convnet", "mean_eigenvalue")

@@ -30,6 +30,7 @@ def dense(*groups):
     return np.linalg.solve(damped(np.where(of[0][:, None] == of[0], full, 0), DAMPING), np.asarray(gradient))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_each_group_is_an_exact_block_and_so_is_each_other_layer():
     _, found = direction(BODY)

@@ -52,7 +52,7 @@ def test_a_warm_start_takes_the_curvature_however_the_stream_gives_it(gives, kno
         assert_differs(ours, theirs / 4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gives", ["outs", "gradients"])
 def test_a_warm_start_of_statistics_of_the_gradient_takes_gradients(gives):
@@ -67,12 +67,19 @@ def test_a_warm_start_of_statistics_of_the_gradient_takes_gradients(gives):
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_warm_start_from_what_the_statistics_are_not_of_is_refused_with_the_remedy():
-    out, params = stream()[0], dense().params
+    net, params = dense(), dense().params
+
+    @jax.jit
+    def measure(params):
+        out = net.capture.value_and_grad({"params": params}, normal(4, 4), jnp.arange(4) % 3, key=jax.random.key(0))
+        return out.grad, out.curvature()
+
+    gradient, evidence = measure(params)
     with pytest.raises(ValueError, match=r"statistics are of the gradient.*evidence alone.*`capture.value_and_grad`"):
-        ng.warm_start(GRADIENT, GRADIENT.init(params), [out.curvature()], params)
+        ng.warm_start(GRADIENT, GRADIENT.init(params), [evidence], params)
     tx = ng.scale_by_tnt(dense().layers, **AT_ONCE)
     with pytest.raises(ValueError, match="`curvature` is missing"):
-        ng.warm_start(tx, tx.init(params), [out.grad])
+        ng.warm_start(tx, tx.init(params), [gradient])
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ class Heads(nnx.Module):
         return self.one(h), self.two(h)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("batches", [1, 2])
 def test_heads_of_an_nnx_model_are_one_call_of_it_and_other_batches_are_others(batches):
     x = [jnp.asarray(normal(4, 2, seed=seed)) for seed in range(batches)]

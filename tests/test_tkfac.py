@@ -238,6 +238,7 @@ def test_c51_even_damping_has_two_forms_if_delta_is_of_the_same_refresh(dtype):
     assert_differs(found, divided(1.5 * delta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1e-4, 1e-2, 1e2])
 def test_mean_eigenvalue_damps_each_side_by_its_mean_eigenvalue_but_never_less_than_asked(dtype, share):
     layer, evidence, delta, phi, psi = reference_case(dtype)
@@ -303,6 +304,7 @@ def test_c54_large_damping_gives_the_gradient_over_the_damping(split):
     assert_differs(damping / 1e8 * operator(BY_SPLIT[split], layer, evidence, damping / 1e8), np.eye(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_layer_whose_gradients_are_zero_has_the_damping_alone(split):
     layer, evidence = pairs(normal(6, 4, dtype="float32"), jnp.zeros((6, 3)))

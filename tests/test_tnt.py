@@ -65,6 +65,7 @@ def inverse(factor):
 # Factors and directions -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_c68_all_traces_are_one_and_all_normalised_factors_have_one_mean_eigenvalue(dtype):
     draws, momentum, size = example(dtype=dtype)
     damping = size * 1e-3
@@ -83,6 +84,7 @@ def test_c68_all_traces_are_one_and_all_normalised_factors_have_one_mean_eigenva
     assert_differs(kron(expected) / np.trace(expected[0]), kron(found))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @by_modes
 def test_c69_the_direction_is_the_dense_solve_with_the_kronecker_product(dtype, sizes):

@@ -36,6 +36,7 @@ def test_layers_are_verified(name, recwarn):
     assert not capture.watch.unexplained and not [w for w in recwarn if "explain" in str(w.message)]
 
 
+@pytest.mark.full
 def test_a_use_that_was_overlooked_is_found_by_verification_and_costs_the_layer(monkeypatch):
     def apply(p, x):
         return jnp.tanh(x @ p["w"]) @ p["w"] @ p["v"]

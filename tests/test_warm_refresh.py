@@ -68,6 +68,7 @@ def test_a_step_keeps_the_sign_of_every_column():
     assert jnp.any(jnp.sum(jnp.linalg.qr(a @ near)[0] * near, axis=0) < -0.9)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_side_without_a_basis_stays_so_and_keeps_its_order():
     a, u = factor(4)
@@ -91,6 +92,7 @@ def test_stacks_and_vmap_give_what_single_layers_give():
         jax.tree.map(assert_equal, found, jax.tree.map(lambda *leaves: jnp.stack(leaves), *singly))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 def test_a_factor_without_full_rank_still_gives_an_orthogonal_basis():
     rows = normal(3, 6)
@@ -120,7 +122,7 @@ def test_the_first_refresh_is_by_eigendecompositions(block, estimator):
     jax.tree.map(assert_equal, found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @with_methods
 def test_later_refreshes_keep_the_scale_and_step_from_the_old_basis(block):

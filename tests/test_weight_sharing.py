@@ -58,7 +58,7 @@ class LinearCNN(nn.Module):
         return nn.Conv(2, (2, 2), padding="VALID", name="last")(x).sum((1, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_c23_reduce_is_the_block_of_the_last_convolution_before_a_sum_and_not_of_the_first(dtype):
     net = net_of(LinearCNN(), 5, 5, 4, 2, dtype=dtype)
     found = implied_blocks(REDUCE, net)
