@@ -23,7 +23,7 @@ help: ## this list
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
 	$(BIN)/python -m experiments.demo
 
-test: $(VENV)/test.stamp ## the whole suite, with the examples of the docstrings and of the README
+test: $(VENV)/test.stamp ## the suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(VENV)/docs.stamp ## the documentation as a site in site/, without warnings; `make docs ARGS=serve` shows it

@@ -213,7 +213,7 @@ def rows_of_twins():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("method", "twins"), rows_of_twins())
+@pytest.mark.parametrize(("method", "twins"), [*rows_of_twins()])
 def test_a_layer_trains_as_its_dense_twin_does(method, twins):
     table = twins != "axes"
     if table and (
