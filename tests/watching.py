@@ -187,12 +187,13 @@ def first_step(optimizer, model, likelihood, params, x, *, labels="exact"):
 
 def pairs(inputs, cotangents):
     """A layer without bias and its evidence from rows a [S, N, I] and g [S, N, O]."""
-    inputs, cotangents = np.asarray(inputs), np.asarray(cotangents)  # NumPy compiles nothing
+    numbers = jnp if isinstance(inputs, jax.core.Tracer) else np  # NumPy compiles nothing
+    inputs, cotangents = numbers.asarray(inputs), numbers.asarray(cotangents)
     shape = inputs.shape[-1], cotangents.shape[-1]
     leaf = Leaf("kernel", "pairs/kernel", (*inputs.shape[:-2], *shape))
     layer = ng.Layer("pairs", "dense", shape, (leaf,), inputs.shape[:-2], str(inputs.dtype))
-    gradient = np.einsum("...ni,...no->...io", inputs, cotangents)[None]
-    count = np.asarray(inputs.shape[-2], inputs.dtype)
+    gradient = numbers.einsum("...ni,...no->...io", inputs, cotangents)[None]
+    count = numbers.asarray(inputs.shape[-2], inputs.dtype)
     evidence = ng.Evidence((inputs,), (cotangents[None],), {"kernel": gradient}, None, count)
     return layer, jax.tree.map(jnp.asarray, evidence)
 
