@@ -166,11 +166,11 @@ def test_weights_of_outputs_where_the_outputs_are_one_label_are_refused():
         ng.losses.softmax_cross_entropy(jnp.zeros((ALL, 4)), y, jnp.ones((ALL, 4)))
 
 
-@pytest.mark.full
 def test_a_negative_weight_has_its_sign_in_the_loss_and_its_size_in_the_curvature():
     everything, y = measured("softmax_cross_entropy", "exact"), targets_of("softmax_cross_entropy")
     signed = WEIGHTS * jnp.array([1, -1, 1, 1, -1, 1, 1, 1])
 
+    @jax.jit
     def loss(params):
         logits = Net().apply({"params": params}, X)
         return jnp.sum(signed * optax.softmax_cross_entropy_with_integer_labels(logits, y)) / jnp.sum(WEIGHTS)

@@ -137,7 +137,6 @@ def test_the_recipes_run():
         exec(compile(block, "docs/wrappers.md", "exec"), names)
 
 
-@pytest.mark.full
 def test_a_clip_in_front_of_ief_has_no_effect_and_behind_it_has():
     model, x, y = nn.Dense(3), jax.random.normal(jax.random.key(0), (8, 4)), jnp.arange(8) % 3
     variables = model.init(jax.random.key(1), x)
