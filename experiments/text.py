@@ -6,13 +6,12 @@ trained is the mean over the letters of a passage, so that damping and clip are 
 settings EKFAC and TNT blow up: the damping is then 64 times too small.) Every method has as many trials, short runs
 from the same start on the same batches: its usual setting and others drawn within a range. The one with the least loss
 at its end then trains for longer. Rates fall like a cosine. Statistics are of every fifth step, refreshes of every
-twentieth. Beside them K-FAC with nothing said. Seconds are those of the processor.
+twentieth. Beside them K-FAC with nothing said.
 
     make text                                    (NATGRAD_DATA names a folder with tinyshakespeare/input.txt)
     make text ARGS="--methods Adam K-FAC --budget 6"
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +165,7 @@ def run(config: Config) -> Records:
     if unknown := set(config.methods) - set(METHODS):
         raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
     key = study.key(config, "budget", "trial", "steps", "every", "batch", "context", "width", "seed")
-    limits, seed = study.Limits(config.steps, config.every, clock=time.process_time), config.seed
+    limits, seed = study.Limits(config.steps, config.every), config.seed
     trial, entries = limits._replace(steps=config.trial), {name: entry(name, config) for name in config.methods}
     return study.run(config.output / "text.jsonl", key, [case(config)], entries, limits, (seed,), trial, seed)
 
@@ -187,7 +186,7 @@ def table(rows: Records) -> Table:
 def picture(rows: Records) -> Figure:
     """Losses against seconds and steps."""
     label = "loss of letters not trained on, nats"
-    return figures.curves(rows, label, across="linear", up="linear", seconds="processor seconds")
+    return figures.curves(rows, label, across="linear", up="linear")
 
 
 def main(config: Config) -> None:
