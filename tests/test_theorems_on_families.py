@@ -134,16 +134,16 @@ class Theorem(NamedTuple):
 
 THEOREMS = {
     "C53 K-FAC solves with the moments of a and g": Theorem(
-        lambda c: (c.found, solve(kron(factors(c)), c), solve(block(c), c)), "kfac", "lstm", of_examples=False
+        lambda c: (c.found, solve(kron(factors(c)), c), solve(block(c), c)), "kfac", "dilated", of_examples=False
     ),
     "C49 K-FAC's pi is the root of a ratio of mean eigenvalues": Theorem(
         lambda c: (c.found, pi_damped(c), solve(kron(factors(c)), c)), "kfac pi", "mlp", of_examples=False
     ),
     "C53 EKFAC solves with the best diagonal in K-FAC's eigenbasis": Theorem(
-        lambda c: rescaled(c, factors(c)), "ekfac", "resnet"
+        lambda c: rescaled(c, factors(c)), "ekfac", "mlp"
     ),
-    "C32 EKFAC's scale is the diagonal of F": Theorem(lambda c: diagonal(c, factors(c)), "ekfac", "resnet"),
-    "C33 no diagonal in K-FAC's eigenbasis is nearer to F": Theorem(explained, "ekfac", "resnet"),
+    "C32 EKFAC's scale is the diagonal of F": Theorem(lambda c: diagonal(c, factors(c)), "ekfac", "mlp"),
+    "C33 no diagonal in K-FAC's eigenbasis is nearer to F": Theorem(explained, "ekfac", "mlp"),
     "C53 TEKFAC solves with the best diagonal in TKFAC's eigenbasis": Theorem(
         lambda c: rescaled(c, traces(c)), "tekfac", "mlp"
     ),
