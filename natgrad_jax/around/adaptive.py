@@ -102,7 +102,8 @@ def adaptive_damping(
         damping <- factor^every damping     if rho > 3/4
         damping <- factor^-every damping    if rho < 1/4 or rho is NaN
 
-    as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is kfac-jax's. Each of the first
+    as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is kfac-jax's. A change below half of the
+    digits of h is read from its slopes at both ends, so that rounding does not move the damping. Each of the first
     `calibration` steps is tested and moves the damping by `calibration_factor`. So you need not know the initial
     damping to an order of magnitude. The first bad rho or NaN ends this calibration. Each step after a test with a bad
     rho or NaN is tested, too, until one is good. A tested step that raises the loss of its own batch, or makes it NaN,
