@@ -5,7 +5,8 @@ download; inputs and targets are standardised. A net with one hidden layer of ta
 2,000 rows, in float32. All run for the same seconds of the processor; Adam's rate falls like a cosine, and is chosen by
 trials. The loss is half the mean squared error, where 0.5 is that of the mean.
 
-Seen: steps by the quadratic model are where Adam ends in a tenth of its time, and go on below it.
+Seen: steps by the quadratic model are where Adam ends in a tenth of its time, and then at a minimum: on concrete all
+eigenvalues of the Hessian are positive there, and 1,500 steps of BFGS in double precision lower the loss by 2e-6 of it.
 
     make regression
     make regression ARGS="--seconds 5 --tables diabetes"
