@@ -201,7 +201,7 @@ def test_a_batch_of_nan_leaves_the_averages_and_the_parameters_finite():
 def test_without_a_learning_rate_the_loss_falls_on_a_real_problem(method):
     problem = task("mlp")
     tx = row(method).optimizer(layers=problem.layers, statistics_every=2, refresh_every=2)
-    _, losses = table.trained(problem, tx)
+    _, losses = table.trained(problem, tx, 30)
     assert np.all(np.isfinite(losses)) and losses[-1] < 0.2 * losses[0]
 
 
