@@ -222,10 +222,11 @@ def test_an_equation_is_solved_by_two_of_the_methods(tmp_path):
     assert len(tried) == 6 and sum(each["best"] for each in tried) >= 2
 
 
-def test_the_committed_errors_of_equations_are_those_of_the_committed_table():
+@pytest.mark.parametrize(("name", "experiment"), [("pinn", pinn), ("regression", regression)])
+def test_the_committed_records_are_those_of_the_committed_table(name, experiment):
     folder = pinn.Path(pinn.__file__).parent / "results"
-    rows = study.kept(folder / "pinn.jsonl", {"trial": False})
-    assert figures.markdown(pinn.table(rows)) + "\n" == (folder / "pinn.md").read_text()
+    rows = study.kept(folder / f"{name}.jsonl", {"trial": False})
+    assert figures.markdown(experiment.table(rows)) + "\n" == (folder / f"{name}.md").read_text()
 
 
 def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path, monkeypatch, capsys):
