@@ -19,18 +19,7 @@ from tasks import MLP
 
 NETS = {"mlp": MLP(jnp.float64), **families.NETS, "lstm": families.Recurrent(jnp.float64)}
 SHAPES = {"mlp": (5,), **families.SHAPES}
-LAYERS = {
-    "mlp": ("Dense_0", "Dense_1", "Dense_2"),
-    "dilated": ("Conv_0", "Conv_1", "Dense_0"),
-    "transformer": (
-        "Embed_0",
-        *(f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value", "out")),
-        "Dense_1",
-        "Dense_0",
-    ),
-    "resnet": ("Conv_0", "ScanBlock_0/Conv_0", "Dense_0"),
-    "lstm": ("OptimizedLSTMCell_0/hi+hf+hg+ho", "OptimizedLSTMCell_0/ii+if+ig+io", "Dense_0"),
-}
+LAYERS = {"mlp": ("Dense_0", "Dense_1", "Dense_2"), **families.LAYERS}
 MIXED = {"resnet": ("Conv_0", "ScanBlock_0/Conv_0")}
 """The layers in front of a batch normalisation: the outputs of one example depend on what they make of others."""
 GROUPED = {("dilated", "Conv_1"): 2}

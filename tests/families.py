@@ -64,3 +64,15 @@ class Recurrent(nn.Module):
 
 NETS = {"dilated": DilatedConvNet(), "transformer": TiedTransformer(), "resnet": ScannedResNet(), "lstm": Recurrent()}
 SHAPES = {"dilated": (5, 5, 2), "transformer": (4,), "resnet": (6, 2), "lstm": (4, 2)}
+LAYERS = {
+    "dilated": ("Conv_0", "Conv_1", "Dense_0"),
+    "transformer": (
+        "Embed_0",
+        *(f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value", "out")),
+        "Dense_1",
+        "Dense_0",
+    ),
+    "resnet": ("Conv_0", "ScanBlock_0/Conv_0", "Dense_0"),
+    "lstm": ("OptimizedLSTMCell_0/hi+hf+hg+ho", "OptimizedLSTMCell_0/ii+if+ig+io", "Dense_0"),
+}
+"""{family: its layers but for norms}."""
