@@ -46,6 +46,41 @@ def _itself(state: Any) -> Any:
     return state
 
 
+def _first(one: Any, other: Any) -> Any:
+    del other
+    return one
+
+
+def _second(one: Any, other: Any) -> Any:
+    del one
+    return other
+
+
+def _selected(condition: Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
+
+
+def chosen(condition: Array, one: Any, other: Any) -> Any:
+    """One tree or the other, of the same types; both are there already.
+
+    On a CPU it is a branch that copies: XLA compiles a select by one number to loops of each outcome, for every shape
+    (0.07 s and 67 kB of code for 785 x 785, where the branch has none). An accelerator would wait for the number.
+
+    Args:
+        condition: a boolean without axes.
+        one: where it holds.
+        other: where it does not.
+
+    Returns:
+        One of the two.
+    """
+
+    def branch(condition, one, other):
+        return lax.cond(condition, _first, _second, one, other)
+
+    return lax.platform_dependent(condition, one, other, cpu=branch, default=_selected)
+
+
 def when(
     predicate: bool | Array,
     function: Callable[[Any], Any],

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.algebra.branches import chosen
 from natgrad_jax.base import Array, Scalar
 
 
@@ -46,7 +47,7 @@ def scaled(tree: Any, weight: Scalar) -> Any:
 
 def select(condition: Array, tree: Any, other: Any) -> Any:
     """One tree or the other."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
+    return chosen(condition, tree, other)
 
 
 def within(square: Array, bound: Scalar) -> Array:

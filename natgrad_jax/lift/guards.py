@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.algebra.branches import chosen
 from natgrad_jax.algebra.stacks import all_finite, per_stack
 from natgrad_jax.base import Array
 
@@ -56,4 +57,6 @@ def finite_each(states: Mapping[str, tuple[Any, int]]) -> dict[str, Array]:
 
 def choose(good: Array, new: State, old: State) -> State:
     """The new copies where `good` [S], or [] for all, the old ones elsewhere."""
+    if jnp.ndim(good) == 0:
+        return chosen(good, new, old)
     return jax.tree.map(lambda fresh, former: jnp.where(per_stack(good, fresh), fresh, former), new, old)
