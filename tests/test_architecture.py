@@ -62,6 +62,7 @@ ROOMS = (
     "watch/recognise",
     "watch/problem",
     "watch/space",
+    "watch/scaled",
     "watch/common",
     "watch/masks",
     "watch/microbatches",

@@ -27,6 +27,7 @@ from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.norms import Batch, gradients_of_examples
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 from natgrad_jax.watch.reading import Reading, parts_of
+from natgrad_jax.watch.scaled import precise, pulled
 from natgrad_jax.watch.segments import by_example, weights_of
 from natgrad_jax.watch.space import Space
 
@@ -326,12 +327,12 @@ def evaluate(
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
-        passed.floats
+        precise(passed.floats)
     )
     if share is not None:  # before the pullback, which may lead to the other parts
         of_batch = share(total_weight(weights, forward.examples))
         seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
-    ordinary = passed.pullback(seed)  # 2
+    ordinary = pulled(passed.pullback, seed, passed.floats)  # 2
     grad, _ = ordinary
     alike = problem.labels == "true" and problem.likelihood.share(problem.readout(passed.outputs)) == 1
     reusable = alike and problem.objective is None and weights is None and share is None
