@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.rows import lengths, pulled
@@ -132,13 +133,23 @@ def _moved(leaf: Array, key: Array) -> Array:
 
 
 def _run_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function, compiled as quickly as can be; a compiler that does not know the options does it as usual."""
-    if jax.default_backend() == "cpu":
-        try:
-            return jax.jit(function, compiler_options=_QUICKLY)(*arguments)
-        except jax.errors.JaxRuntimeError:
-            pass
-    return jax.jit(function)(*arguments)
+    """A function, compiled as quickly as can be; a compiler that does not know the options does it as usual.
+
+    The batch that it closes over is an argument of the program: the compiler would compute with a constant.
+    """
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+
+    def run(constants, *leaves):
+        return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*leaves)
+
+    def found(**options):
+        return jax.jit(run, **options)(program.consts, *jax.tree.leaves(arguments))
+
+    try:
+        leaves = found(compiler_options=_QUICKLY if jax.default_backend() == "cpu" else None)
+    except jax.errors.JaxRuntimeError:
+        leaves = found()
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def rebuilt(layer: Layer, evidence: Evidence) -> dict[str, Array]:
