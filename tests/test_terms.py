@@ -231,3 +231,36 @@ def evidence_of_one_term():
 def test_terms_that_do_not_fit_are_refused(make, match):
     with pytest.raises((TypeError, ValueError), match=match):
         make()
+
+
+def bent(p, x):
+    """A parameter of no layer beside a layer."""
+    return jnp.tanh(x @ jnp.sin(p["odd"])) @ p["last"]
+
+
+@pytest.mark.parametrize("workspace", [None, pytest.param(700, marks=pytest.mark.full)])
+def test_a_direction_of_which_nothing_is_kept_is_that_of_all_terms(workspace):
+    p = {"odd": normal(2, 3), "last": normal(3, 2, seed=1)}
+    functions = {"one": lambda p, x: bent(p, x)[:, :1], "two": bent}  # of one draw and of two
+    y = {"one": normal(4, 1, seed=2), "two": normal(3, 2, seed=3)}
+    x = {"one": normal(4, 2, seed=4), "two": normal(3, 2, seed=5)}
+    options = {"labels": "exact", "jacobian": "examples"}
+    loss = ng.terms({n: ng.capture(f, ng.losses.squared_error, **options) for n, f in functions.items()}, {"two": 3.0})
+    layers, settings = loss.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
+    assert set(layers) == {"last"} and layers.draws == 2
+    weights = {"two": jnp.array([1.0, 0.0, 2.0])}
+
+    @jax.jit
+    def directions():
+        out = loss.value_and_grad(p, x, y, key=jax.random.key(0), weights=weights)
+        txs = [
+            ng.scale_by_tengrad(layers, **settings, **more) for more in ({}, {"kept": False, "workspace": workspace})
+        ]
+        halved = ng.terms(loss.captures, {"two": 1.5}).value_and_grad(p, x, y, key=jax.random.key(0), weights=weights)
+        found = [tx.update(out.grad, tx.init(p), curvature=out.curvature)[0] for tx in txs]
+        found.append(txs[1].update(out.grad, txs[1].init(p), curvature=halved.curvature)[0])
+        return [ravel_pytree(each)[0] for each in found]
+
+    kept, unkept, other = directions()
+    assert_equal(unkept, kept, 1e-8)
+    assert_differs(other, kept)

@@ -68,13 +68,13 @@ def unkept(layers: Layers, damping: ScalarOrSchedule | None, workspace: int) -> 
         if not hasattr(curvature, "space"):
             raise TypeError(
                 f"`curvature` is of type {type(curvature).__name__}; `kept=False` takes products with the Jacobian "
-                "from the `out.curvature` of one capture, without `microbatches`, `axis_name` or `ng.terms`."
+                "from `out.curvature` itself, of captures without `microbatches` or `axis_name`."
             )
         there = evidences.present(layers, updates)
         space, evidence = curvature.space(), curvature()
-        kernel = jnp.zeros((space.draws * space.forward.examples,) * 2, space.root.dtype)
+        kernel = jnp.zeros((space.draws * space.examples,) * 2, space.root.dtype)
         for layer in (layer for layer in there if layer.is_known):  # 1
-            like = samples.empty(layer, space.forward.examples, space.draws, "example")
+            like = samples.empty(layer, space.examples, space.draws, "example")
             found = samples.observed(layer, like, evidence[layer.name], "example", workspace)
             one = samples.kernel(found, workspace).astype(kernel.dtype)
             kernel += jnp.sum(one, axis=range(one.ndim - 2))

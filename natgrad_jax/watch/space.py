@@ -10,6 +10,7 @@ is what two chunks of gradients take; those of one chunk are formed once more fo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations_with_replacement
 from math import prod
 from typing import Any, cast
 
@@ -50,6 +51,11 @@ class Space:
         """K."""
         return self.seeds[0].shape[0]
 
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self.forward.examples
+
     def project(self, direction: Tree) -> Array:
         """J v [R] of a tree like the parameters; leaves that a mask took away are zero."""
         zeros = jax.tree.map(jnp.zeros_like, self.params)
@@ -58,7 +64,7 @@ class Space:
         found = sum(
             jnp.sum(seed * tangent, axis=range(2, seed.ndim))
             for seed, tangent in zip(self.seeds, tangents, strict=True)
-            if seed.shape[1:2] == (self.forward.examples,)
+            if seed.shape[1:2] == (self.examples,)
         )
         return jnp.asarray(found / self.root).reshape(-1)
 
@@ -67,11 +73,19 @@ class Space:
         weights = (weights / self.root).reshape(self.draws, -1)
 
         def weighted(seed):
-            if seed.shape[1:2] != (self.forward.examples,):
+            if seed.shape[1:2] != (self.examples,):
                 return seed[0]
             return jnp.tensordot(jnp.ones(self.draws, seed.dtype), _times(seed, weights), axes=1)
 
         return self.pullback([weighted(seed) for seed in self.seeds])
+
+    def rows(self, blocks: Sequence[Layer], places: Array) -> list[Array]:
+        """Some rows of J by the parameters of some blocks, [n, K, entries] of each array; zeros behind the last."""
+        each, last = self.forward.each, self.examples - 1
+        assert each is not None, "of `jacobian=examples`"
+        found = each(self.params, blocks, self.seeds, jnp.minimum(places, last)).values()
+        there = (places <= last)[:, None, None]
+        return [jnp.where(there, leaf.reshape(len(places), self.draws, -1) / self.root, 0) for leaf in found]
 
     def kernel(self, blocks: Sequence[Layer], workspace: int) -> Array:
         """J J^T [R, R] of the parameters of some blocks.
@@ -83,35 +97,104 @@ class Space:
         Returns:
             The kernel.
         """
-        each, examples, draws = self.forward.each, self.forward.examples, self.draws
-        assert each is not None, "of `jacobian=examples`"
-        size = draws * sum(prod(leaf.shape) for block in blocks for leaf in block.leaves)
-        chunk = min(examples, max(1, workspace // max(2 * size * self.root.dtype.itemsize, 1)))
-        places = jnp.arange(-(-examples // chunk) * chunk).reshape(-1, chunk)
+        whole = _products(self, self, blocks, workspace)
+        return whole.reshape(self.draws * self.examples, -1)
 
-        def rows(where):
-            there = (where < examples)[:, None, None]
-            found = each(self.params, blocks, self.seeds, jnp.minimum(where, examples - 1))
-            return [jnp.where(there, leaf.reshape(chunk, draws, -1) / self.root, 0) for leaf in found.values()]
 
-        def line(first):
-            mine = rows(places[first])
+@dataclass(frozen=True, eq=False, repr=False)
+class Spaces:
+    """The batches of several terms as the rows of one J: all examples for each draw, zeros where a term has fewer.
 
-            def block(second):
-                theirs = rows(places[second])
-                return sum(einsum("nkp,mlp->nkml", a, b) for a, b in zip(mine, theirs, strict=True))
+    Attributes:
+        parts: the batch of each term.
+        roots: of their weights, by which their rows are multiplied.
+    """
 
-            shape = (chunk, draws, chunk, draws)
-            skipped = lambda second: jnp.zeros(shape, mine[0].dtype)  # noqa: E731
-            return lax.map(lambda second: lax.cond(second >= first, block, skipped, second), jnp.arange(len(places)))
+    parts: Sequence[Space]
+    roots: Sequence[Array]
 
-        found = lax.map(line, jnp.arange(len(places)))  # [chunks, chunks, n, k, m, l], those above the diagonal
-        whole = jnp.transpose(found, (3, 0, 2, 5, 1, 4)).reshape(draws, len(places) * chunk, draws, -1)
-        whole = whole[:, :examples, :, :examples]
-        number = jnp.arange(examples) // chunk
-        mirrored = jnp.transpose(whole, (2, 3, 0, 1))
-        whole = jnp.where((number[:, None] <= number)[None, :, None, :], whole, mirrored)
-        return whole.reshape(draws * examples, draws * examples)
+    @property
+    def draws(self) -> int:
+        """K, of the term that has most."""
+        return max(part.draws for part in self.parts)
+
+    @property
+    def examples(self) -> int:
+        """N of all terms."""
+        return sum(part.examples for part in self.parts)
+
+    @property
+    def root(self) -> Array:
+        """A number of the dtype of the rows."""
+        return self.parts[0].root
+
+    def project(self, direction: Tree) -> Array:
+        """J v [R] of a tree like the parameters."""
+        found = []
+        for part, root in zip(self.parts, self.roots, strict=True):
+            mine = root * part.project(direction).reshape(part.draws, part.examples)
+            found.append(jnp.pad(mine, ((0, self.draws - part.draws), (0, 0))))
+        return jnp.concatenate(found, axis=1).reshape(-1)
+
+    def back(self, weights: Array) -> Tree:
+        """J^T w, a tree like the parameters, of w [R]."""
+        ends = list(accumulate(part.examples for part in self.parts))[:-1]
+        shares = jnp.split(weights.reshape(self.draws, -1), ends, axis=1)
+        found = [
+            part.back((root * share[: part.draws]).reshape(-1))
+            for part, root, share in zip(self.parts, self.roots, shares, strict=True)
+        ]
+        return jax.tree.map(lambda first, *others: sum(others, first), *found)
+
+    def kernel(self, blocks: Sequence[Layer], workspace: int) -> Array:
+        """J J^T [R, R] of the parameters of some blocks; see `Space.kernel`."""
+        pairs: dict[tuple[int, int], Array] = {}
+        for (i, one), (j, other) in combinations_with_replacement(enumerate(self.parts), 2):
+            found = self.roots[i] * self.roots[j] * _products(one, other, blocks, workspace)
+            room = [(0, self.draws - one.draws), (0, 0), (0, self.draws - other.draws), (0, 0)]
+            pairs[i, j] = jnp.pad(found, room)
+            pairs[j, i] = jnp.transpose(pairs[i, j], (2, 3, 0, 1))
+        places = range(len(self.parts))
+        lines = [jnp.concatenate([pairs[i, j] for j in places], axis=3) for i in places]
+        return jnp.concatenate(lines, axis=1).reshape(self.draws * self.examples, -1)
+
+
+def _products(one: Space, other: Space, blocks: Sequence[Layer], workspace: int) -> Array:
+    """The products of the rows of two spaces [K, N, K', N'], some examples of each at a time."""
+    columns = sum(prod(leaf.shape) for block in blocks for leaf in block.leaves)
+    same, draws = one is other, max(one.draws, other.draws)
+    most = max(1, workspace // max(2 * draws * columns * one.root.dtype.itemsize, 1))
+
+    def chunks(space):
+        chunk = min(space.examples, most)
+        return jnp.arange(-(-space.examples // chunk) * chunk).reshape(-1, chunk)
+
+    lines, cells = chunks(one), chunks(other)
+
+    def line(first):
+        mine = one.rows(blocks, lines[first])
+
+        def block(second):
+            theirs = other.rows(blocks, cells[second])
+            return jnp.asarray(sum(einsum("nkp,mlp->nkml", a, b) for a, b in zip(mine, theirs, strict=True)))
+
+        def cell(second):
+            if not same:
+                return block(second)
+            skipped = jnp.zeros((lines.shape[1], one.draws, cells.shape[1], other.draws), mine[0].dtype)
+            return lax.cond(second >= first, block, lambda _: skipped, second)
+
+        return lax.map(cell, jnp.arange(len(cells)))
+
+    found = lax.map(
+        line, jnp.arange(len(lines))
+    )  # [chunks, chunks', n, k, m, l]; of one space those above the diagonal
+    whole = jnp.transpose(found, (3, 0, 2, 5, 1, 4)).reshape(one.draws, lines.size, other.draws, cells.size)
+    whole = whole[:, : one.examples, :, : other.examples]
+    if not same:
+        return whole
+    number = jnp.arange(one.examples) // lines.shape[1]
+    return jnp.where((number[:, None] <= number)[None, :, None, :], whole, jnp.transpose(whole, (2, 3, 0, 1)))
 
 
 def _times(seed: Array, weights: Array) -> Array:

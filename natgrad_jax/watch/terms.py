@@ -25,6 +25,7 @@ from natgrad_jax.base import Array, Evidence, Layers, Scalar
 from natgrad_jax.watch.doors import called
 from natgrad_jax.watch.joining import Part, joined_evidence, joined_layers
 from natgrad_jax.watch.problem import Evaluation, no_argument
+from natgrad_jax.watch.space import Spaces
 
 
 class Capture(Protocol):
@@ -230,6 +231,16 @@ class TermsCurvature:
         """J times a direction at the outputs of every term, with R^T of its likelihood and the root of its weight."""
         found = {name: part.along(direction) for name, part in self._parts.items()}
         return {name: leaf * jnp.sqrt(self._weights[name]).astype(leaf.dtype) for name, leaf in found.items()}
+
+    def space(self) -> Spaces:
+        """The batches of all terms as the rows of one Jacobian, of which nothing is kept."""
+        if plain := sorted(name for name, part in self._parts.items() if not hasattr(part, "space")):
+            raise TypeError(
+                f"The terms {plain} give no products with the Jacobian, which `kept=False` takes: capture them without "
+                "`microbatches` and `axis_name`."
+            )
+        roots = [jnp.sqrt(jnp.asarray(self._weights[name], float)) for name in self._parts]
+        return Spaces([part.space() for part in self._parts.values()], roots)
 
     def value(self, params: Tree | None = None) -> Array:
         """The loss on the same batches, at the parameters of this step or at others."""
