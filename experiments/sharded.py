@@ -74,7 +74,7 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
     (params, x, y) = jax.device_put(params, everywhere), *jax.device_put((x, y), apart)
     key = jax.random.key(0)
 
-    def programs(tx, shardings):
+    def programs(tx, shardings, watched=watched):
         """The step, and what is due at times."""
 
         def step(params, state, x, y, key):
@@ -117,7 +117,8 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
     for name in policies:
         policy, shared = cast(Any, name.split(", ")[0]), "shared" in name
         tx = ng.sharding.share_refreshes(kfac, mesh, policy) if shared else kfac
-        rows.append(told(name, *programs(tx, ng.sharding.state_specs(kfac, params, mesh, policy))))
+        capture = ng.sharding.share_gradients(watched, mesh) if name == "layer, shared" else watched
+        rows.append(told(name, *programs(tx, ng.sharding.state_specs(kfac, params, mesh, policy), capture)))
     return rows
 
 

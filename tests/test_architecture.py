@@ -30,6 +30,7 @@ ROOMS = (
     "algebra/bfgs",
     "algebra/trees",
     "algebra/meshes",
+    "algebra/devices",
     "layers/arrays",
     "layers/pieces",
     "layers/dense",

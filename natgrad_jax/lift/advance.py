@@ -16,11 +16,12 @@ from functools import partial
 import jax.numpy as jnp
 
 from natgrad_jax.algebra.branches import when
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
 from natgrad_jax.lift.requests import Observe, Request
-from natgrad_jax.lift.shares import Devices, map_shared
+from natgrad_jax.lift.shares import map_shared
 from natgrad_jax.lift.state import (
     Block,
     Dated,

@@ -1,13 +1,15 @@
 """What K-FAC costs on several devices, before anything runs: flops, bytes sent, bytes held, for each policy.
 
-    statistics   2 R n^2 for each factor of size n from R rows, spread as the examples are; then one sum over devices
+    statistics   2 R n^2 for each factor of size n from R rows, spread as the examples are; then one sum over devices,
+                 of a half of the entries where devices share, scattered where the state is cut by layer
     refresh      Cholesky, triangular inverse and product for each factor; of a truncated one nothing
     step         2 n m (n + m) for each matrix n x m of the gradient
     state        a factor and its inverse for each side
 
-Bytes sent are those that leave one device on a ring of D: (D - 1) / D of an array that is gathered, twice that of one
-that is summed. The forward and backward pass of the model and the sum of its gradient come on top, as with any other
-optimizer; so does a backward pass for each draw of labels at a step with statistics.
+Bytes sent are those that leave one device on a ring of D: (D - 1) / D of an array that is gathered or scattered, twice
+that of one that is summed. The forward and backward pass of the model and the sum of its gradient come on top, as with
+any other optimizer; so does a backward pass for each draw of labels at a step with statistics. With the state cut by
+layer a step is that of `share_gradients`: to scatter the gradient and to gather the direction is as much as that sum.
 """
 
 from collections.abc import Callable
@@ -130,7 +132,10 @@ def plan(
         pairs[layer.name] = of
     costs = []
     for name, policy, shared in _POLICIES:
-        statistics = _summed(layers, lambda layer: _statistics(layer, kept, batch, max(1, layers.draws), devices))
+        examples, cut = (batch, max(1, layers.draws)), policy == "layer"
+        statistics = _summed(
+            layers, partial(_statistics, kept=kept, examples=examples, devices=devices, shared=shared, cut=cut)
+        )
         state = sum(_held(layer, pairs[layer.name], policy, devices.sharing) for layer in layers.known)
         refresh = _refresh(layers, pairs, policy, shared, devices)
         step = _summed(layers, partial(_step, kept=kept, policy=policy, devices=devices))
@@ -160,22 +165,26 @@ def _width(layer: Layer) -> int:
     return 8 if layer.dtype == "float64" else 4
 
 
-def _statistics(layer: Layer, kept: Kept, batch: int, draws: int, devices: _Devices) -> tuple[float, float]:
+def _statistics(
+    layer: Layer, kept: Kept, examples: tuple[int, int], devices: _Devices, shared: bool, cut: bool
+) -> tuple[float, float]:
     """Flops and bytes of both factors of all copies, from the rows of the examples of one device."""
-    rows, flops, sent = batch * layer.positions, 0.0, 0.0
+    (batch, draws), flops, sent = examples, 0.0, 0.0
+    rows, shared = batch * layer.positions, shared and kept.rank is None and batch % devices.sharing == 0
+    scattered = shared and cut and bool(layer.stack) and layer.stack[0] % devices.sharing == 0
     for size, count, one_hot in ((layer.shape[0], rows, layer.one_hot), (layer.shape[1], draws * rows, False)):
         here, rank = count / devices.all, kept.vectors(size)
         if one_hot or kept.diagonal(size):
             flops, sent = flops + 2 * here * size, sent + size
         elif rank is None:
-            flops, sent = flops + 2 * here * size**2, sent + size**2
+            flops, sent = flops + 2 * here * size**2, sent + size * (size // 2 + 1 if shared else size)
         else:
             few = by_products(count, size, rank)
             products = 8 * here * size * rank if few else 2 * here * size**2 + 4 * size**2 * rank
             own = (8 + 8 / 3 + 2 + 2) * size * rank**2 + 9 * rank**3  # old average, Q, inner products, turn; r x r
             flops, sent = flops + products + own, sent + (2 * size * rank if few else size**2)
     copies = prod(layer.stack)
-    return copies * flops, _ring(copies * _width(layer) * sent, devices.all, 2)
+    return copies * flops, _ring(copies * _width(layer) * sent, devices.all, 1 if scattered else 2)
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -241,7 +250,7 @@ def _step(layer: Layer, kept: Kept, policy: Policy, devices: _Devices) -> tuple[
     copies, width = prod(layer.stack), _width(layer)
     flops, size, sharing = copies * flops, copies * rows * columns * width, devices.sharing
     if policy in ("layer", "factor") and layer.stack and layer.stack[0] % sharing == 0:
-        return flops / sharing, _ring(size, sharing)  # each has the direction of its copies
+        return flops / sharing, _ring(size, sharing) if policy == "factor" else 0.0  # each has that of its copies
     if policy != "factor":
         return flops, 0.0
     whole = [not diagonal for diagonal in (layer.one_hot or kept.diagonal(rows), kept.diagonal(columns))]
