@@ -82,6 +82,7 @@ ROOMS = (
     "blocks/rotated",
     "blocks/tensor",
     "blocks/samples",
+    "blocks/rings",
     "blocks/diagonal",
     "blocks/norm",
     "lift",

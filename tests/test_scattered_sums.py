@@ -31,7 +31,7 @@ tx = getattr(ng, f"scale_by_{name}")(watched.layers(params, batch[0]), damping=0
 
 def trained(tx, watched, params, state, x, y, weights, places=None):
     @jax.jit
-    def step(params, state, key):
+    def step(params, state, x, y, weights, key):
         out = watched.value_and_grad(params, x, y, key=key, weights=weights)
         updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
         params = optax.apply_updates(params, jax.tree.map(lambda u: -0.05 * u, updates))
@@ -39,9 +39,9 @@ def trained(tx, watched, params, state, x, y, weights, places=None):
             params, state = jax.lax.with_sharding_constraint((params, state), places)
         return params, state, out.grad
 
-    compiled = step.lower(params, state, jax.random.key(0)).compile()
+    compiled = step.lower(params, state, x, y, weights, jax.random.key(0)).compile()
     for t in range(2):
-        params, state, grad = compiled(params, state, jax.random.key(t))
+        params, state, grad = compiled(params, state, x, y, weights, jax.random.key(t))
     sent = [each.what for each in Program(compiled.as_text(), 4).sent() for _ in range(each.times)]
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]), grad, params, sent
 

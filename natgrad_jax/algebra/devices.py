@@ -12,13 +12,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from natgrad_jax.base import Array
+
+Exchange = Literal["gather", "ring"]
+"""How rows come to devices that have others: all at once, or those of one device after another."""
+
+
+def exchange(size: float, devices: int, latency: float = 1e-5, bandwidth: float = 1e10) -> Exchange:
+    """How devices that each have some of the rows of a batch make their kernel.
+
+    A collective takes `latency + bytes that leave a device / bandwidth`. One all-gather of B bytes sends (D - 1) / D B.
+    A ring uses the symmetry of the kernel: floor(D / 2) launches, each of B / D. It holds 2 / D of the rows, the
+    all-gather all of them. So the all-gather is for few bytes on many devices; the ring also where both are even.
+
+    Args:
+        size: B, bytes of the rows of all devices.
+        devices: D.
+        latency: seconds of a launch.
+        bandwidth: bytes that leave a device in a second.
+
+    Returns:
+        "gather" or "ring".
+    """
+    gathered = latency + (devices - 1) / devices * size / bandwidth
+    handed = devices // 2 * (latency + size / devices / bandwidth)
+    return "gather" if gathered < handed else "ring"
 
 
 @dataclass(frozen=True)
@@ -29,11 +53,13 @@ class Devices:
         mesh: what they are on.
         axes: the axes of the mesh along which they differ.
         cut: whether each has its part of the stacks that they divide.
+        rows: whether each keeps the rows of its examples, where a method keeps rows.
     """
 
     mesh: Mesh
     axes: tuple[str, ...]
     cut: bool = False
+    rows: bool = False
 
     @cached_property
     def count(self) -> int:

@@ -11,7 +11,7 @@ from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.lift.meshes import on_any_mesh
 from natgrad_jax.sharding.places import axes_of
 
-Policy = Literal["replicated", "layer"]
+Policy = Literal["replicated", "layer", "examples"]
 Captured = TypeVar("Captured")
 
 
@@ -38,7 +38,9 @@ def share_refreshes(
         mesh: the devices, with axes of any type; the batch should be on it.
         policy: where the results go, as the state does by `state_specs`. "replicated": they are gathered once, at the
             end of the refresh. "layer": of a scanned layer whose stack the devices divide each has its part of the
-            stack, and keeps it; others are gathered.
+            stack, and keeps it; others are gathered. "examples", for TENGraD and SPRING: the rows of a batch stay on
+            the devices of their examples, which exchange them once in a refresh, as `exchange` says, and then have the
+            kernel and solve with it alike. Other methods refresh as by "replicated".
         axis: the axis of the mesh, or several, along which the devices share; all of them if None.
 
     Returns:
@@ -50,7 +52,7 @@ def share_refreshes(
     """
     axes = axes_of(mesh, axis)
     checks.choice("policy", policy, get_args(Policy))
-    devices, inner = Devices(mesh, axes, policy == "layer"), optax.with_extra_args_support(tx)
+    devices, inner = Devices(mesh, axes, policy == "layer", policy == "examples"), optax.with_extra_args_support(tx)
 
     def init(params):
         state = inner.init(params)
