@@ -118,6 +118,7 @@ ROOMS = (
     "wrapping",
     "sharding/places",
     "sharding/sharing",
+    "sharding/recipes",
     "sharding/planning",
     "sharding",
     "settings/keywords",
