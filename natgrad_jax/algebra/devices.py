@@ -70,13 +70,13 @@ class Devices:
         """Whether each has some copies of a stack whole."""
         return self.cut and bool(stack) and stack[0] % self.count == 0
 
-    def each(
-        self, function: Callable[..., Any], specs: tuple[PartitionSpec, ...], out: Any, alone: bool = True
-    ) -> Callable[..., Any]:
-        """A function done on every device by itself, where the mesh is `Auto`, whatever is around.
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The other axes of the mesh, along which there are examples, too."""
+        return tuple(name for name in self.mesh.axis_names if name not in self.axes)
 
-        Unless it is done `alone`, the devices along the other axes of the mesh do it together, as the compiler decides.
-        """
+    def each(self, function: Callable[..., Any], specs: tuple[PartitionSpec, ...], out: Any) -> Callable[..., Any]:
+        """A function done on every device by itself, where the mesh is `Auto`, whatever is around."""
         around = jax.sharding.get_abstract_mesh()
         mesh = None
         if around.empty:
@@ -92,8 +92,7 @@ class Devices:
                 f"The axes {sorted(by_hand)} are manual here, inside of `jax.shard_map` or `jax.pmap`, so that "
                 "refreshes cannot be shared over them: leave `ng.sharding.share_refreshes` out, or use `jax.jit`."
             )
-        names = set() if alone else set(self.axes)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, axis_names=names, check_vma=False)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
     def summed(
         self,
@@ -103,7 +102,7 @@ class Devices:
         stack: tuple[int, ...],
         symmetric: bool = False,
     ) -> Any:
-        """The sum over devices of a function of the examples that each has.
+        """The sum over all devices of the mesh of a function of the examples that each has.
 
         Args:
             function: values -> sums over their examples, whose arrays lead with the axes S.
@@ -122,13 +121,14 @@ class Devices:
             sent = halved(part) if square else part
             if scattered:
                 found = jax.lax.psum_scatter(sent, self.axes, scatter_dimension=0, tiled=True)  # 3
+                found = jax.lax.psum(found, self.others) if self.others else found
             else:
-                found = jax.lax.psum(sent, self.axes)
+                found = jax.lax.psum(sent, self.mesh.axis_names)
             return made_whole(found) if square else found
 
-        specs = tuple(PartitionSpec(*(None,) * place, self.axes) for place in places)
+        specs = tuple(PartitionSpec(*(None,) * place, self.mesh.axis_names) for place in places)
         out = PartitionSpec(self.axes) if scattered else PartitionSpec()
-        return self.each(lambda *parts: jax.tree.map(total, function(*parts)), specs, out, alone=False)(*values)
+        return self.each(lambda *parts: jax.tree.map(total, function(*parts)), specs, out)(*values)
 
 
 def halved(matrix: Array) -> Array:

@@ -55,7 +55,7 @@ def is_spread(layer: Layer, evidence: Evidence) -> bool:
     sizes = {
         leaf.shape[axis] for part, axis in zip(kept, (lead, lead + 1, 0), strict=True) for leaf in jax.tree.leaves(part)
     }
-    return len(sizes) == 1 and all(isinstance(size, int) and size % layer.devices.count == 0 for size in sizes)
+    return len(sizes) == 1 and all(isinstance(size, int) and size % layer.devices.mesh.size == 0 for size in sizes)
 
 
 def _summed_here(function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence, most: int) -> Any:

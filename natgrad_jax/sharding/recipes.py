@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
     def scatters(self, layer: Layer) -> bool:
         """Whether sums over examples are scattered over the stack of a layer."""
-        return self.shared and self.policy == "layer" and self.cuts(layer) and self.batch % self.sharing == 0
+        return self.shared and self.policy == "layer" and self.cuts(layer) and self.batch % self.devices == 0
 
 
 class Recipe(NamedTuple):
@@ -188,28 +188,37 @@ def _sides(layer: Layer, kept: Kept) -> list[tuple[int, int, bool]]:
     return [(rows, cols, layer.one_hot or kept.diagonal(rows)), (cols, rows, kept.diagonal(cols))]
 
 
-def _sent(layer: Layer, size: float, case: Case, scattered: bool) -> float:
-    """Bytes of a sum of `size` numbers a copy."""
-    return ring(prod(layer.stack) * _width(layer) * size, case.devices, 1 if scattered else 2)
+def _sent(layer: Layer, size: float, case: Case, scattered: bool, half: float | None = None) -> float:
+    """Bytes of a sum of `size` numbers a copy, which are `half` as many where it is shared.
+
+    Where it is scattered, the devices along axes that do not share have a part left to sum.
+    """
+    bytes_of = prod(layer.stack) * _width(layer)
+    if half is None:
+        return ring(bytes_of * size, case.devices, 2)
+    if not scattered:
+        return ring(bytes_of * half, case.devices, 2)
+    rest = bytes_of * half / case.sharing
+    return ring(bytes_of * half, case.sharing) + ring(rest, case.devices // case.sharing, 2)
 
 
 def _of_factors(layer: Layer, case: Case, kept: Kept) -> Costs:
     """Both factors of all copies, from the rows of the examples of one device; a half of each where it is shared."""
-    flops, sent = 0.0, 0.0
-    shared = case.shared and kept.rank is None and case.batch % case.sharing == 0
+    flops, sent, half = 0.0, 0.0, 0.0
+    shared = case.shared and kept.rank is None and case.batch % case.devices == 0
     for (size, _, diagonal), draws in zip(_sides(layer, kept), (1, case.draws), strict=True):
         count, rank = draws * case.batch * layer.positions, kept.vectors(size)
         here = count / case.devices
         if diagonal:
-            flops, sent = flops + 2 * here * size, sent + size
+            flops, sent, half = flops + 2 * here * size, sent + size, half + size
         elif rank is None:
-            flops, sent = flops + 2 * here * size**2, sent + size * (size // 2 + 1 if shared else size)
+            flops, sent, half = flops + 2 * here * size**2, sent + size**2, half + size * (size // 2 + 1)
         else:
             few = by_products(count, size, rank)
             products = 8 * here * size * rank if few else 2 * here * size**2 + 4 * size**2 * rank
             own = (8 + 8 / 3 + 2 + 2) * size * rank**2 + 9 * rank**3  # old average, Q, inner products, turn; r x r
             flops, sent = flops + products + own, sent + (2 * size * rank if few else size**2)
-    return prod(layer.stack) * flops, _sent(layer, sent, case, shared and case.scatters(layer))
+    return prod(layer.stack) * flops, _sent(layer, sent, case, case.scatters(layer), half if shared else None)
 
 
 def _of_sides(layer: Layer, pair: Pair, of: Callable[[int], float]) -> float:
@@ -228,7 +237,9 @@ def _of_squares(layer: Layer, case: Case, kept: Kept) -> Costs:
     scattered = case.scatters(layer)
     basis = sum(size * (kept.vectors(size) or size) for size, _, diagonal in _sides(layer, kept) if not diagonal)
     to_all = ring(prod(layer.stack) * _width(layer) * basis, case.sharing) if scattered else 0.0  # of all copies
-    return prod(layer.stack) * flops, to_all + _sent(layer, rows * cols, case, scattered)
+    return prod(layer.stack) * flops, to_all + _sent(
+        layer, rows * cols, case, scattered, rows * cols if case.shared else None
+    )
 
 
 def _arrays(layer: Layer, of: Callable[[Layer], Pair]) -> Pair:
