@@ -42,7 +42,7 @@ def trained(tx, watched, params, state, x, y, weights, places=None):
     compiled = step.lower(params, state, x, y, weights, jax.random.key(0)).compile()
     for t in range(2):
         params, state, grad = compiled(params, state, x, y, weights, jax.random.key(t))
-    sent = [each.what for each in Program(compiled.as_text(), 4).sent() for _ in range(each.times)]
+    sent = [(each.what, each.shape) for each in Program(compiled.as_text(), 4).sent() for _ in range(each.times)]
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]), grad, params, sent
 
 one, *_ = trained(tx, watched, params, tx.init(params), *batch)
@@ -57,7 +57,8 @@ shared, places = ng.sharding.share_refreshes(tx, mesh, "layer", axis), places if
 four, grad, ended, sent = trained(shared, capture, *there, *spread, places)
 error, moved = (jnp.linalg.norm(four - other) for other in (one, jnp.ravel(jnp.concatenate(
     [jnp.ravel(leaf) for leaf in jax.tree.leaves(params)]))))
-print(json.dumps({"error": float(error / moved), "scattered": sent.count("reduce-scatter"),
+print(json.dumps({"error": float(error / moved), "scattered": [what for what, _ in sent].count("reduce-scatter"),
+                  "inputs": [what for what, shape in sent if shape == "f32[16,6]" and what == "all-gather"],
                   "gradient": str(grad["deep"].sharding.spec), "whole": ended["deep"].sharding.is_fully_replicated}))
 """
 
@@ -73,6 +74,7 @@ def test_c13_sums_that_are_scattered_are_those_of_one_device(name):
     assert there["error"] < 1e-5  # a batch filled up with examples of weight zero
     assert there["scattered"] >= 2  # the gradient, and the statistics
     assert "data" in there["gradient"]
+    assert there["inputs"] == []  # nor to have one with weight in the place of the others
 
 
 @pytest.mark.full

@@ -84,13 +84,14 @@ class Devices:
             mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
         elif missing := set(self.axes) - set(around.axis_names):
             raise ValueError(
-                f"The mesh around has axes {list(around.axis_names)} and not {sorted(missing)}, over which refreshes "
-                "are shared: give `ng.sharding.share_refreshes` the mesh that the batch is on."
+                f"The mesh around has axes {list(around.axis_names)} and not {sorted(missing)}, over which work is "
+                "shared: give `ng.sharding.share_refreshes` and `share_gradients` the mesh that the batch is on."
             )
         elif by_hand := set(self.axes) & set(around.manual_axes):
             raise ValueError(
                 f"The axes {sorted(by_hand)} are manual here, inside of `jax.shard_map` or `jax.pmap`, so that "
-                "refreshes cannot be shared over them: leave `ng.sharding.share_refreshes` out, or use `jax.jit`."
+                "work cannot be shared over them: leave `ng.sharding.share_refreshes` and `share_gradients` out, or "
+                "use `jax.jit`."
             )
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
