@@ -98,6 +98,22 @@ def test_a_plan_counts_what_the_definitions_say():
     assert part["layer, shared"].state == pytest.approx(found["replicated"].state / 4)
 
 
+def test_a_plan_of_other_methods_counts_what_the_definitions_say():
+    kfac, ekfac, soap, rows = (
+        planned(dense(64, stack=(8,)), method=name) for name in ("kfac", "ekfac", "soap", "tengrad")
+    )
+    each, cube = 2 * 64**2 * 64, 64**3
+    assert ekfac["replicated"].step[0] == 2 * kfac["replicated"].step[0] == 8 * 4 * each
+    assert soap["replicated"].step[0] == 3 * kfac["replicated"].step[0]
+    turned = 2 * 2 * 8 * 64**2 + 2 * 8 * 64**2  # the rows of 8 examples, and their squares
+    assert ekfac["layer, shared"].refresh[0] == pytest.approx(2 * 9 * cube + 8 * turned)
+    assert soap["replicated"].statistics == (8 * 2 * each, 0)  # of a gradient that every device has
+    kernel = 5 * 2 * 8**2 * (64 + 64 + 1)  # of five blocks of 8 x 8, the products of their rows, and their product
+    assert rows["examples, shared"].refresh[0] == pytest.approx(8 * (kernel + cube / 3))
+    assert rows["examples, shared"].state == pytest.approx(4 * 8 * (8 * 128 + 64**2 + 1))
+    assert [cost.policy for cost in rows.costs] == ["examples, shared"]
+
+
 def test_what_is_truncated_or_a_diagonal_is_planned_as_such():
     whole, few = planned(dense(512)), planned(dense(512), rank=16)
     assert few["replicated"].state < whole["replicated"].state / 16

@@ -147,6 +147,7 @@ def test_a_kernel_of_spread_rows_is_that_of_all_by_a_ring_and_by_a_gather(count)
         (8, {}),
         (4, {"axes": "Explicit"}),
         (4, {"blocks": "joint"}),
+        (4, {"energy": 0.9}),
         (4, {"momentum": "spring", "refresh_every": 1}),
     ],
 )
