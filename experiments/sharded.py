@@ -61,8 +61,20 @@ def apply(params, x):
     return h @ params["last"]
 
 
-def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[str, Any]]:
-    """Flops, bytes sent and bytes held on one of the devices that there are, for Adam and every policy."""
+def directions(layers: ng.Layers) -> dict[str, Any]:
+    """The methods that can be measured, with none of their work in a step that is not due for it."""
+    rare: dict[str, Any] = {"damping": 0.1, "refresh_every": 100}
+    return {
+        "kfac": partial(ng.scale_by_kfac, layers, early_refresh=False, **rare),
+        "ekfac": partial(ng.scale_by_ekfac, layers, early_refresh=False, **rare),
+        "shampoo": partial(ng.scale_by_shampoo, layers, early_refresh=False, **rare),
+        "soap": partial(ng.scale_by_soap, layers, statistics_every=10, **rare),
+        "tengrad": partial(ng.scale_by_tengrad, layers, **rare),
+    }
+
+
+def measure(config: Config, policies: tuple[str, ...] = POLICIES, method: str = "kfac") -> list[dict[str, Any]]:
+    """Flops, bytes sent and bytes held on one of the devices that there are, for Adam and every policy of a method."""
     count = jax.device_count()
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
@@ -70,11 +82,12 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
     params = {name: jnp.ones(shape) for name, shape in (shapes | {"last": (config.units, config.ends)}).items()}
     x = y = jnp.ones((config.batch, config.ends))
     watched = ng.capture(apply, ng.losses.squared_error)
-    kfac = ng.scale_by_kfac(watched.layers(params, x), damping=0.1, early_refresh=False)
+    ours = directions(watched.layers(params, x))[method]()
+    tensors = method in ("shampoo", "soap")
     (params, x, y) = jax.device_put(params, everywhere), *jax.device_put((x, y), apart)
     key = jax.random.key(0)
 
-    def programs(tx, shardings):
+    def programs(tx, shardings, watched=watched):
         """The step, and what is due at times."""
 
         def step(params, state, x, y, key):
@@ -82,8 +95,15 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
             updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
             return optax.apply_updates(params, updates), state
 
+        def evidence(params, x, y, key):
+            return params if tensors else watched.value_and_grad(params, x, y, key=key).curvature
+
         def observed(state, params, x, y, key):
-            return ng.observe(tx, state, watched.value_and_grad(params, x, y, key=key).curvature)
+            return ng.observe(tx, state, evidence(params, x, y, key), params=params)
+
+        def refreshed(state, params, x, y, key):
+            given = None if method in ("kfac", "shampoo") else evidence(params, x, y, key)
+            return ng.refresh(tx, state, given, params=params)
 
         state = jax.device_put(tx.init(params), shardings)
         places = jax.tree.map(lambda _: everywhere, params), shardings
@@ -96,8 +116,8 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
         found = {"step": compiled(step, places, params, state, x, y, key, dearest=False)}
         if tx is not adam:
             found["observe"] = compiled(observed, shardings, state, params, x, y, key)
-            refresh = partial(refreshed, tx)
-            found["refresh"] = compiled(refresh, shardings, state, params)
+            usual = method != "tengrad"  # a kernel that rounding makes indefinite is dearer, and rare
+            found["refresh"] = compiled(refreshed, shardings, state, params, x, y, key, dearest=usual)
         return found, ng.sharding.bytes_per_device(state)
 
     def told(name, found, held):
@@ -116,14 +136,10 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES) -> list[dict[s
     rows = [told("Adam", *programs(adam, jax.tree.map(lambda _: everywhere, jax.eval_shape(adam.init, params))))]
     for name in policies:
         policy, shared = cast(Any, name.split(", ")[0]), "shared" in name
-        tx = ng.sharding.share_refreshes(kfac, mesh, policy) if shared else kfac
-        rows.append(told(name, *programs(tx, ng.sharding.state_specs(kfac, params, mesh, policy))))
+        tx = ng.sharding.share_refreshes(ours, mesh, policy) if shared else ours
+        capture = ng.sharding.share_gradients(watched, mesh) if name == "layer, shared" else watched
+        rows.append(told(name, *programs(tx, ng.sharding.state_specs(ours, params, mesh, policy), capture)))
     return rows
-
-
-def refreshed(tx: Any, state: Any, params: Any) -> Any:
-    """A refresh by itself."""
-    return ng.refresh(tx, state, params=params)
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ class Layer:
         arrays: (role, `algebra.arranged.Arrangement` of its parameter arrays) for the kernel and the bias of the kind;
             () where the parameter arrays are these as they are.
         note: why the parameter has no layer, for the coverage report.
+        devices: the `algebra.devices.Devices` that have the examples, each some of them; None where nobody said.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Layer:
     uses: tuple[Use, ...] = ()
     arrays: tuple[tuple[str, Any], ...] = ()
     note: str = ""
+    devices: Any = None
 
     @property
     def is_known(self) -> bool:

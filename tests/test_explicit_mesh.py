@@ -5,9 +5,14 @@ In a process of its own, because the number of devices is settled when JAX start
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from devices import on_devices
+from jax.sharding import AxisType, PartitionSpec
 from methods_table import ALL_NAMES
+
+import natgrad_jax as ng
 
 FEW = ("kfac pi", "ekfac per_example", "tengrad")
 SCRIPT = """
@@ -102,3 +107,18 @@ def test_c13_an_explicit_mesh_trains_like_one_device(names, devices):
             assert max(errors[count]) < (1e-3 if name == "soap" else 1e-5), (name, count)
     if FEW[0] in names:  # the control: half of each batch
         assert min(found[FEW[0]]["half"]) > 1e-3
+
+
+def test_a_shard_map_in_a_model_takes_the_mesh_around_it():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    here, spec = jax.sharding.NamedSharding(mesh, PartitionSpec()), PartitionSpec("data")
+    params, x = jax.device_put(({"w": jnp.ones((4, 2))}, jnp.ones((6, 4))), here)
+
+    def watched(**named):
+        each = jax.shard_map(jnp.dot, in_specs=(spec, PartitionSpec()), out_specs=spec, **named)
+        return ng.capture(lambda params, x: each(x, params["w"]), ng.losses.squared_error, verify=False)
+
+    assert list(watched().layers(params, x)) == ["w"]
+    with pytest.raises(ValueError, match="mesh") as error:
+        watched(mesh=mesh).layers(params, x)
+    assert any("leave `mesh` out" in note for note in error.value.__notes__)

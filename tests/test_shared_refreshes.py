@@ -15,7 +15,8 @@ from devices import on_devices
 from jax.sharding import PartitionSpec
 
 import natgrad_jax as ng
-from natgrad_jax.lift.shares import Devices, shares
+from natgrad_jax.algebra.devices import Devices
+from natgrad_jax.lift.shares import shares
 from natgrad_jax.methods.kfac import KFAC
 
 SCRIPT = """
@@ -47,7 +48,7 @@ x, y = jax.random.normal(keys[7], (16, outer)), jax.random.normal(keys[8], (16, 
 watched = ng.capture(apply, ng.losses.squared_error, verify=False)
 layers = watched.layers(params, x)
 
-def trained(tx, batch, params, state, shardings=None):
+def trained(tx, batch, params, state, shardings=None, watched=watched):
     @jax.jit
     def step(params, state, x, y, key):
         out = watched.value_and_grad(params, x, y, key=key)
@@ -82,7 +83,8 @@ for name in names:
         everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
         start = jax.device_put((params, tx.init(params)), (everywhere, shardings))
         batch = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("data")))
-        ended = trained(shared, batch, *start, shardings if axes == "Auto" else None)
+        capture = ng.sharding.share_gradients(watched, mesh) if policy == "layer" else watched
+        ended = trained(shared, batch, *start, shardings if axes == "Auto" else None, capture)
         found[name][kind] = {"error": float(jnp.linalg.norm(flat(ended[0]) - flat(one[0])))}
         found[name][kind]["state"] = ng.sharding.bytes_per_device(ended[1])
         if name.startswith("kfac"):

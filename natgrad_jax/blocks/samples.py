@@ -148,16 +148,33 @@ def kernel(jacobian: Jacobian, workspace: int, order: Order | None = None) -> Ar
     Returns:
         [S, R, R].
     """
+    return cross(jacobian, jacobian, workspace, order)
+
+
+def cross(jacobian: Jacobian, other: Jacobian, workspace: int, order: Order | None = None) -> Array:
+    """J J'^T of two batches of one size.
+
+    Args:
+        jacobian: J.
+        other: J', of the same shapes.
+        workspace: as `kernel` takes it.
+        order: as `kernel` takes it.
+
+    Returns:
+        [S, R, R].
+    """
     if isinstance(jacobian, Gradients):
-        flat = jacobian.values.reshape(*_lead(jacobian), -1)
-        return einsum("...ri,...si->...rs", flat, flat)
+        assert isinstance(other, Gradients), "batches of one layer are kept alike"
+        flat, another = (each.values.reshape(*_lead(each), -1) for each in (jacobian, other))
+        return einsum("...ri,...si->...rs", flat, another)
+    assert isinstance(other, Rows), "batches of one layer are kept alike"
     if isinstance(jacobian.inputs, OneHot):
         order = "gram"  # the other writes columns of one-hot gradients out
     if order is None:
         rows, (draws, examples, positions, columns) = jacobian.inputs.shape[-1], jacobian.outputs.shape[-4:]
         gram = examples * positions**2 * (rows + draws**2 * columns)
         order = "gram" if gram <= draws * rows * columns * (positions + draws * examples) else "gradients"
-    return _by_gram(jacobian, workspace) if order == "gram" else _by_gradients(jacobian, workspace)
+    return (_by_gram if order == "gram" else _by_gradients)(jacobian, other, workspace)
 
 
 def project(jacobian: Jacobian, matrix: Array) -> Array:
@@ -249,15 +266,15 @@ def _gradients(layer: Layer, evidence: Evidence, sharing: Pairing, workspace: in
     return jnp.moveaxis(found, 0, -3)
 
 
-def _by_gram(jacobian: Rows, workspace: int) -> Array:
-    """The kernel from the products of rows, some examples with all at a time."""
+def _by_gram(jacobian: Rows, other: Rows, workspace: int) -> Array:
+    """The kernel from the products of rows, some examples with all of the other at a time."""
     inputs, outputs = jacobian
     draws, examples, positions = outputs.shape[-4:-1]
 
     def of_one(example):
         a, g = example  # [S, T, I], [S, K, T, O]
-        by_inputs = of_rows.products_across(a, inputs)
-        by_outputs = einsum("...kto,...lnuo->...ktlnu", g, outputs)
+        by_inputs = of_rows.products_across(a, other.inputs)
+        by_outputs = einsum("...kto,...lnuo->...ktlnu", g, other.outputs)
         return einsum("...tnu,...ktlnu->...kln", by_inputs, by_outputs)
 
     stacked = prod(inputs.shape[:-3])
@@ -269,22 +286,29 @@ def _by_gram(jacobian: Rows, workspace: int) -> Array:
     return jnp.moveaxis(found, 0, -3).reshape(*_lead(jacobian)[:-1], size, size)
 
 
-def _by_gradients(jacobian: Rows, workspace: int) -> Array:
-    """The kernel as the sum over columns of J, those of some outputs at a time."""
+def _by_gradients(jacobian: Rows, other: Rows, workspace: int) -> Array:
+    """The kernel as the sum over columns of J and of the other, those of some outputs at a time."""
     inputs, outputs = jacobian
     lead, columns = _lead(jacobian), outputs.shape[-1]
     each = outputs.size // (columns * outputs.shape[-2]) * inputs.shape[-1] * inputs.dtype.itemsize
-    chunk = min(_pieces(each, workspace), columns)
+    chunk = min(_pieces(each if other is jacobian else 2 * each, workspace), columns)
     blocks = -(-columns // chunk)
-    padded = jnp.pad(outputs, [(0, 0)] * (outputs.ndim - 1) + [(0, blocks * chunk - columns)])
-    by_block = jnp.moveaxis(padded.reshape(*outputs.shape[:-1], blocks, chunk), -2, 0)
 
-    def add(partial, block):
-        some = einsum("...nti,...knto->...knio", inputs, block).reshape(*lead, -1)
-        return partial + einsum("...ri,...si->...rs", some, some), None
+    def by_block(outputs):
+        padded = jnp.pad(outputs, [(0, 0)] * (outputs.ndim - 1) + [(0, blocks * chunk - columns)])
+        return jnp.moveaxis(padded.reshape(*outputs.shape[:-1], blocks, chunk), -2, 0)
+
+    def formed(inputs, block):
+        return einsum("...nti,...knto->...knio", inputs, block).reshape(*lead, -1)
+
+    def add(partial, pair):
+        some = formed(inputs, pair[0])
+        others = some if other is jacobian else formed(other.inputs, pair[1])
+        return partial + einsum("...ri,...si->...rs", some, others), None
 
     start = jnp.zeros((*lead, lead[-1]), inputs.dtype)
-    return add(start, by_block[0])[0] if blocks == 1 else lax.scan(add, start, by_block)[0]
+    pairs = by_block(outputs), None if other is jacobian else by_block(other.outputs)
+    return add(start, jax.tree.map(lambda one: one[0], pairs))[0] if blocks == 1 else lax.scan(add, start, pairs)[0]
 
 
 def _pieces(each: int, workspace: int) -> int:

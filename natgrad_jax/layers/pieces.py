@@ -18,18 +18,48 @@ MOST = 1 << 22
 """How many entries the rows of inputs may have at a time: 16 MB of float32."""
 
 
-def summed(function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence, most: int = MOST) -> Any:
+def summed(
+    function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence, most: int = MOST, symmetric: bool = False
+) -> Any:
     """The sum over examples of a function of the evidence of some of them.
 
     Args:
         function: what a piece of the evidence gives; it may not divide by a number of examples.
-        layer: the layer; only convolutions are done in pieces.
+        layer: the layer; only convolutions are done in pieces. Its devices sum over the examples that each has.
         evidence: of the batch.
         most: how many entries the rows of inputs may have at a time.
+        symmetric: whether the function gives symmetric matrices [S, n, n], of which devices send a half.
 
     Returns:
-        The sum over all examples.
+        The sum over all examples; where the devices divide the stack, each has its copies.
     """
+    if not is_spread(layer, evidence):
+        return _summed_here(function, layer, evidence, most)
+    lead = layer.module_axes
+    kept = evidence.inputs, evidence.cotangents, evidence.weights
+
+    def of_mine(inputs, cotangents, weights):
+        return _summed_here(function, layer, Evidence(inputs, cotangents, None, weights), most)
+
+    return layer.devices.summed(of_mine, kept, (lead, lead + 1, 0), layer.stack, symmetric)
+
+
+def is_spread(layer: Layer, evidence: Evidence) -> bool:
+    """Whether the devices of a layer each have as many of the examples.
+
+    Not of a matrix that is used both ways: the scales of its rows are means over all examples.
+    """
+    if layer.devices is None or any(use.transposed for use in layer.uses):
+        return False
+    lead, kept = layer.module_axes, (evidence.inputs, evidence.cotangents, evidence.weights)
+    sizes = {
+        leaf.shape[axis] for part, axis in zip(kept, (lead, lead + 1, 0), strict=True) for leaf in jax.tree.leaves(part)
+    }
+    return len(sizes) == 1 and all(isinstance(size, int) and size % layer.devices.mesh.size == 0 for size in sizes)
+
+
+def _summed_here(function: Callable[[Evidence], Any], layer: Layer, evidence: Evidence, most: int) -> Any:
+    """The sum without a device more."""
     size = examples_at_a_time(layer, evidence, most)
     if size is None:
         return function(evidence)

@@ -1,6 +1,8 @@
 """What methods ask of a layer, whatever its kind: its matrix, its rows, and their moments."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -14,7 +16,7 @@ from natgrad_jax.algebra.truncated import Moment
 from natgrad_jax.base import Array, Evidence, Layer, Matrix, Scalar, Use
 from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.parts import placed_inputs, placed_outputs
-from natgrad_jax.layers.pieces import examples_at_a_time, summed
+from natgrad_jax.layers.pieces import examples_at_a_time, is_spread, summed
 from natgrad_jax.losses import example_weights
 
 Sharing = Literal["expand", "reduce"]
@@ -71,7 +73,8 @@ def input_moment(
     """
     if examples_at_a_time(layer, evidence) is not None:
         rank = None  # the matrix of a piece is what is summed
-    found = summed(lambda part: _input_sum(layer, part, full, sharing, rank), layer, evidence)
+    layer = layer if rank is None else replace(layer, devices=None)  # products are no arrays to send
+    found = summed(lambda part: _input_sum(layer, part, full, sharing, rank), layer, evidence, symmetric=True)
     return _divided(found, total(evidence, example_count(layer, evidence)))
 
 
@@ -114,17 +117,25 @@ def output_moment(
         if not full:
             return Diagonal(jnp.ones((*layer.stack, columns), layer.dtype))
         return jnp.broadcast_to(jnp.eye(columns, dtype=layer.dtype), (*layer.stack, columns, columns))
-    rows = output_rows(layer, evidence)
-    if sharing == "reduce":
-        rows = _pooled(rows, evidence, mean=True)
-    draws, examples, positions = rows.shape[-4:-1]
+
+    def rows_of(part):
+        rows = output_rows(layer, part)
+        return _pooled(rows, part, mean=True) if sharing == "reduce" else rows
+
+    def of_part(part):
+        rows = rows_of(part)
+        flat = rows.reshape(rows.shape[:-4] + (prod(rows.shape[-4:-1]), columns))
+        return second_moment(flat, full=full, rank=rank)
+
+    draws, examples, positions = jax.eval_shape(rows_of, evidence).shape[-4:-1]
     weights = _row_weights(evidence, positions)
     if weights is None:
         count = examples * positions
     else:
         count = jnp.sum(jnp.broadcast_to(weights, (examples, positions)))
-    flat = rows.reshape(rows.shape[:-4] + (draws * examples * positions, columns))
-    return _divided(second_moment(flat, full=full, rank=rank), draws * count)
+    spread = rank is None and is_spread(layer, evidence)
+    found = summed(of_part, layer, evidence, symmetric=True) if spread else of_part(evidence)
+    return _divided(found, draws * count)
 
 
 def input_moment_action(layer: Layer, evidence: Evidence, vector: Array) -> Array:
@@ -187,7 +198,7 @@ def partial_traces(
             scaled(outputs, spread),
         )
     moments = paired_moments if sharing == "expand" else gradient_moments
-    found = summed(lambda part: moments(*paired_rows(layer, part, sharing), full), layer, evidence)
+    found = summed(lambda part: moments(*paired_rows(layer, part, sharing), full), layer, evidence, symmetric=True)
     return _divided(found, total(evidence, example_count(layer, evidence)))
 
 
@@ -210,6 +221,24 @@ def paired_rows(layer: Layer, evidence: Evidence, sharing: Pairing = "example") 
     if isinstance(rows, OneHot):
         return of_rows.scaled(rows, _there(rows, evidence)), jnp.broadcast_to(mean, columns.shape)
     return _pooled(rows, evidence, mean=False), mean
+
+
+def row_gradient(layer: Layer, evidence: Evidence) -> dict[str, Array]:
+    """The gradient that the cotangents of one draw are of: the sum over examples and positions of a g^T.
+
+    Args:
+        layer: the layer.
+        evidence: inputs and cotangents.
+
+    Returns:
+        {role: array}; where the devices divide the stack, each has its copies.
+    """
+
+    def of_part(part):
+        rows, columns = paired_rows(layer, part)
+        return of_rows.pulled(rows, jnp.squeeze(columns, -4))
+
+    return from_matrix(layer, summed(of_part, layer, evidence))
 
 
 def example_count(layer: Layer, evidence: Evidence) -> int:

@@ -16,11 +16,13 @@ from functools import partial
 import jax.numpy as jnp
 
 from natgrad_jax.algebra.branches import when
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Evidence, Layer
+from natgrad_jax.layers.joint import is_joint
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
 from natgrad_jax.lift.requests import Observe, Request
-from natgrad_jax.lift.shares import Devices, map_shared
+from natgrad_jax.lift.shares import map_shared
 from natgrad_jax.lift.state import (
     Block,
     Dated,
@@ -198,7 +200,11 @@ def _refreshed(
             stays = jnp.all(method.turned(layer, statistics, operator) <= tolerance)
             return when(~stays, lambda _: afresh(), operator), jnp.broadcast_to(stays, layer.stack)
 
-        lifted = map_layers if shared_by is None else partial(map_shared, by=shared_by)
+        by_rows = (
+            shared_by is not None and shared_by.rows and method.measure is not None
+        )  # all have what they solve with
+        alone = shared_by is None or by_rows or any(map(is_joint, known))
+        lifted = map_layers if alone else partial(map_shared, by=shared_by)
         found = lifted(refresh, known, state.statistics, values)
         values |= {name: value for name, (value, _) in found.items()}
         kept = {name: stays for name, (_, stays) in found.items() if stays is not None}

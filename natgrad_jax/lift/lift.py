@@ -7,6 +7,7 @@ A step that is due for none of 1-3 computes nothing of them. Nothing is ever rea
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import addresses, checks
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks.diagonal import diagonal
 from natgrad_jax.blocks.norm import norm
@@ -63,8 +65,8 @@ def lift(
     Returns:
         A transformation whose `update` needs the extra argument `curvature`: the one that `capture.value_and_grad`
         returns, or a mapping {name: Evidence}. Parameters of no known layer get a diagonal block. Another extra
-        argument is `shared_by`, the `shares.Devices` that share refreshes; unknown ones are ignored, `params` may be
-        None.
+        argument is `shared_by`, the `Devices` that share refreshes and sums over examples; unknown ones are ignored,
+        `params` may be None.
 
     Raises:
         TypeError: if `layers` is no `Layers`.
@@ -82,9 +84,10 @@ def lift(
         for name in ("statistics_every", "refresh_every"):
             checks.static(name, getattr(schedule, name), "which layers take turns (`rolling`)")
 
-    def blocks_of(tree: Any, decays: tuple[Scalar, ...]) -> tuple[Block, ...]:
+    def blocks_of(tree: Any, decays: tuple[Scalar, ...], devices: Devices | None = None) -> tuple[Block, ...]:
         known, others = method(*decays), {"parameter": diagonal(decays[0]), "norm": norm(decays[0])}
-        return tuple(Block(layer, others.get(layer.kind, known)) for layer in evidences.present(layers, tree))
+        there = (replace(layer, devices=devices) for layer in evidences.present(layers, tree))
+        return tuple(Block(layer, others.get(layer.kind, known)) for layer in there)
 
     def init(params):
         statistics, operators = {}, {}
@@ -104,7 +107,7 @@ def lift(
         count = state.count
         decays_now = tuple(at_step(each, count) for each in decays)
         if request is not None:
-            blocks = blocks_of(updates, _asked(request, decays_now))
+            blocks = blocks_of(updates, _asked(request, decays_now), shared_by)
             optional = not isinstance(request, Observe)
             evidence_of = evidences.lazy(curvature, layers_of(blocks), optional=optional, partly=True)
             rule = state.metrics.damping if damping is None else damping
@@ -116,7 +119,7 @@ def lift(
                 "The damping is adaptive, which takes the whole step to see: use the complete optimizer, as "
                 "`ng.kfac(..., damping=ng.adaptive_damping())`, or wrap the direction in `ng.controlled(...)`."
             )
-        blocks = blocks_of(updates, decays_now)
+        blocks = blocks_of(updates, decays_now, shared_by)
         strength = _strength(damping, blocks, count)
         evidence_of = evidences.lazy(curvature, layers_of(blocks), gradient=updates, partly=True)
         state = advance(blocks, schedule, strength, evidence_of, state, shared_by)

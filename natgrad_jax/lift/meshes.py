@@ -15,7 +15,8 @@ def on_any_mesh(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
     Returns:
         It, with a state that is on the mesh of the parameters from the start: every array of which they do not say
-        more is on every device. Updates are where the gradient is, and the state stays where it was.
+        more is on every device. Updates are where the parameters are, where the gradient is if these are not given; the
+        state stays where it was.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -30,6 +31,6 @@ def on_any_mesh(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         with within(mesh):
             given, inside, at, more = entered((updates, state, params, extra))
             found, new = inner.update(given, inside, at, **more)
-        return left(found, mesh, updates), left(new, mesh, state)
+        return left(found, mesh, updates if params is None else params), left(new, mesh, state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -12,59 +12,20 @@ Devices whose shares are alike run one program; the others choose theirs by thei
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Layer
 from natgrad_jax.lift.grouping import alike, cost, joined, map_layers
 
 Function = Callable[[Layer, Any, Any], Any]
 """A refresh of a layer: layer, statistics, operator -> anything whose arrays lead with the axes S."""
-
-
-@dataclass(frozen=True)
-class Devices:
-    """Those that share refreshes.
-
-    Attributes:
-        mesh: what they are on.
-        axes: the axes of the mesh along which they differ.
-        cut: whether each has its part of the stacks that they divide.
-    """
-
-    mesh: Mesh
-    axes: tuple[str, ...]
-    cut: bool = False
-
-    @cached_property
-    def count(self) -> int:
-        """How many there are."""
-        return prod(self.mesh.shape[axis] for axis in self.axes)
-
-    def each(self, function: Callable[..., Any], specs: tuple[PartitionSpec, ...], out: Any) -> Callable[..., Any]:
-        """A function done on every device by itself, where the mesh is `Auto`, whatever is around."""
-        around = jax.sharding.get_abstract_mesh()
-        mesh = None
-        if around.empty:
-            kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
-            mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        elif missing := set(self.axes) - set(around.axis_names):
-            raise ValueError(
-                f"The mesh around has axes {list(around.axis_names)} and not {sorted(missing)}, over which refreshes "
-                "are shared: give `ng.sharding.share_refreshes` the mesh that the batch is on."
-            )
-        elif by_hand := set(self.axes) & set(around.manual_axes):
-            raise ValueError(
-                f"The axes {sorted(by_hand)} are manual here, inside of `jax.shard_map` or `jax.pmap`, so that "
-                "refreshes cannot be shared over them: leave `ng.sharding.share_refreshes` out, or use `jax.jit`."
-            )
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
 
 class Copy(NamedTuple):

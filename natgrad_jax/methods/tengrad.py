@@ -26,7 +26,7 @@ decomposition.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, Self
 
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from natgrad_jax.around.adaptive import AdaptiveDamping, Damping
 from natgrad_jax.around.control import Length, Quadratic
 from natgrad_jax.around.spring import spring
 from natgrad_jax.base import Array, Layer, Layers, Method, Scalar, ScalarOrSchedule
-from natgrad_jax.blocks import samples
+from natgrad_jax.blocks import rings, samples
 from natgrad_jax.blocks.samples import Jacobian
 from natgrad_jax.layers.joint import by_member, from_members, is_joint, members
 from natgrad_jax.layers.parameter import with_gradients
@@ -217,7 +217,8 @@ class TENGraD(Direction):
 
         def refresh(layer, statistics, operator, damping):
             del statistics
-            parts = [samples.kernel(jacobian, workspace) for jacobian in operator.jacobians]
+            pairs = zip(members(layer), operator.jacobians, strict=True)
+            parts = [rings.kernel(replace(one, devices=layer.devices), rows, workspace) for one, rows in pairs]
             kernel = _over_members(layer, parts, 2)  # 2
             strength = stacks.floored(damping, stacks.frobenius(kernel))
             factor, failed = _factor(kernel, strength, self.energy)

@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from natgrad_jax import addresses, checks, report
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.devices import Devices
+from natgrad_jax.blocks import rings
 
-Policy = Literal["replicated", "layer", "factor", "parameter"]
+Policy = Literal["replicated", "layer", "factor", "parameter", "examples"]
 
 
 def state_specs(
@@ -41,7 +43,8 @@ def state_specs(
             device. "factor": each array is cut along its first axis that the devices divide evenly: the stack of a
             scanned layer, else the rows of its factor. One that they do not divide is on every device. "parameter": as
             "factor", but only along the axes of the mesh along which the parameters of that layer are cut, as by FSDP
-            or tensor parallelism. Arrays of the shape of a parameter, as momentum has them, go where the parameter is.
+            or tensor parallelism. "examples": the rows that TENGraD keeps of a batch are cut along its examples, all
+            else is on every device. Arrays of the shape of a parameter, as momentum has them, go where that is.
         axis: the axis of the mesh, or several, along which arrays are cut; all of them if None.
 
     Returns:
@@ -68,7 +71,12 @@ def state_specs(
                 return NamedSharding(mesh, PartitionSpec())
             return NamedSharding(mesh, PartitionSpec(*(None,) * place, along if len(along) > 1 else along[0]))
 
-        return jax.tree.map(cut, tree)
+        def cut_rows(node):
+            if policy == "examples" and rings.are_rows(node):
+                return rings.placed(node, Devices(mesh, names, rows=True))
+            return jax.tree.map(cut, node)
+
+        return jax.tree.map(cut_rows, tree, is_leaf=rings.are_rows)
 
     def of_node(path, node):
         if not report.has_layers(node):
@@ -120,7 +128,7 @@ def axis_cut(shape: tuple[int, ...], stack: int, policy: Policy, devices: int) -
     Returns:
         The first axis that they divide, of those that the policy allows; None if there is none.
     """
-    allowed = shape[: {"replicated": 0, "layer": min(1, stack)}.get(policy)]
+    allowed = shape[: {"replicated": 0, "examples": 0, "layer": min(1, stack)}.get(policy)]
     return next((place for place, size in enumerate(allowed) if size and size % devices == 0), None)
 
 

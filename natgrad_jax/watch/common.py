@@ -20,8 +20,11 @@ import jax.numpy as jnp
 
 from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.layers import KINDS
+from natgrad_jax.layers.pieces import is_spread
+from natgrad_jax.layers.rows import row_gradient
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
 from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.norms import Batch, gradients_of_examples
@@ -338,7 +341,26 @@ def evaluate(
     reusable = alike and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
+    if problem.devices is not None:
+        grad = _scattered(curvature, problem.devices, *ordinary)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
+
+
+def _scattered(curvature: Curvature, devices: Devices, gradient: Tree, cotangents: Tree) -> Tree:
+    """The gradient, that of scanned layers from their rows: of these each device sums its copies, and has only them.
+
+    In the loop of a scan the gradient of one copy is summed by all devices; its rows leave the loop unsummed.
+    """
+    draws = jax.tree.map(lambda leaf: leaf[None], (gradient, cotangents))
+    evidence = curvature._evidence(curvature._passed, *draws, pulled_outside=True)
+    leaves = addresses.flatten(gradient)
+    for layer in curvature.layers.known:
+        layer = replace(layer, devices=devices)
+        if layer.module_axes and devices.divide(layer.stack) and is_spread(layer, evidence[layer.name]):
+            found = row_gradient(layer, evidence[layer.name])
+            for leaf in layer.leaves:
+                leaves[leaf.address] = found[leaf.role].astype(leaves[leaf.address].dtype)
+    return addresses.replace(gradient, leaves)
 
 
 def evidence_for(

@@ -141,7 +141,7 @@ class Watch:
                 args, kwargs, *others = batch
                 return self.evaluate(model._replace(params=params, state=state), Inputs(*args, **kwargs), *others)
 
-            return evaluated(mesh, evaluate, model.params, model.state, batch)
+            return evaluated(mesh, evaluate, model.params, model.state, batch, self.problem.devices)
         if self.axis_name is None:
             refuse_unsaid()
         if not self.axis_name:

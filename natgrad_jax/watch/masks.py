@@ -13,7 +13,6 @@ the likelihood does not weigh. Whole numbers are taken as they are: no one here 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from natgrad_jax.base import Array
@@ -65,6 +64,7 @@ def _positions_filled(values: Array, weights: Array) -> Array:
 def _replaced(values: Array, axis: int, bad: Array, stand_in: Array, any_there: Array) -> Array:
     """With one example in the place of the bad ones [N]; with zeros if there is none."""
     values = jnp.asarray(values)
-    one = jax.lax.dynamic_index_in_dim(values, stand_in, axis, keepdims=True)
-    one = jnp.where(any_there, one, jnp.zeros((), values.dtype))
-    return jnp.where(bad.reshape([-1 if i == axis else 1 for i in range(values.ndim)]), one, values)
+    shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+    chosen = any_there & (jnp.arange(len(bad)) == stand_in).reshape(shape)
+    one = jnp.sum(jnp.where(chosen, values, 0), axis, values.dtype, keepdims=True)  # an index gathers from all devices
+    return jnp.where(bad.reshape(shape), one, values)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.algebra.meshes import Mesh, entered, is_within, left, within
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.watch.problem import Evaluation, no_argument
@@ -70,7 +72,14 @@ class Meshed:
         return left(found, self._mesh)
 
 
-def evaluated(mesh: Mesh, evaluate: Callable[..., Evaluation], params: Tree, state: Any, batch: Any) -> Evaluation:
+def evaluated(
+    mesh: Mesh,
+    evaluate: Callable[..., Evaluation],
+    params: Tree,
+    state: Any,
+    batch: Any,
+    devices: Devices | None = None,
+) -> Evaluation:
     """The evaluation of a batch on a mesh with `Explicit` axes.
 
     Args:
@@ -79,10 +88,12 @@ def evaluated(mesh: Mesh, evaluate: Callable[..., Evaluation], params: Tree, sta
         params: of the model.
         state: what it reads beside them.
         batch: inputs, targets and whatever goes with them.
+        devices: those that share the gradients of scanned layers.
 
     Returns:
-        The evaluation: the gradient is where the parameters are, what was written where it was read. Outputs that lead
-        with the examples are spread as these are, other arrays are on every device.
+        The evaluation: the gradient is where the parameters are, or where it is summed if it is shared; what was
+        written is where it was read. Outputs that lead with the examples are spread as these are, other arrays are on
+        every device.
     """
     with within(mesh):
         found = evaluate(*entered((params, state, batch)))
@@ -97,8 +108,21 @@ def evaluated(mesh: Mesh, evaluate: Callable[..., Evaluation], params: Tree, sta
 
     return found._replace(
         value=left(found.value, mesh),
-        grad=left(found.grad, mesh, params),
+        grad=_left_gradient(found.grad, mesh, params, found.curvature.layers, devices),
         curvature=Meshed(found.curvature, mesh),
         outputs=left(found.outputs, mesh, spec_of=as_examples),
         updated=left(dict(found.updated), mesh, state),
     )
+
+
+def _left_gradient(gradient: Tree, mesh: Mesh, params: Tree, layers: Layers, devices: Devices | None) -> Tree:
+    """The gradient outside of the region, where the parameters are; of scanned layers each device has its copies."""
+    found, inside = left(gradient, mesh, params), addresses.flatten(gradient)
+    if devices is None:
+        return found
+    there, moved = addresses.flatten(params), {}
+    for layer in layers.known:
+        for leaf in layer.leaves if layer.module_axes and devices.divide(layer.stack) else ():
+            if leaf.shape[0] == layer.stack[0] and not any(jax.typeof(there[leaf.address]).sharding.spec):
+                moved[leaf.address] = reshard(inside[leaf.address], NamedSharding(mesh, PartitionSpec(devices.axes)))
+    return addresses.replace(found, moved)

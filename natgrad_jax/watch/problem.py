@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
+from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Evidence, Layers
 from natgrad_jax.losses import LIKELIHOODS, Likelihood
 from natgrad_jax.watch.norms import Touch
@@ -143,6 +144,7 @@ class Problem:
     jacobian: str = "rows"
     segments: Segments | None = None
     norms: str = "channels"
+    devices: Devices | None = None
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):

@@ -115,6 +115,11 @@ def noted(inputs: Any) -> Generator[None]:
             f"So says the model, called with ({', '.join(given)}). Expected its own parameters, and inputs that it "
             "takes: a tuple stands for several positional ones, `ng.Inputs` for any."
         )
+        if axes := jax.sharding.get_abstract_mesh().auto_axes:
+            error.add_note(
+                f"Inside of the capture the axes {list(axes)} are `Auto`: leave `mesh` out of `jax.shard_map` in the "
+                "model, and write `jax.lax.with_sharding_constraint` in the place of `jax.sharding.reshard`."
+            )
         raise
 
 
