@@ -21,7 +21,7 @@ help: ## this list
 	@awk '/^#:/ {print "\n" substr($$0, 4)} /^[a-z]+:.*##/ {sub(/:.*## /, "\t"); print "  " $$0}' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
-	$(BIN)/python -m experiments.demo
+	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(BIN)/python -m experiments.demo $(GIVEN)
 
 test: $(VENV)/test.stamp ## the suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)

@@ -70,11 +70,11 @@ class Data(NamedTuple):
         return Rows(self.name, *(part.images.reshape(len(part.images), -1) for part in (self.train, self.test)))
 
 
-def told(records: Iterable[Mapping[str, Any]]) -> Data:
-    """What records of runs tell of their data: the name and the number of the images, and nothing of them."""
+def blank(records: Iterable[Mapping[str, Any]]) -> Data:
+    """What records of runs say of their data: the name and the number of the images, and nothing of them."""
     largest = max(records, key=lambda record: record["images"])
-    blank = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))
-    return Data(largest["data"], blank, blank.first(0))
+    nothing = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))
+    return Data(largest["data"], nothing, nothing.first(0))
 
 
 def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:

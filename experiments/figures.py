@@ -1,8 +1,8 @@
 """Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds, bands over seeds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,29 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import Records, numbers
+from experiments.records import Records, kept, numbers
+
+
+class Shown(NamedTuple):
+    """What was measured, as a part of the report; `study.Study` is another one.
+
+    Attributes:
+        name: of its records and its picture.
+        title: over its part.
+        table: records -> table.
+        picture: records -> picture.
+        select: those of its records that are shown.
+    """
+
+    name: str
+    title: str
+    table: Callable[[Records], Table]
+    picture: Callable[[Records], Figure]
+    select: Callable[[Records], Records] = list
+
+    def known(self, folder: Path) -> Records:
+        """Its records in a folder."""
+        return self.select(kept(folder / f"{self.name}.jsonl"))
 
 
 def table(
@@ -28,6 +50,35 @@ def table(
         before = first
         result.add_row(first, *others)
     return result
+
+
+def pivot(
+    rows: Records,
+    lines: Sequence[str],
+    column: Callable[[dict[str, Any]], str],
+    cell: Callable[[Records], str],
+    **options: Any,
+) -> Table:
+    """A table with a line for each value of some entries, and a column for each kind of rows.
+
+    Args:
+        rows: records of runs.
+        lines: entries.
+        column: row -> heading of its column.
+        cell: the rows of a cell -> its text; a cell without any has a dash.
+        options: `title`, `headings` of the lines, and those of `table`.
+    """
+    cells: dict[tuple[str, ...], dict[str, Records]] = {}
+    for row in rows:
+        names = tuple(str(row[entry]) for entry in lines)
+        cells.setdefault(names, {}).setdefault(column(row), []).append(row)
+    columns = list(dict.fromkeys(heading for group in cells.values() for heading in group))
+    texts = [
+        (*names, *(cell(group[heading]) if heading in group else "-" for heading in columns))
+        for names, group in cells.items()
+    ]
+    headings = (*options.pop("headings"), *columns)
+    return table(options.pop("title"), headings, texts, names=len(lines), **options)
 
 
 def spread(values: np.ndarray, digits: int) -> str:
@@ -146,3 +197,8 @@ def curves(
 def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The last losses of runs; infinite of those that diverged."""
     return numbers(({"loss": run["losses"][-1]} for run in runs), "loss")
+
+
+def end_and_steps(runs: Records, form: str = ".2g") -> str:
+    """The last loss of runs and, in brackets, their steps: medians."""
+    return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"

@@ -150,7 +150,7 @@ def test_offline_an_experiment_goes_on_with_the_digits_under_their_own_name_unle
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
-    what = problems.reconstruction(name) if name in ("mnist", "faces") else problems.classification(name, 4)
+    what = problems.problem(name)
     found = what.data(None)
     size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[name]
     assert found.name == "digits" and found.train.images.shape == (1500, *size)
