@@ -88,10 +88,10 @@ bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 
 distributed: $(VENV)/test.stamp ## the digits in several processes, one of which is killed; one table
-	$(BIN)/python -m experiments.distributed $(GIVEN)
+	PYTHONPATH=. $(BIN)/python tests/several_processes.py $(GIVEN)
 
 sharded: $(VENV)/test.stamp ## flops, bytes sent and held of K-FAC on 1 to 8 simulated devices by policy, beside Adam; one table
-	$(BIN)/python -m experiments.sharded $(GIVEN)
+	PYTHONPATH=. $(BIN)/python tests/sharded.py
 
 report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
 	$(BIN)/python -m experiments.report $(GIVEN)

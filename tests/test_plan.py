@@ -12,7 +12,7 @@ from natgrad_jax.base import Leaf, Use
 MEASURE = """
 import json, sys
 import jax
-from experiments.sharded import Config, apply, measure
+from sharded import Config, apply, measure
 import jax.numpy as jnp
 import natgrad_jax as ng
 
