@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -44,12 +43,10 @@ class Control(NamedTuple):
     Attributes:
         make: the layers, the learning rate as a schedule, and one number for each of the others -> the optimizer.
         tried: of which the best are taken; "rate" is the first learning rate.
-        style: colour and dashes of its line.
     """
 
     make: Callable[..., Any]
     tried: tuple[Numbers, ...]
-    style: tuple[str, str]
 
 
 def given(layers: Any, rate: Any, damping: Any, bound: Any = None) -> Any:
@@ -83,20 +80,18 @@ def nothing(layers: Any, rate: Any) -> Any:
     return ng.kfac(layers=layers, **KFAC)
 
 
-BLUE, SKY, GREEN, YELLOW = "#17375e", "#3f8fd2", "#4da167", "#f0a202"
-ORANGE, VIOLET, RED, BLACK = "#d95f02", "#a05fb4", "#b2182b", "#000000"
 CLIPPED, GRAFTED = grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), (0.003, 0.01, 0.03, 0.1)
 CONTROLS = {
-    "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS), (BLUE, "-")),
-    "learning rate, KL clip": Control(given, CLIPPED, (SKY, "-")),
-    "learning rate, Adam's length": Control(grafted, grid(rate=GRAFTED, damping=DAMPINGS), (GREEN, "-")),
-    "quadratic rate": Control(of_model, grid(damping=MORE, momentum=(0.0,)), (YELLOW, "-")),
-    "quadratic rate, momentum 0.9": Control(of_model, grid(damping=MORE, momentum=(0.9,)), (YELLOW, ":")),
-    "quadratic rate and momentum": Control(of_model, grid(damping=MORE), (ORANGE, "-")),
-    "adaptive damping, learning rate": Control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9)), (VIOLET, ":")),
-    "everything adaptive": Control(adaptive, grid(least=(1e-8,)), (RED, ":")),
-    "everything adaptive, bounded": Control(adaptive, grid(least=MORE), (RED, "-")),
-    "nothing said": Control(nothing, ({},), (BLACK, "-")),
+    "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS)),
+    "learning rate, KL clip": Control(given, CLIPPED),
+    "learning rate, Adam's length": Control(grafted, grid(rate=GRAFTED, damping=DAMPINGS)),
+    "quadratic rate": Control(of_model, grid(damping=MORE, momentum=(0.0,))),
+    "quadratic rate, momentum 0.9": Control(of_model, grid(damping=MORE, momentum=(0.9,))),
+    "quadratic rate and momentum": Control(of_model, grid(damping=MORE)),
+    "adaptive damping, learning rate": Control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9))),
+    "everything adaptive": Control(adaptive, grid(least=(1e-8,))),
+    "everything adaptive, bounded": Control(adaptive, grid(least=MORE)),
+    "nothing said": Control(nothing, ({},)),
 }
 
 
@@ -143,39 +138,9 @@ def cell(rows: Records) -> str:
 
 
 def picture(rows: Records) -> Figure:
-    """Final loss against the size of the batch, and loss against steps with the smallest; a row for each problem."""
-    problems, batches = (sorted({row[entry] for row in rows}) for entry in ("problem", "batch"))
-    figure, axes = figures.panels(len(problems), 2, figsize=(11, 8))
-    for (left, right), problem in zip(axes, problems, strict=True):
-        some = [row for row in rows if row["problem"] == problem]
-        start = float(np.median([row["losses"][0] for row in some]))
-        least, most = max(LEAST, 0.6 * ends(some).min()), 3 * start
-        for name in dict.fromkeys(row["name"] for row in some):
-            own = [[row for row in some if (row["name"], row["batch"]) == (name, batch)] for batch in batches]
-            colour, dashes = CONTROLS[name].style
-            style = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
-            finals = np.clip([ends(group) for group in own], least, most)
-            left.plot(batches, np.median(finals, axis=1), **style, marker="o", markersize=4, label=name)
-            left.vlines(batches, finals.min(axis=1), finals.max(axis=1), color=colour, linewidth=1, alpha=0.6)
-            run = figures.middle(own[0])
-            losses = [most if loss is None else loss for loss in run["losses"]]
-            right.plot(run["steps"], np.clip(losses, least, most), **style)
-        for axis in (left, right):
-            axis.axhline(start, color="grey", linewidth=0.8, linestyle="--", zorder=0)
-            axis.set(yscale="log", ylim=(least, most))
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
-            figures.plain(axis.yaxis, "")
-        left.set(xscale="log", xlabel="images in a batch", ylabel="loss of all images, above the least possible")
-        left.set_xticks(batches, [str(batch) for batch in batches])
-        left.minorticks_off()
-        left.set_title(f"{problem}: where it ends", loc="left", fontweight="bold")
-        right.set_xlabel("steps")
-        right.set_title(f"{problem}: batches of {batches[0]}", loc="left", fontweight="bold")
-        note = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "color": "grey"}
-        left.annotate("start; above it: diverged", (0.99, start), **note)
-    figures.clean(axes.flat)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    """Losses against seconds and steps, a row for each problem and batch size."""
+    apart = [row | {"problem": f"{row['problem']}, batches of {row['batch']}"} for row in rows]
+    return figures.curves(apart, "loss of all images", across="linear", least=LEAST)
 
 
 STUDY = study.Study(

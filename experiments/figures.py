@@ -147,12 +147,6 @@ def plain(axis: Any, minor: str = "{x:g}") -> None:
     axis.set_minor_formatter(minor)
 
 
-def band(axis: Axes, time: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line at the median of values [seeds, T], and their range behind it."""
-    axis.plot(time, np.median(values, axis=0), **style)
-    axis.fill_between(time, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-
-
 def middle(runs: Records) -> dict[str, Any]:
     """The run whose last loss is the median."""
     ends = [np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs]
@@ -166,31 +160,36 @@ def curves(
     across: str = "log",
     up: str = "log",
     levels: Mapping[str, float] | None = None,
-    seconds: str = "seconds of training",
+    units: tuple[str, str] = ("seconds of training", "steps"),
+    least: float = 0.0,
 ) -> Figure:
     """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
-    problems, names = ([*dict.fromkeys(row[entry] for row in rows)] for entry in ("problem", "name"))
+    problems, before = [*dict.fromkeys(row["problem"] for row in rows)], []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
     for pair, problem in zip(axes, problems, strict=True):
+        some = [row for row in rows if row["problem"] == problem]
+        names = [*dict.fromkeys(row["name"] for row in some)]
         for index, name in enumerate(names):
-            runs = [row for row in rows if (row["problem"], row["name"]) == (problem, name)]
+            runs = [row for row in some if row["name"] == name]
             for run in runs:
                 thick = run is middle(runs)
                 style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
                 style |= {"linewidth": 1.8, "label": name} if thick else {"linewidth": 0.6, "alpha": 0.5}
-                losses = np.array([np.nan if loss is None else loss for loss in run["losses"]])
+                losses = np.array([np.nan if loss is None else max(loss, least) for loss in run["losses"]])
                 first = int(across == "log")  # there is no step 0
                 for axis, unit in zip(pair, ("seconds", "steps"), strict=True):
                     axis.plot(run[unit][first:], losses[first:], **style)
-        for axis, unit in zip(pair, (seconds, "steps"), strict=True):
+        for axis, unit in zip(pair, units, strict=True):
             axis.set(xscale=across, yscale=up, xlabel=unit)
             plain(axis.xaxis, "")
             if levels:
                 axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
+        if names != before:
+            pair[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        before = names
     clean(axes.flat)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 

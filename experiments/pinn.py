@@ -102,7 +102,7 @@ STUDY = study.Study(
     },
     SECONDS,
     table,
-    partial(figures.curves, label="relative L2 error", seconds="processor seconds"),
+    partial(figures.curves, label="relative L2 error", units=("processor seconds", "steps")),
     {"scale": 1.0},
     seeds=range(3),
     trial=SECONDS._replace(seconds=20.0),

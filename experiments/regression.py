@@ -92,7 +92,7 @@ STUDY = study.Study(
     },
     SECONDS,
     table,
-    partial(figures.curves, label="loss on the whole table", seconds="processor seconds"),
+    partial(figures.curves, label="loss on the whole table", units=("processor seconds", "steps")),
     CONFIG,
     seeds=range(3),
     trial=SECONDS._replace(seconds=10.0),

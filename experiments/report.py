@@ -55,14 +55,10 @@ class Section(NamedTuple):
 
 
 def of_training(config: train.Config, found: train.Found) -> Section:
-    """The runs on a problem, those of an autoencoder with several seeds once more by themselves, and the trials."""
+    """The runs on a problem, and the trials."""
     what, size = config.what, ""
     path, shown = config.path(f"_{what.stem}").with_suffix(".png"), f"{what.title}, {config.problem}: losses"
     pictures = {drawn(train.picture(found, config), path): f"{shown} against epochs and seconds"}
-    several = found.of(lambda run: not run.logged and len(found.records[run.name]) > 1)
-    if several.runs and not config.is_classifier:
-        again = path.with_stem(f"{path.stem}_seeds")
-        pictures[drawn(train.picture(several, config), again)] = f"{shown}, median and range of several seeds"
     tables = [train.table(found, config)]
     if trials := newest_trials(config.output, what.fields):
         tables.append(tune.table(trials, what.title))

@@ -239,10 +239,6 @@ class Found(NamedTuple):
     records: dict[str, list[Records]]
     pace: Pace
 
-    def of(self, wanted: Callable[[Run], bool]) -> "Found":
-        """Some of the runs."""
-        return self._replace(runs=[run for run in self.runs if wanted(run)])
-
     def numbers(self, run: Run, entry: str, last: int) -> np.ndarray:
         """An entry of the records of a run [seeds, last + 1]; infinite where it has diverged."""
         return by_seed(self.records[run.name], entry)[:, : last + 1]
@@ -394,59 +390,29 @@ def epochs_below(seeds: list[Records], level: float) -> float:
 
 
 def picture(found: Found, config: Config) -> Figure:
-    """Losses, and accuracies of a classifier, against epochs and seconds: medians and ranges.
+    """Losses against seconds and epochs, and of a classifier the test errors, every seed thin, the middle one thick.
 
     Of an autoencoder the runs of the authors, with dots at what they logged, and the tuned ones have panels of their
-    own. Of a classifier thin lines are the losses of batches, where there are few runs; runs that stay below half of
-    the best accuracy are below the axis, so that the others can be told apart.
+    own.
     """
-    if config.is_classifier:
-        groups = [(found.runs, config.what.title, "train_loss"), (found.runs, "", "test_accuracy")]
-    else:
-        titles = {True: "settings of the authors (dots: their logs)", False: "tuned"}
-        some = {logged: [run for run in found.runs if bool(run.logged) is logged] for logged in titles}
-        groups = [(runs, titles[logged], "train_loss") for logged, runs in some.items() if runs]
-    size = {"figsize": (12, 4.6 * len(groups)), "sharey": "row" if config.is_classifier else True}
-    figure, axes = figures.panels(len(groups), 2, **size)
-    for (runs, title, entry), pair in zip(groups, axes, strict=True):
-        tops = [lines(pair, found, run, runs, entry, config) for run in runs]
-        if entry == "train_loss":
-            pair[0].set(yscale="log", ylabel="training loss, nats an image")
-            figures.plain(pair[0].yaxis)
-        else:
-            above = [top for top in np.ravel(tops) if top >= np.max(tops) / 2]
-            margin = 0.1 * (max(above) - min(above)) + 0.1
-            pair[0].set(ylabel="test accuracy, %", ylim=(min(above) - margin, max(above) + margin))
-        pair[0].set_title(title, loc="left", fontweight="bold")
-        pair[0].set_xlabel("epochs")
-        pair[0].xaxis.get_major_locator().set_params(integer=True)
-        pair[1].set_xlabel("seconds on the idle machine (see the experiment)")
-    figures.clean(axes.flat, which="both")
-    for pair in axes if not config.is_classifier else axes[:1]:
-        pair[1].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def lines(pair: Any, found: Found, run: Run, runs: list[Run], entry: str, config: Config) -> np.ndarray:
-    """Draw a run against epochs and seconds; the medians that are drawn."""
-    epochs = np.arange(1, config.last + 1)
-    values = found.numbers(run, entry, config.last)[:, 1:] * (100 if entry == "test_accuracy" else 1)
-    there = values[np.isfinite(values[:, -1])]
-    lost = f", {len(values) - len(there)} of {len(values)} diverged" if len(there) < len(values) else ""
-    there = there if len(there) else np.where(np.isfinite(values), values, np.nan)
-    again = run.method in {other.method for other in runs[: runs.index(run)]}
-    color = plt.get_cmap("tab20")(list(ALL).index(run.method) % 20)
-    style = {"color": color, "linestyle": "--" if again else "-", "linewidth": 1.8, "label": run.name + lost}
-    for axis, time in zip(pair, (lambda epochs: epochs, lambda epochs: found.clock(run, epochs)), strict=True):
-        figures.band(axis, time(epochs), there, **style)
-        if config.is_classifier and entry == "train_loss" and len(runs) <= 6:
-            batches = np.array([[row["batch_losses"] for row in rows[1:]] for rows in found.records[run.name]], float)
-            middles = (np.arange(batches[0].size) + 0.5) / batches.shape[-1]
-            axis.plot(time(middles), np.median(batches, axis=0).ravel(), color=color, linewidth=0.8, alpha=0.6)
-    if run.logged:
+    rows, authors = [], "settings of the authors (dots: their logs)"
+    for run in found.runs:
+        epochs = [*range(1, config.last + 1)]
+        shared = {"name": run.name, "steps": epochs, "seconds": found.clock(run, epochs)}
+        for records in found.records[run.name]:
+            losses = [record["train_loss"] for record in records[1:]]
+            rows.append(shared | {"problem": authors if run.logged else "training loss", "losses": losses})
+            if config.is_classifier:
+                errors = [100 * (1 - record["test_accuracy"]) for record in records[1:]]
+                rows.append(shared | {"problem": "test error, %", "losses": errors})
+    units = ("seconds on the idle machine (see the experiment)", "epochs")
+    figure = figures.curves(rows, config.what.title, across="linear", units=units)
+    for axis in figure.axes:
+        figures.plain(axis.yaxis)
+    for index, run in enumerate(run for run in found.runs if run.logged):
         dots = [(epoch, loss) for epoch, loss in run.logged.losses.items() if epoch <= config.last]
-        pair[0].plot(*zip(*dots, strict=True), "o", color=color, markersize=5)
-    return np.median(there, axis=0)
+        figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)
+    return figure
 
 
 def main(config: Config) -> None:

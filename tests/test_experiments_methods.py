@@ -37,7 +37,7 @@ def test_the_usual_setting_is_within_what_is_tried():
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind):
     method = ALL[name]
-    net = autoencoder((6, 3)) if kind == "autoencoder" else Convnet((2, 4), (1, 2), uniform=True)
+    net = autoencoder((6, 3)) if kind == "autoencoder" else Convnet((2, 4), (1, 2))
     chosen = problem("mnist" if kind == "autoencoder" else "fashion")._replace(net=net)
     x = jnp.zeros((6, 9) if kind == "autoencoder" else (6, 8, 8, 1))
     y = x if kind == "autoencoder" else jnp.zeros(6, jnp.int32)
