@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import optax
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -108,35 +109,17 @@ def entries(case: study.Case) -> dict[str, Entry]:
 
 
 def table(rows: Records) -> Table:
-    """What the runs came to."""
-    cells, levels = [], baselines(rows)
-    for row in rows:
-        seconds = study.reached(row, levels.get(row["problem"], 0.0))[1]
-        pace = 1000 * row["seconds"][-1] / row["steps"][-1]
-        until = f"{seconds:.2f}" if seconds < float("inf") else "-"
-        end = f"{row['losses'][-1] or float('nan'):.2g}"
-        counts = f"{row['steps'][-1]}", f"{pace:.1f}", until, f"{row['compile_seconds']:.1f}"
-        cells.append((row["problem"], row["name"], end, *counts))
-    return figures.table(
-        "Digits: for every method the same initial parameters and batches",
-        ("problem", "method", "train loss", "steps", "ms / step", f"s until {BASELINE}'s loss", "s to compile"),
-        cells,
-        "Losses in nats per image, the autoencoder's above the entropy of the pixels, the least possible. "
-        "Seconds are those of training, all methods in turn: neither compilation nor the measuring of losses is in "
-        "them.",
-        names=2,
+    """Where every method ends, and when it is where Adam ends."""
+    note = "Losses in nats per image, the autoencoder's above the entropy of the pixels, the least possible."
+    return figures.outcome(
+        rows, "Digits: for every method the same initial parameters and batches", (BASELINE,), (), note
     )
 
 
-def baselines(rows: Records) -> dict[str, float]:
-    """The final loss of the baseline on each problem."""
-    return {row["problem"]: row["losses"][-1] for row in rows if row["name"] == BASELINE}
-
-
-def picture(rows: Records) -> Any:
+def picture(rows: Records) -> Figure:
     """Losses against seconds and steps."""
-    label = f"training loss (dotted: {BASELINE}'s)"
-    return figures.curves(rows, label, across="linear", levels=baselines(rows))
+    levels = {row["problem"]: row["losses"][-1] for row in rows if row["name"] == BASELINE}
+    return figures.curves(rows, f"training loss (dotted: {BASELINE}'s)", across="linear", levels=levels)
 
 
 STUDY = study.Study(

@@ -127,6 +127,11 @@ def present(tables: Iterable[Table], picture: Figure | None, path: Path, width: 
         console.print(f"Picture: {path}")
 
 
+def question(text: str | None) -> str:
+    """The first line of what a file says, for `--help`."""
+    return (text or "").partition("\n")[0]
+
+
 def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of panels [rows, columns]."""
     return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
@@ -201,3 +206,66 @@ def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def end_and_steps(runs: Records, form: str = ".2g") -> str:
     """The last loss of runs and, in brackets, their steps: medians."""
     return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
+
+
+def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
+    """Steps and seconds at which a run is first at a loss; infinite if never."""
+    found = (look for look, loss in enumerate(row["losses"]) if loss is not None and loss <= level)
+    look = next(found, None)
+    return (np.inf, np.inf) if look is None else (row["steps"][look], row["seconds"][look])
+
+
+def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[float] = (), note: str = "") -> Table:
+    """Where methods end, when they reach some levels, and the seconds to the last level over those of rivals.
+
+    Args:
+        rows: of the runs, of one or more problems.
+        title: of the table.
+        rivals: names; those that did not run are left out. Without levels there is one, where the first of them ends.
+        levels: of the loss.
+        note: below the table.
+    """
+    lines, heads = [], [f"to {level:g}" for level in levels] or [f"to {rivals[0]}'s end"]
+    there = [name for name in rivals if any(row["name"] == name for row in rows)]
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        some = [row for row in rows if row["problem"] == problem]
+        runs = {name: [row for row in some if row["name"] == name] for name in dict.fromkeys(r["name"] for r in some)}
+        goals = levels or (float(np.median(ends(runs[there[0]]))) if there else -np.inf,)
+        for own in runs.values():
+            cells = []
+            for goal in goals:
+                steps, seconds = np.median([reached(row, goal) for row in own], axis=0)
+                cells.append(f"{steps:.0f} / {seconds:.3g} s" if np.isfinite(steps) else "-")
+            cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
+            pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
+            lines.append((problem, named(own[0]), f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
+    headings = (
+        "problem",
+        "method",
+        "loss",
+        "ms / step",
+        *heads,
+        *(f"x {name}" for name in there),
+    )
+    caption = (
+        "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
+        "last columns: seconds to the last loss over those of another, their range over the runs in brackets; < if it "
+        "did not get there. "
+    )
+    return table(title, headings, lines, (caption + note).strip(), names=2)
+
+
+def ratio(mine: Records, rival: Records, level: float) -> str:
+    """Seconds to a loss over those of a rival from the same seeds; "<" if the rival did not get there."""
+    own, its = (np.array([reached(row, level)[1] for row in rows]) for rows in (mine, rival))
+    if not np.all(np.isfinite(own)) or len(own) != len(its):
+        return "-"
+    late = ~np.isfinite(its)  # a rival that did not get there: the time that it had
+    found = own / np.where(late, [row["seconds"][-1] for row in rival], its)
+    spread = f" ({found.min():.2f}-{found.max():.2f})" if len(found) > 1 else ""
+    return "<" * bool(np.any(late)) + f"{np.median(found):.2f}" + spread
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """The method of a row, with the numbers that were chosen."""
+    return ", ".join([row["name"], *(f"{name} {number:g}" for name, number in row["numbers"].items())])

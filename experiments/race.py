@@ -17,8 +17,8 @@ kfac-jax, whose steps are of the same kind.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optax
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -64,44 +64,13 @@ def case() -> study.Case:
     return digits.case(Perceptron(WIDTHS), digits.rows(digits.images(28)), BATCH, {"problem": "autoencoder"})
 
 
-def ratio(mine: Records, rival: Records, target: float) -> str:
-    """Seconds to a gap over those of a rival from the same seeds; "<" if the rival did not get there in its steps."""
-    own, its = (np.array([study.reached(row, target)[1] for row in rows]) for rows in (mine, rival))
-    if not np.all(np.isfinite(own)):
-        return "-"
-    late = ~np.isfinite(its)  # a rival that did not get there: the time that it had
-    ratios = own / np.where(late, [row["seconds"][-1] for row in rival], its)
-    return "<" * bool(np.any(late)) + f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
-
-
 def table(rows: Records) -> Table:
-    """When each level was reached, the median over the seeds, and the last level beside Adam and kfac-jax."""
-    levels, lines = rows[0]["config"]["levels"], []
-    runs = {name: [row for row in rows if row["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
-    rivals = [name for name in runs if name in (ADAM, PEER)]
-    for own in runs.values():
-        cells = [f"{np.median([1000 * row['seconds'][-1] / row['steps'][-1] for row in own]):.0f}"]
-        for level in levels:
-            steps, seconds = np.median([study.reached(row, level) for row in own], axis=0)
-            cells.append(f"{steps:.0f} / {seconds:.1f} s" if np.isfinite(steps) else "-")
-        lines.append((named(own[0]), *cells, *(ratio(own, runs[rival], min(levels)) for rival in rivals)))
-    return figures.table(
-        "Steps and seconds to a gap, median of the runs",
-        ("optimizer", "ms / step", *(f"{level:g}" for level in levels), *(f"x {rival}" for rival in rivals)),
-        lines,
-        "Gap: loss above the entropy of the pixels, nats an image. Seconds of training alone, in turn in one "
-        f"process. The last columns are ratios of seconds to a gap of {min(levels):g}, their range over the runs in "
-        "brackets; < if the rival did not get there in its steps.",
-    )
+    """When each level was reached, and the last one beside Adam and kfac-jax."""
+    title, note = "Steps and seconds to a gap", "Gap: loss above the entropy of the pixels, nats an image."
+    return figures.outcome(rows, title, (ADAM, PEER), rows[0]["config"]["levels"], note)
 
 
-def named(row: dict[str, Any]) -> str:
-    """The method of a row, Adam with its rate."""
-    rate, falls = (row["numbers"].get(name) for name in ("rate", "falls"))
-    return row["name"] if rate is None else f"{row['name']}, {rate:g}{', cosine' if falls else ''}"
-
-
-def picture(rows: Records) -> Any:
+def picture(rows: Records) -> Figure:
     """Losses against seconds and steps."""
     return figures.curves(rows, "training loss above its floor, nats an image", levels={"autoencoder": min(LEVELS)})
 

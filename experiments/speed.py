@@ -327,4 +327,4 @@ def main(
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    tyro.cli(main, description=__doc__)
+    tyro.cli(main, description=figures.question(__doc__))

@@ -365,17 +365,10 @@ def _run(study: Study, case: Case, path: Path) -> Records:
     return [row for row in rows if row["seed"] in (seeds or (study.trial_seed,))]
 
 
-def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
-    """Steps and seconds at which a run is first at a loss; infinite if never."""
-    found = (look for look, loss in enumerate(row["losses"]) if loss is not None and loss <= level)
-    look = next(found, None)
-    return (np.inf, np.inf) if look is None else (row["steps"][look], row["seconds"][look])
-
-
 def main(*studies: Study) -> None:
     """Ask what is wanted of the studies of a file; run them, print their tables, write their pictures."""
     plt.switch_backend("agg")
-    options = tyro.cli(Options, description=sys.modules["__main__"].__doc__)
+    options = tyro.cli(Options, description=figures.question(sys.modules["__main__"].__doc__))
     for study in studies:
         part = study.asked(options)
         if rows := run(part, options.output):

@@ -409,8 +409,8 @@ def picture(found: Found, config: Config) -> Figure:
     figure = figures.curves(rows, config.what.title, across="linear", units=units)
     for axis in figure.axes:
         figures.plain(axis.yaxis)
-    for index, run in enumerate(run for run in found.runs if run.logged):
-        dots = [(epoch, loss) for epoch, loss in run.logged.losses.items() if epoch <= config.last]
+    for index, log in enumerate(run.logged for run in found.runs if run.logged):
+        dots = [(epoch, loss) for epoch, loss in log.losses.items() if epoch <= config.last]
         figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)
     return figure
 
@@ -425,4 +425,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=figures.question(__doc__)))

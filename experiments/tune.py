@@ -163,4 +163,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=figures.question(__doc__)))

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import study
+from experiments import figures, study
 from experiments.data import Part
 from experiments.nets import Perceptron
 from experiments.records import kept
@@ -74,8 +74,8 @@ def test_a_run_ends_at_a_level_in_time_and_trials_alone_are_all_shown(made, tmp_
     entry, level = ENTRY._replace(tried=study.grid(rate=(0.1, 0.5))), 0.5
     (row,) = study.run(made({"one": entry}, study.Limits(400, 1, level=level)), tmp_path / "level")
     assert row["losses"][-1] <= level < row["losses"][-2] and row["numbers"] == {"rate": 0.5}  # sooner there
-    assert study.reached(row, level) == (row["steps"][-1], row["seconds"][-1])
-    assert study.reached(row, -1.0) == (np.inf, np.inf)
+    assert figures.reached(row, level) == (row["steps"][-1], row["seconds"][-1])
+    assert figures.reached(row, -1.0) == (np.inf, np.inf)
     ticks = iter(range(10**6))
     timed = study.Limits(10**9, 2, 5.0, clock=lambda: float(next(ticks)))  # a second a look
     (row,) = study.run(made({"one": entry._replace(tried=({"rate": 0.1},))}, timed), tmp_path / "time")
