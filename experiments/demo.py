@@ -53,7 +53,7 @@ OF_TENGRAD = (
     Setting(CONV, 0.05, TENGRAD | {"damping": falling(1, 0.1, 20)}),
     Setting(CODE, 0.1, TENGRAD | {"damping": falling(3, 0.3, 100)}),
 )
-OF_TNT = Setting(CONV, 0.03, KFAC | {"damping": 0.03}), Setting(CODE, 0.1, KFAC | {"damping": falling(3, 0.03, 100)})
+OF_TNT = Setting(CONV, 0.03, KFAC | {"damping": 0.03}), Setting(CODE, 0.1, KFAC | {"damping": falling(3, 0.1, 100)})
 OF_MBF = Setting(CONV, 0.003, KFAC | {"damping": 0.01}), Setting(CODE, 0.003, KFAC | {"damping": 0.1})
 METHODS: dict[str, Any] = {
     "Adam": (optax.adam, Setting(CONV, 0.05, {"b2": 0.99}), Setting(2 * CODE, 0.02, {"b2": 0.95})),
@@ -65,7 +65,7 @@ METHODS: dict[str, Any] = {
     "TNT": (ng.tnt, *OF_TNT),
     "MBF": (ng.mbf, *OF_MBF),
     "Shampoo": (ng.shampoo, Setting(CONV, 0.003, SHAMPOO), Setting(CODE, 0.003, SHAMPOO)),
-    "SOAP": (ng.soap, Setting(CONV, 0.01), Setting(CODE, 0.02)),
+    "SOAP": (ng.soap, Setting(CONV, 0.02), Setting(CODE, 0.03)),
     "K-BFGS": (ng.kbfgs, Setting(CONV, 3.0, {"damping": 0.1}), Setting(CODE, 4.0, {"damping": 0.3})),
     "adaptive": (ng.kfac, Setting(CONV, 0.0, ADAPTIVE), Setting(CODE, 0.0, ADAPTIVE)),
 }
