@@ -134,12 +134,15 @@ def cell(rows: Records) -> str:
     tried = CONTROLS[rows[0]["name"]].tried
     best = ", ".join(f"{v:g}" for name, v in rows[0]["numbers"].items() if len({each[name] for each in tried}) > 1)
     text = (f"<{LEAST:.0e}" if final < LEAST else f"{final:.2g}") if final < start else "diverged"
-    return text + (f" [dim]({best})[/dim]" if best else "")
+    return text + (f" ({best})" if best else "")
 
 
 def picture(rows: Records) -> Figure:
     """Losses against seconds and steps, a row for each problem and batch size."""
-    apart = [row | {"problem": f"{row['problem']}, batches of {row['batch']}"} for row in rows]
+    apart = []
+    for row in rows:
+        losses = [loss and min(loss, 3 * row["losses"][0]) for loss in row["losses"]]  # above: diverged
+        apart.append(row | {"problem": f"{row['problem']}, batches of {row['batch']}", "losses": losses})
     return figures.curves(apart, "loss of all images", across="linear", least=LEAST)
 
 

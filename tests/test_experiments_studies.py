@@ -113,7 +113,7 @@ def test_a_control_is_made_with_every_number_that_is_tried_and_shown_with_what_w
         for seed, end in enumerate((0.5, 0.7, None))
     ]
     lost = [row("classifier", "everything adaptive", [2.0, 3.0], batch=16, numbers={"least": 1e-8})]
-    assert control.cell(rows) == "0.7 [dim](0.1, 0.1)[/dim]" and control.cell(lost) == "diverged"
+    assert control.cell(rows) == "0.7 (0.1, 0.1)" and control.cell(lost) == "diverged"
     assert figures.markdown(control.table(rows + lost)).count("diverged") == 1
     assert len(control.picture(rows + lost).axes) == 2
     fields = [make().fields for make in control.STUDY.cases.values()]
