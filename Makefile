@@ -20,8 +20,8 @@ GIVEN := $(if $(filter command line,$(origin ARGS)),$(ARGS))
 help: ## this list
 	@awk '/^#:/ {print "\n" substr($$0, 4)} /^[a-z]+:.*##/ {sub(/:.*## /, "\t"); print "  " $$0}' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-demo: $(VENV)/test.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
-	$(BIN)/python -m experiments.demo
+demo: $(VENV)/demo.stamp ## train a CNN and an autoencoder with every method; one table, one picture in results/
+	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(BIN)/python -m experiments.demo $(GIVEN)
 
 test: $(VENV)/test.stamp ## the suite, with the examples of the docstrings and of the README
 	$(BIN)/python -m pytest $(ARGS)
@@ -88,13 +88,18 @@ bench: $(VENV)/test.stamp ## step, compile time and memory of every method, over
 	$(KEEP) $(BIN)/python -m experiments.speed $(GIVEN)
 
 distributed: $(VENV)/test.stamp ## the digits in several processes, one of which is killed; one table
-	$(BIN)/python -m experiments.distributed $(GIVEN)
+	PYTHONPATH=. $(BIN)/python tests/several_processes.py $(GIVEN)
 
 sharded: $(VENV)/test.stamp ## flops, bytes sent and held of K-FAC on 1 to 8 simulated devices by policy, beside Adam; one table
-	$(BIN)/python -m experiments.sharded $(GIVEN)
+	PYTHONPATH=. $(BIN)/python tests/sharded.py
 
 report: $(VENV)/test.stamp ## all that was found, on one page with every table and picture: results/report.md
 	$(BIN)/python -m experiments.report $(GIVEN)
+
+$(VENV)/demo.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
+	touch $@
 
 $(VENV)/test.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

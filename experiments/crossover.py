@@ -14,13 +14,10 @@ refresh, without the step, (c) the bytes of the state, on noise, both methods in
 few ratios. Expected: the ratio of (a) crosses one near the line, that of (b) above it.
 
     make crossover                                  (some two minutes)
-    make crossover ARGS="--pair TENGraD EKFAC"
-    make crossover ARGS="--smoke"
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import tyro
 from flax import linen as nn
 from matplotlib.figure import Figure
@@ -40,70 +36,38 @@ import natgrad_jax as ng
 from experiments import figures
 from experiments.records import Records, keep, significant
 
-Make = Callable[[ng.Layers, int], optax.GradientTransformationExtraArgs]
-"""Layers, steps between refreshes -> the direction."""
+WIDTHS, BATCHES = (128, 256, 512, 1024, 2048), (64, 128, 256, 512, 1024)
+ROUNDS, LEAST = 5, 0.01
+"""How often both are timed in turn, and the seconds of steps between two looks at the clock."""
 NEVER = 1_000_000
-
-
-def natural(method: Callable[..., optax.GradientTransformationExtraArgs], *periods: str, **options: Any) -> Make:
-    """A direction of this package, with all these periods as long as asked for."""
-
-    def make(layers: ng.Layers, every: int) -> optax.GradientTransformationExtraArgs:
-        return method(layers, damping=0.1, **dict.fromkeys(periods, every), **options)
-
-    return make
-
-
-METHODS = {
-    "TENGraD": natural(ng.scale_by_tengrad, "refresh_every"),
-    "K-FAC": natural(ng.scale_by_kfac, "statistics_every", "refresh_every", early_refresh=False),
-    "EKFAC": natural(ng.scale_by_ekfac, "statistics_every", "rescale_every", "refresh_every", early_refresh=False),
+METHODS: dict[str, Callable[[ng.Layers, int], Any]] = {
+    "TENGraD": lambda layers, every: ng.scale_by_tengrad(layers, damping=0.1, refresh_every=every),
+    "K-FAC": lambda layers, every: ng.scale_by_kfac(
+        layers, damping=0.1, statistics_every=every, refresh_every=every, early_refresh=False
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every number of the experiment.
-
-    Attributes:
-        output: folder of the records and of the picture.
-        pair: the two methods; the figures are those of the first over those of the second.
-        widths: inputs, and outputs, of the layer.
-        batches: examples.
-        rounds: how often both are timed in turn.
-        block: least seconds of steps between two looks at the clock.
-        seed: of the noise.
-        smoke: two small cells, to see that everything runs.
-    """
-
-    output: Path = Path("results")
-    pair: tuple[str, str] = ("TENGraD", "K-FAC")
-    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    batches: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    rounds: int = 5
-    block: float = 0.01
-    seed: int = 0
-    smoke: bool = False
+"""Layers, steps between refreshes -> the direction."""
+RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
 
 
 class Bench:
     """One method on one layer: steps without a refresh, refreshes without a step, and its state."""
 
-    def __init__(self, name: str, width: int, batch: int, config: Config):
+    def __init__(self, name: str, width: int, batch: int):
         """Compile, and do each once."""
         x = jnp.zeros((batch, width))
         model = nn.Dense(width, use_bias=False)
         variables = model.init(jax.random.key(0), x)
         layers = ng.linen.capture(model, ng.losses.squared_error).layers(variables, x)
-        a, g = jax.random.normal(jax.random.key(config.seed), (2, batch, width))
+        a, g = jax.random.normal(jax.random.key(0), (2, batch, width))
         ((layer, _),) = layers.items()
         evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient={"kernel": (a.T @ g)[None]})}
         gradient = jax.tree.map(lambda leaf: (a.T @ g / batch).reshape(leaf.shape), variables["params"])
         self._fixed = gradient, evidence
 
-        def compiled(every: int, chosen: slice) -> Callable[..., Any]:
+        def compiled(every: int, wanted: slice) -> Callable[..., Any]:
             tx = METHODS[name](layers, every)
-            step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[chosen], donate_argnums=0)
+            step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[wanted], donate_argnums=0)
             return step.lower(self.state, *self._fixed).compile()
 
         self.state: Any = METHODS[name](layers, NEVER).init(variables["params"])
@@ -133,16 +97,15 @@ class Bench:
         return time.perf_counter() - before
 
 
-def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
+def cell(width: int, batch: int) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
-    benches = [Bench(name, width, batch, config) for name in config.pair]
-    counts = [int(np.clip(np.ceil(config.block / bench.steps(1)), 1, 100)) for bench in benches]
-    rounds = range(config.rounds)
-    steps = np.array([[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in rounds])
-    refreshes = np.array([[bench.refresh() for bench in benches] for _ in rounds])
+    benches = [Bench(name, width, batch) for name in METHODS]
+    counts = [int(np.clip(np.ceil(LEAST / bench.steps(1)), 1, 100)) for bench in benches]
+    steps = np.array([[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)])
+    refreshes = np.array([[bench.refresh() for bench in benches] for _ in range(ROUNDS)])
     sizes = [bench.bytes for bench in benches]
     return {
-        "pair": list(config.pair),
+        "pair": [*METHODS],
         "width": width,
         "batch": batch,
         "step_ms": [significant(1000 * seconds, 4) for seconds in np.median(steps, axis=0)],
@@ -152,21 +115,6 @@ def cell(width: int, batch: int, config: Config) -> dict[str, Any]:
         "refresh": round(float(np.median(refreshes[:, 0] / refreshes[:, 1])), 4),
         "state": round(sizes[0] / sizes[1], 4),
     }
-
-
-RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
-
-
-def run(config: Config) -> Records:
-    """A record for each width and batch; a `ValueError` if there is no method of a name."""
-    if unknown := set(config.pair) - set(METHODS):
-        raise ValueError(f"There is no {sorted(unknown)}; there are {list(METHODS)}.")
-    cells = [(width, batch) for width in config.widths for batch in config.batches]
-    records = [cell(width, batch, config) for width, batch in track(cells, description="measuring")]
-    path = config.output / "crossover.jsonl"
-    path.unlink(missing_ok=True)
-    keep(path, records)
-    return records
 
 
 def table(records: Records) -> Table:
@@ -197,10 +145,9 @@ def picture(records: Records) -> Figure:
         values = np.array([record[name] for record in records]).reshape(len(widths), len(batches)).T
         mesh = axis.pcolormesh(widths, batches, np.log2(values), cmap="RdBu_r", vmin=-5, vmax=5, shading="nearest")
         for (row, column), value in np.ndenumerate(values):
-            dark = abs(np.log2(value)) > 3.3
             place = (widths[column], batches[row])
             halo = [withStroke(linewidth=4, foreground=mesh.to_rgba(np.log2(value)))]  # the line passes behind
-            color = "white" if dark else "black"
+            color = "white" if abs(np.log2(value)) > 3.3 else "black"
             axis.annotate(f"{value:.2g}", place, ha="center", va="center", color=color, path_effects=halo)
         limits = axis.axis()
         axis.plot(widths, widths, "k--", linewidth=1.5)
@@ -215,14 +162,17 @@ def picture(records: Records) -> Figure:
     return figure
 
 
-def main(config: Config) -> None:
-    """Measure, print the table, write the picture."""
-    if config.smoke:
-        config = replace(config, output=config.output / "smoke", widths=(8, 16), batches=(4, 8), rounds=2)
-    records = run(config)
-    figures.present([table(records)], picture(records), config.output / "crossover.png")
+SHOWN = figures.Shown("crossover", "When TENGraD is cheaper", table, picture)
+
+
+def main(output: Path = Path("results")) -> None:
+    """Measure, keep the records in the place of older ones, print the table, write the picture."""
+    cells = [(width, batch) for width in WIDTHS for batch in BATCHES]
+    records = [cell(*each) for each in track(cells, description="measuring")]
+    keep(output / "crossover.jsonl", records, afresh=True)
+    figures.present([table(records)], picture(records), output / "crossover.png")
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    tyro.cli(main, description=figures.question(__doc__))

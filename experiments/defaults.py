@@ -11,13 +11,11 @@ large batches are far ahead, since the steps become Newton's, and small ones do 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from rich.table import Table
 
@@ -26,117 +24,89 @@ from experiments import digits, figures, study
 from experiments.figures import ends
 from experiments.nets import Convnet, Perceptron
 from experiments.records import Records
+from experiments.study import Entry, Limits, Numbers, cosine
 
 NETS: Mapping[str, nn.Module] = {
     "convnet": Convnet((16, 32), (2, 2), (64,)),
     "dense": Perceptron((64, 64, 64), 10),
 }
 METHODS = ("kfac", "ekfac", "tkfac", "tekfac", "tengrad", "tnt", "mbf", "kbfgs", "shampoo", "soap")
+RATES, BATCH, BATCHES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0), 128, (32, 64, 256, 1797)
+OVER = '"over": above the loss at the start, or not finite'
 
 
-@dataclass(frozen=True)
-class Config:
-    """The numbers that all runs share.
+def entry(name: str, tried: tuple[Numbers, ...] = ({},), **options: Any) -> Entry:
+    """A method of the package, with the rates that are tried or with none."""
 
-    Attributes:
-        output: folder of the records.
-        nets: which of `NETS`.
-        methods: which of the complete optimizers.
-        rates: learning rates that are given.
-        steps: of every run.
-        batch: images in a batch where the rate is given.
-        batches: images in a batch where none is.
-        seeds: how many runs without a rate, of which the median and the worst are told.
-    """
-
-    output: Path = Path("results")
-    nets: tuple[str, ...] = tuple(NETS)
-    methods: tuple[str, ...] = METHODS
-    rates: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
-    steps: int = 200
-    batch: int = 128
-    batches: tuple[int, ...] = (32, 64, 256, 1797)
-    seeds: int = 5
-
-
-def with_rates(config: Config) -> dict[str, study.Entry]:
-    """The rows of the first table: the rates are trials, and all of them are shown."""
-    tried = study.grid(rate=config.rates)
-    rows = {"optax.adam": study.Entry(lambda numbers, layers: optax.adam(numbers["rate"]), tried)}
-    for name in config.methods:
-        for told, options in ((name, {}), (f"{name}, kl_clip=None", {"kl_clip": None})):
-            rows[told] = _entry(name, tried, options)
-    return rows
-
-
-def without(config: Config) -> dict[str, study.Entry]:
-    """The rows of the second table; the rate is the peak of a cosine."""
-
-    def falling(rate: float, numbers: study.Numbers) -> optax.Schedule:
-        return study.cosine(rate, numbers["horizon"])
-
-    rows = {
-        "optax.adam, 0.01": study.Entry(lambda numbers, layers: optax.adam(falling(0.01, numbers))),
-        "kfac, 0.1": study.Entry(lambda numbers, layers: ng.kfac(falling(0.1, numbers), layers)),
-    }
-    for name in config.methods:
-        if name != "kbfgs":  # whose rate is part of what it learns from
-            rows[f"{name}, no rate"] = _entry(name, ({},), {})
-    return rows
-
-
-def _entry(name: str, tried: tuple[study.Numbers, ...], options: Mapping[str, Any]) -> study.Entry:
-    def make(numbers: study.Numbers, layers: Any) -> Any:
+    def make(numbers: Numbers, layers: Any) -> Any:
         rate = {"learning_rate": numbers["rate"]} if "rate" in numbers else {}
         return getattr(ng, name)(layers=layers, **rate, **options)
 
-    return study.Entry(make, tried, "true" if name == "kbfgs" else "sampled")
+    return Entry(make, tried, "true" if name == "kbfgs" else "sampled")
 
 
-def run(config: Config) -> tuple[Records, Records]:
-    """The rows of both tables; those of the first are trials, which have a row for every rate."""
-    images, limits = digits.images(), study.Limits(config.steps, config.steps)
-    path, key = config.output / "defaults.jsonl", study.key(config, "steps")
-
-    def case(net: str, batch: int) -> study.Case:
-        return digits.case({"problem": net, "batch": batch}, NETS[net], images, batch)
-
-    cases = [case(net, config.batch) for net in config.nets]
-    first = study.run(path, study.key(config, "steps", "rates"), cases, with_rates(config), limits, ())
-    cases = [case(net, batch) for net in config.nets for batch in config.batches]
-    return first, study.run(path, key, cases, without(config), limits, range(config.seeds))
+def with_rates() -> dict[str, Entry]:
+    """The rows of the first table: the rates are trials, and all of them are shown."""
+    tried = study.grid(rate=RATES)
+    rows = {"optax.adam": Entry(lambda numbers, layers: optax.adam(numbers["rate"]), tried)}
+    for name in METHODS:
+        rows |= {name: entry(name, tried), f"{name}, kl_clip=None": entry(name, tried, kl_clip=None)}
+    return rows
 
 
-def table(rows: Records, column: str, title: str) -> Table:
+def without() -> dict[str, Entry]:
+    """The rows of the second table; a rate is the peak of a cosine. That of K-BFGS is part of what it learns from."""
+    rows = {
+        "optax.adam, 0.01": Entry(lambda numbers, layers: optax.adam(cosine(0.01, numbers["horizon"]))),
+        "kfac, 0.1": Entry(lambda numbers, layers: ng.kfac(cosine(0.1, numbers["horizon"]), layers)),
+    }
+    return rows | {f"{name}, no rate": entry(name) for name in METHODS if name != "kbfgs"}
+
+
+def case(net: str, batch: int) -> study.Case:
+    """A net with batches of a size."""
+    return digits.case(NETS[net], digits.images(), batch, {"problem": net, "batch": batch})
+
+
+def table(rows: Records, title: str) -> Table:
     """Final losses: of one run, or the median of several with the worst in brackets."""
-    cells: dict[tuple[str, str], dict[str, Records]] = {}
-    for row in rows:
-        heading = f"{row['numbers'][column]:g}" if column in row["numbers"] else str(row[column])
-        cells.setdefault((row["problem"], row["name"]), {}).setdefault(heading, []).append(row)
-    headings = list(dict.fromkeys(heading for group in cells.values() for heading in group))
-    lines = [(*names, *(cell(group[heading]) for heading in headings)) for names, group in cells.items()]
-    caption = '"over": above the loss at the start, or not finite'
-    return figures.table(title, ("net", "optimizer", *headings), lines, caption, names=2)
+
+    def column(row: dict[str, Any]) -> str:
+        return f"{row['numbers']['rate']:g}" if "rate" in row["numbers"] else str(row["batch"])
+
+    headings = ["net", "optimizer"]
+    return figures.pivot(rows, ["problem", "name"], column, cell, title=title, headings=headings, caption=OVER)
 
 
 def cell(rows: Records) -> str:
     """A cell of the table."""
     start, last = min(row["losses"][0] for row in rows), ends(rows)
 
-    def told(loss: float) -> str:
+    def text(loss: float) -> str:
         return f"{loss:.2g}" if loss <= start else "over"
 
-    return told(last[0]) if len(last) == 1 else f"{told(float(np.median(last)))} ({told(last.max())})"
+    return text(last[0]) if len(last) == 1 else f"{text(float(np.median(last)))} ({text(last.max())})"
 
 
-def main(config: Config) -> None:
-    """Train, and print both tables."""
-    first, second = run(config)
-    titles = f"With a learning rate alone: {config.steps} steps, batches of {config.batch}", "Without a learning rate"
-    title = f"{titles[1]}: {config.steps} steps, by the size of the batch"
-    tables = table(first, "rate", titles[0]), table(second, "batch", title)
-    figures.present(tables, None, config.output, 120)
-
+WITH_RATES = study.Study(
+    "defaults",
+    "With a learning rate alone",
+    {net: partial(case, net, BATCH) for net in NETS},
+    with_rates(),
+    Limits(200, 200),
+    partial(table, title=f"With a learning rate alone: 200 steps, batches of {BATCH}"),
+    config={"rates": [*RATES]},
+    seeds=(),
+)
+WITHOUT = study.Study(
+    "defaults",
+    "Without a learning rate",
+    {f"{net}, {batch}": partial(case, net, batch) for net in NETS for batch in BATCHES},
+    without(),
+    Limits(200, 200),
+    partial(table, title="Without a learning rate: 200 steps, by the size of the batch"),
+    seeds=range(5),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    study.main(WITH_RATES, WITHOUT)

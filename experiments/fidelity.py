@@ -18,13 +18,11 @@ and TKFAC's, in every layer; TENGraD's direction with a joint block equal to d*.
 than K-FAC's in most layers; larger errors after training; cosines in the order of what a method keeps of F.
 
     make fidelity                            (some two minutes)
-    make fidelity ARGS="--smoke"
 
 The images are MNIST's, scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +35,7 @@ import optax
 import tyro
 from flax import linen as nn
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -85,93 +83,70 @@ NO_WORSE = {"EKFAC": ("K-FAC",), "TEKFAC": ("TKFAC",), BEST: ("K-FAC", "TKFAC")}
 COLOURS = {"K-FAC": "#9ecae1", "EKFAC": "#2171b5", "TKFAC": "#fdbe85", "TEKFAC": "#d94801"}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Every number of the experiment.
+class Sizes(NamedTuple):
+    """The numbers of the experiment.
 
     Attributes:
-        output: folder of the picture and of the records.
-        data: folder with `mnist/`; None for the digits of scikit-learn.
         images: how many images to train on; all of them where there are fewer.
         examples: how many of these the blocks are of.
         few: how many the directions are of: F is dense, and TENGraD has ten rows of each.
-        damping: of d*.
         draws: of labels, for the methods that see sampled ones.
         batches: for those that see minibatches: how many, of 100 images.
+        steps: of Adam between the two measurements, at batches of 250 and a rate of 0.003.
         widths: outputs of the hidden layers of the dense net.
         channels: outputs of the convolutions.
         hidden: outputs of the dense layer behind them.
-        steps: of Adam between the two measurements.
-        batch: images per step.
-        learning_rate: Adam's.
-        seed: of the initial parameters, the order of the data and the labels that are drawn.
-        smoke: small nets and few images, to see that everything runs.
     """
 
-    output: Path = Path("results")
-    data: Path | None = field(default_factory=folder)
     images: int = 10_000
     examples: int = 500
     few: int = 250
-    damping: float = 0.01
     draws: int = 100
     batches: int = 100
+    steps: int = 500
     widths: tuple[int, ...] = (20, 20, 20, 20, 20)
     channels: tuple[int, ...] = (8, 16, 32)
     hidden: int = 32
-    steps: int = 500
-    batch: int = 250
-    learning_rate: float = 3e-3
-    seed: int = 0
-    smoke: bool = False
 
 
-SMOKE: Any = {"images": 300, "examples": 20, "few": 10, "draws": 5, "batches": 5, "steps": 5}
-SMALL: Any = {"widths": (4,), "channels": (2,), "hidden": 3}
+DAMPING, BATCH = 0.01, 250
+"""Damping of d*, and images per step of Adam."""
 
 
-def run(config: Config, report: Callable[[str], None] = lambda doing: None) -> Records:
+def run(given: Path | None, sizes: Sizes = Sizes()) -> Records:  # noqa: B008 (a tuple)
     """Measure both models at the start, train them, measure again: records of blocks, and of the dense net's angles."""
-    data, found = load(config), []
-    dense, strides = Perceptron(config.widths, 10), (2,) * len(config.channels)
-    models = {"dense net": dense, "CNN": Convnet(config.channels, strides, (config.hidden,))}
-    for name, model in models.items():
-        task = Task(model, LIKELIHOOD, data.first(config.batch), config.seed)
-        runner = Runner(lambda setting, _: optax.adam(setting.rate), Setting(config.learning_rate), task, None)
+    data, found = load(given, sizes.images), []
+    dense, strides = Perceptron(sizes.widths, 10), (2,) * len(sizes.channels)
+    models = {"dense net": dense, "CNN": Convnet(sizes.channels, strides, (sizes.hidden,))}
+    key = {"data": "scikit-learn's digits" if given is None else "MNIST", "seed": 0}
+    for name, model in track(models.items(), "measuring"):
+        task = Task(model, LIKELIHOOD, data.first(BATCH))
+        runner = Runner(lambda setting, _: optax.adam(setting.rate), Setting(3e-3), task, None)
         for stage in ("start", "trained"):
             if stage == "trained":
-                report(f"{name}: training")
-                chosen = np.random.default_rng(config.seed).integers(
-                    len(data.images), size=(config.steps, config.batch)
-                )
+                chosen = np.random.default_rng(0).integers(len(data.images), size=(sizes.steps, BATCH))
                 runner.run(Part(data.images[rows], data.labels[rows]) for rows in chosen)
-            report(f"{name}, {stage}: blocks")
-            params, key = runner.variables["params"], {"data": source(config), "seed": config.seed}
-            found += [key | {"model": name, "stage": stage} | row for row in measured(model, params, data, config)]
+            params = runner.variables["params"]
+            found += [key | {"model": name, "stage": stage} | row for row in measured(model, params, data, sizes)]
             if model is dense:
-                found += [key | {"stage": stage} | row for row in turned(model, params, data, config, report)]
+                found += [key | {"stage": stage} | row for row in turned(model, params, data, sizes)]
     return found
 
 
-def source(config: Config) -> str:
-    """What the images are."""
-    return "scikit-learn's digits" if config.data is None else "MNIST"
-
-
-def load(config: Config) -> Part:
-    """The images at 16x16 pixels."""
-    if config.data is None:
-        return digits(16).train.first(config.images)
-    images, labels = mnist(config.data).train.first(config.images)
+def load(given: Path | None, count: int) -> Part:
+    """So many images at 16x16 pixels: those of MNIST in a folder, or the digits."""
+    if given is None:
+        return digits(16).train.first(count)
+    images, labels = mnist(given).train.first(count)
     return Part(np.clip(jax.image.resize(images, (len(images), 16, 16, 1), "linear"), 0, 1), labels)
 
 
-def measured(model: nn.Module, params: Any, data: Part, config: Config) -> Records:
+def measured(model: nn.Module, params: Any, data: Part, sizes: Sizes) -> Records:
     """The share of images that the model has right, and the errors of every layer, in double precision."""
     capture = ng.linen.capture(model, LIKELIHOOD, labels="exact")
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-        images, labels = data.images[: config.examples].astype(np.float64), data.labels[: config.examples]
+        images, labels = data.images[: sizes.examples].astype(np.float64), data.labels[: sizes.examples]
         evidence, right = watched(capture, params, images, labels)
         rows = []
         for layer in capture.layers({"params": params}, images).known:
@@ -223,20 +198,17 @@ def nearest(block: jax.Array) -> jax.Array:
     return jnp.outer(block @ outputs, outputs)  # 3
 
 
-def turned(model: nn.Module, params: Any, data: Part, config: Config, report: Callable[[str], None]) -> Records:
+def turned(model: nn.Module, params: Any, data: Part, sizes: Sizes) -> Records:
     """Every direction beside d*, in double precision."""
-    few = data.first(config.few)
-    rows = np.random.default_rng(config.seed).integers(len(data.images), size=(config.batches, 100))
+    few = data.first(sizes.few)
+    rows = np.random.default_rng(0).integers(len(data.images), size=(sizes.batches, 100))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         stream = data.images[rows].astype(np.float64), data.labels[rows]
-        given, found = Batches(few.images.astype(np.float64), few.labels, stream), []
-        report("the exact direction")
-        aim = np.asarray(natural_gradient(model, params, given.images, few.labels, config.damping))
-        for name in DIRECTIONS:
-            report(f"the direction of {name}")
-            found += angles(name, model, params, given, aim, config.damping, config.draws)
-    return found
+        given = Batches(few.images.astype(np.float64), few.labels, stream)
+        aim = np.asarray(natural_gradient(model, params, given.images, few.labels, DAMPING))
+        each = (angles(name, model, params, given, aim, DAMPING, sizes.draws) for name in DIRECTIONS)
+        return [row for rows in each for row in rows]
 
 
 def holds(row: dict[str, Any], name: str) -> bool:
@@ -333,18 +305,16 @@ def picture(records: Records) -> Figure:
     return figure
 
 
-def main(config: Config) -> None:
-    """Measure, write the records in the place of older ones, print the table, write the picture."""
-    if config.smoke:
-        config = replace(config, output=config.output / "smoke", data=None, **SMOKE, **SMALL)
-    with Console().status("") as status:
-        found = run(config, status.update)
-    path = config.output / "fidelity.jsonl"
-    path.unlink(missing_ok=True)
-    keep(path, found)
-    figures.present([table(found)], picture(found), path.with_suffix(".png"), 170)
+SHOWN = figures.Shown("fidelity", "Fidelity to the Fisher matrix", table, picture)
+
+
+def main(output: Path = Path("results")) -> None:
+    """Measure, keep the records in the place of older ones, print the table, write the picture."""
+    found = run(folder())
+    keep(output / "fidelity.jsonl", found, afresh=True)
+    figures.present([table(found)], picture(found), output / "fidelity.png", 170)
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    tyro.cli(main, description=figures.question(__doc__))

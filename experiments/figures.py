@@ -1,8 +1,8 @@
 """Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds, bands over seeds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,29 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import Records, numbers
+from experiments.records import Records, kept, numbers
+
+
+class Shown(NamedTuple):
+    """What was measured, as a part of the report; `study.Study` is another one.
+
+    Attributes:
+        name: of its records and its picture.
+        title: over its part.
+        table: records -> table.
+        picture: records -> picture.
+        select: those of its records that are shown.
+    """
+
+    name: str
+    title: str
+    table: Callable[[Records], Table]
+    picture: Callable[[Records], Figure]
+    select: Callable[[Records], Records] = list
+
+    def known(self, folder: Path) -> Records:
+        """Its records in a folder."""
+        return self.select(kept(folder / f"{self.name}.jsonl"))
 
 
 def table(
@@ -28,6 +50,35 @@ def table(
         before = first
         result.add_row(first, *others)
     return result
+
+
+def pivot(
+    rows: Records,
+    lines: Sequence[str],
+    column: Callable[[dict[str, Any]], str],
+    cell: Callable[[Records], str],
+    **options: Any,
+) -> Table:
+    """A table with a line for each value of some entries, and a column for each kind of rows.
+
+    Args:
+        rows: records of runs.
+        lines: entries.
+        column: row -> heading of its column.
+        cell: the rows of a cell -> its text; a cell without any has a dash.
+        options: `title`, `headings` of the lines, and those of `table`.
+    """
+    cells: dict[tuple[str, ...], dict[str, Records]] = {}
+    for row in rows:
+        names = tuple(str(row[entry]) for entry in lines)
+        cells.setdefault(names, {}).setdefault(column(row), []).append(row)
+    columns = list(dict.fromkeys(heading for group in cells.values() for heading in group))
+    texts = [
+        (*names, *(cell(group[heading]) if heading in group else "-" for heading in columns))
+        for names, group in cells.items()
+    ]
+    headings = (*options.pop("headings"), *columns)
+    return table(options.pop("title"), headings, texts, names=len(lines), **options)
 
 
 def spread(values: np.ndarray, digits: int) -> str:
@@ -76,6 +127,11 @@ def present(tables: Iterable[Table], picture: Figure | None, path: Path, width: 
         console.print(f"Picture: {path}")
 
 
+def question(text: str | None) -> str:
+    """The first line of what a file says, for `--help`."""
+    return (text or "").partition("\n")[0]
+
+
 def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
     """A figure of panels [rows, columns]."""
     return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
@@ -96,12 +152,6 @@ def plain(axis: Any, minor: str = "{x:g}") -> None:
     axis.set_minor_formatter(minor)
 
 
-def band(axis: Axes, time: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line at the median of values [seeds, T], and their range behind it."""
-    axis.plot(time, np.median(values, axis=0), **style)
-    axis.fill_between(time, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-
-
 def middle(runs: Records) -> dict[str, Any]:
     """The run whose last loss is the median."""
     ends = [np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs]
@@ -115,34 +165,107 @@ def curves(
     across: str = "log",
     up: str = "log",
     levels: Mapping[str, float] | None = None,
-    seconds: str = "seconds of training",
+    units: tuple[str, str] = ("seconds of training", "steps"),
+    least: float = 0.0,
 ) -> Figure:
     """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
-    problems, names = ([*dict.fromkeys(row[entry] for row in rows)] for entry in ("problem", "name"))
+    problems, before = [*dict.fromkeys(row["problem"] for row in rows)], []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
     for pair, problem in zip(axes, problems, strict=True):
+        some = [row for row in rows if row["problem"] == problem]
+        names = [*dict.fromkeys(row["name"] for row in some)]
         for index, name in enumerate(names):
-            runs = [row for row in rows if (row["problem"], row["name"]) == (problem, name)]
+            runs = [row for row in some if row["name"] == name]
             for run in runs:
                 thick = run is middle(runs)
                 style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
                 style |= {"linewidth": 1.8, "label": name} if thick else {"linewidth": 0.6, "alpha": 0.5}
-                losses = np.array([np.nan if loss is None else loss for loss in run["losses"]])
+                losses = np.array([np.nan if loss is None else max(loss, least) for loss in run["losses"]])
                 first = int(across == "log")  # there is no step 0
                 for axis, unit in zip(pair, ("seconds", "steps"), strict=True):
                     axis.plot(run[unit][first:], losses[first:], **style)
-        for axis, unit in zip(pair, (seconds, "steps"), strict=True):
+        for axis, unit in zip(pair, units, strict=True):
             axis.set(xscale=across, yscale=up, xlabel=unit)
             plain(axis.xaxis, "")
             if levels:
                 axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
+        if names != before:
+            pair[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        before = names
     clean(axes.flat)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 
 def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The last losses of runs; infinite of those that diverged."""
     return numbers(({"loss": run["losses"][-1]} for run in runs), "loss")
+
+
+def end_and_steps(runs: Records, form: str = ".2g") -> str:
+    """The last loss of runs and, in brackets, their steps: medians."""
+    return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
+
+
+def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
+    """Steps and seconds at which a run is first at a loss; infinite if never."""
+    found = (look for look, loss in enumerate(row["losses"]) if loss is not None and loss <= level)
+    look = next(found, None)
+    return (np.inf, np.inf) if look is None else (row["steps"][look], row["seconds"][look])
+
+
+def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[float] = (), note: str = "") -> Table:
+    """Where methods end, when they reach some levels, and the seconds to the last level over those of rivals.
+
+    Args:
+        rows: of the runs, of one or more problems.
+        title: of the table.
+        rivals: names; those that did not run are left out. Without levels there is one, where the first of them ends.
+        levels: of the loss.
+        note: below the table.
+    """
+    lines, heads = [], [f"to {level:g}" for level in levels] or [f"to {rivals[0]}'s end"]
+    there = [name for name in rivals if any(row["name"] == name for row in rows)]
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        some = [row for row in rows if row["problem"] == problem]
+        runs = {name: [row for row in some if row["name"] == name] for name in dict.fromkeys(r["name"] for r in some)}
+        goals = levels or (float(np.median(ends(runs[there[0]]))) if there else -np.inf,)
+        for own in runs.values():
+            cells = []
+            for goal in goals:
+                steps, seconds = np.median([reached(row, goal) for row in own], axis=0)
+                cells.append(f"{steps:.0f} / {seconds:.3g} s" if np.isfinite(steps) else "-")
+            cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
+            pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
+            lines.append((problem, named(own[0]), f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
+    headings = (
+        "problem",
+        "method",
+        "loss",
+        "ms / step",
+        *heads,
+        *(f"x {name}" for name in there),
+    )
+    caption = (
+        "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
+        "last columns: seconds to the last loss over those of another, their range over the runs in brackets; < if it "
+        "did not get there. "
+    )
+    return table(title, headings, lines, (caption + note).strip(), names=2)
+
+
+def ratio(mine: Records, rival: Records, level: float) -> str:
+    """Seconds to a loss over those of a rival from the same seeds; "<" if the rival did not get there."""
+    own, its = (np.array([reached(row, level)[1] for row in rows]) for rows in (mine, rival))
+    if not np.all(np.isfinite(own)) or len(own) != len(its):
+        return "-"
+    late = ~np.isfinite(its)  # a rival that did not get there: the time that it had
+    found = own / np.where(late, [row["seconds"][-1] for row in rival], its)
+    spread = f" ({found.min():.2f}-{found.max():.2f})" if len(found) > 1 else ""
+    return "<" * bool(np.any(late)) + f"{np.median(found):.2f}" + spread
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """The method of a row, with the numbers that were chosen."""
+    return ", ".join([row["name"], *(f"{name} {number:g}" for name, number in row["numbers"].items())])

@@ -19,9 +19,10 @@ grafted Shampoo have a learning rate alone; "adaptive" has nothing.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 import natgrad_jax as ng
@@ -30,24 +31,10 @@ from experiments.running import Labels, Make, Setting
 
 OFTEN: Mapping[str, Any] = {"statistics_every": 1, "refresh_every": 20}
 """As in the experiments of TNT."""
-PERIOD = 20
-"""Of the refreshes on autoencoders, by which they are timed. MBF has 25, and 5 and 10 divide it."""
-
-
-class Shared(NamedTuple):
-    """What all methods share on a classifier.
-
-    Attributes:
-        refresh_every: steps between refreshes.
-        statistics_every: steps between statistics, for methods that average them.
-        weight_decay: strength; 0 for none.
-        kl_clip: bound on a step of those that have one; 0 for none.
-    """
-
-    refresh_every: int = 100
-    statistics_every: int = 20
-    weight_decay: float = 1e-3
-    kl_clip: float = 1e-2
+PERIODS: Mapping[Kind, int] = {"autoencoder": 20, "classifier": 100}
+"""Of the refreshes, by which steps are timed. On the autoencoders MBF has 25, and 5 and 10 divide it."""
+STATISTICS_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 1e-3, 1e-2
+"""What all methods share on a classifier, as far as they have it."""
 
 
 class Range(NamedTuple):
@@ -56,6 +43,16 @@ class Range(NamedTuple):
     usual: Setting
     least: Setting
     most: Setting
+
+    def drawn(self, budget: int, seed: Iterable[int]) -> list[Setting]:
+        """So many settings to three digits, drawn log-uniformly, one in each stratum; one if nothing is tuned."""
+        if self.least == self.most:
+            return [self.usual]
+        rng, numbers = np.random.default_rng([*seed]), []
+        for low, high in zip(self.least, self.most, strict=True):
+            places = (rng.permutation(budget) + rng.random(budget)) / budget if low < high else np.zeros(budget)
+            numbers.append([float(f"{number:.3g}") for number in low * (high / (low or 1.0)) ** places])
+        return sorted(map(Setting, *numbers))
 
 
 class Method(NamedTuple):
@@ -71,8 +68,8 @@ class Method(NamedTuple):
         adaptive: whether everything comes from the quadratic model, and nothing is tuned.
         labels: those of the curvature.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
-        clips: whether `Shared.kl_clip` is for it.
-        has_own_periods: whether those of `Shared` are not for it.
+        clips: whether `KL_CLIP` is for it.
+        has_own_periods: whether the periods that the others share are not for it.
     """
 
     of: str | Callable[..., Any]
@@ -87,9 +84,9 @@ class Method(NamedTuple):
     clips: bool = False
     has_own_periods: bool = False
 
-    def make(self, kind: Kind, shared: Shared = Shared()) -> Make:  # noqa: B008 (a tuple)
-        """How it is made on problems of a kind."""
-        decay = shared.weight_decay if kind == "classifier" else 0.0
+    def make(self, kind: Kind, refresh_every: int = PERIODS["classifier"]) -> Make:
+        """How it is made on problems of a kind; on a classifier with that period."""
+        decay = WEIGHT_DECAY if kind == "classifier" else 0.0
         if callable(self.of):
             return lambda setting, layers: self.of(setting.rate, setting.damping, decay)
         options = {**self.both, **(self.reconstructs if kind == "autoencoder" else self.classifies)}
@@ -105,13 +102,9 @@ class Method(NamedTuple):
             )
         method, given = getattr(ng, self.of), {"kl_clip": None}
         if kind == "classifier":
-            given |= {"momentum": 0.9, "weight_decay": decay or None} | self.periods(shared)
-            given |= {"kl_clip": shared.kl_clip or None} if self.clips else {}
+            given |= {"momentum": 0.9, "weight_decay": decay, "kl_clip": KL_CLIP if self.clips else None}
+            given |= {} if self.has_own_periods else periods(self.of, STATISTICS_EVERY, refresh_every)
         return lambda setting, layers: method(setting.rate, layers, damping=setting.damping, **given | options)
-
-    def periods(self, shared: Shared) -> dict[str, int]:
-        """The periods that all share, of those that it has."""
-        return {} if self.has_own_periods else periods(self.of, shared.statistics_every, shared.refresh_every)
 
     def warms(self, kind: Kind) -> bool:
         """Whether a run on problems of a kind begins with a pass that fills the statistics."""

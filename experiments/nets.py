@@ -51,23 +51,21 @@ class Convnet(nn.Module):
         channels: of the convolutions.
         strides: of the convolutions.
         hidden: widths of the hidden dense layers.
-        uniform: as in `Perceptron`.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     hidden: tuple[int, ...] = ()
-    uniform: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Images [N, H, W, C] -> logits [N, 10]."""
         for channels, stride in zip(self.channels, self.strides, strict=True):
-            x = nn.relu(nn.Conv(channels, (3, 3), stride, **start(9 * x.shape[-1], self.uniform))(x))
+            x = nn.relu(nn.Conv(channels, (3, 3), stride)(x))
         x = x.reshape(len(x), -1)
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width, **start(x.shape[-1], self.uniform))(x))
-        return nn.Dense(10, **start(x.shape[-1], self.uniform))(x)
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
 
 
 class ThreeConvolutions(nn.Module):

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,17 +38,25 @@ def kept(path: Path, key: Mapping[str, Any] = MappingProxyType({})) -> Records:
     return records
 
 
-def keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines to a file; below half a line, should there be one."""
+def keep(path: Path, records: Iterable[Mapping[str, Any]], afresh: bool = False) -> None:
+    """Add lines to a file, or begin it anew; below half a line, should there be one."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     if not text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with path.open("wb+" if afresh else "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             text = ("" if file.read() == b"\n" else "\n") + text
         file.write(text.encode())
+
+
+def chosen(there: Iterable[str], asked: Collection[str]) -> list[str]:
+    """Those of some names that are asked for, in order; all if none is. A `ValueError` if one is not there."""
+    there = list(there)
+    if unknown := {*asked} - {*there}:
+        raise ValueError(f"There is no {sorted(unknown)}; there are {there}.")
+    return [name for name in there if not asked or name in asked]
 
 
 def finite(number: Any, digits: int) -> float | None:

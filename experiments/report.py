@@ -8,8 +8,6 @@ It trains nothing: it reads the records of a folder, draws the pictures of the r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +17,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 
-from experiments import crossover, fidelity, pinn, regression, speed, text, train, tune
+from experiments import control, crossover, defaults, demo, fidelity, pinn, race, regression, speed, text, train, tune
 from experiments.figures import markdown
 from experiments.methods import METHODS
 from experiments.problems import RECONSTRUCTED
 from experiments.records import Records, kept
 
-
-@dataclass(frozen=True)
-class Config:
-    """What is read.
-
-    Attributes:
-        folder: of the records and pictures; the page is written there.
-    """
-
-    folder: Path = Path("results")
+MEASURED = (fidelity.SHOWN, speed.SHOWN, crossover.SHOWN)
+STUDIES = (pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY, control.STUDY, demo.STUDY)
+ALONE = (defaults.WITH_RATES, defaults.WITHOUT)
+"""Studies of tables without a picture."""
 
 
 class Section(NamedTuple):
@@ -57,43 +49,34 @@ class Section(NamedTuple):
     @property
     def where(self) -> str:
         """The machines and versions of JAX that its records are from."""
-        told = sorted({f"{record['device']}, jax {record['jax']}" for record in self.records if "device" in record})
+        found = sorted({f"{record['device']}, jax {record['jax']}" for record in self.records if "device" in record})
         before = any("device" not in record for record in self.records)
-        return "; ".join(told + ["some before this was recorded" if told else "not recorded"] * before)
+        return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
 
 
 def of_training(config: train.Config, found: train.Found) -> Section:
-    """The runs on a problem, those of an autoencoder with several seeds once more by themselves, and the trials."""
-    folder, what = config.output, config.what
-    path, name = config.path(f"_{what.stem}").with_suffix(".png"), f"{config.problem}"
-    if config.is_classifier:
-        shown = f"Training loss and test accuracy of {what.title} on {name} against epochs and seconds"
-        option, title, heading = f"--problem {name} --channels {config.channels}", what.title, what.title
-        name += f"_{config.channels}"
-    else:
-        shown = f"Training loss of the autoencoder on {name} against epochs and seconds"
-        option, title = "" if name == "mnist" else f"--problem {name}", f"{what.title}, {name}"
-        heading = "The papers' autoencoder"
-    pictures = {drawn(train.picture(found, config), path): shown}
-    several = found.of(lambda run: not run.logged and len(found.records[run.name]) > 1)
-    if several.runs and not config.is_classifier:
-        again = path.with_stem(f"{path.stem}_seeds")
-        pictures[drawn(train.picture(several, config), again)] = f"{shown}: median and range of several seeds"
-    tables, size = [train.table(found, config)], ""
-    if trials := newest_trials(folder, what.fields):
+    """The runs on a problem, and the trials."""
+    what, size = config.what, ""
+    path, shown = config.path(f"_{what.stem}").with_suffix(".png"), f"{what.title}, {config.problem}: losses"
+    pictures = {drawn(train.picture(found, config), path): f"{shown} against epochs and seconds"}
+    tables = [train.table(found, config)]
+    if trials := newest_trials(config.output, what.fields):
         tables.append(tune.table(trials, what.title))
-        told = f"{title}: loss of the trials against learning rate, a panel for each method"
-        pictures[drawn(tune.picture(trials, title), folder / f"tune_{name}.png")] = told
-        if config.is_classifier:
-            size = f" --images {trials[0]['images']} --epochs {trials[0]['epochs']}"
-    commands = [made("tune", option + size), made("classify" if config.is_classifier else "autoencoder", option)]
+        name = f"tune_{config.problem}{f'_{config.channels}' * config.is_classifier}.png"
+        pictures[drawn(tune.picture(trials, what.title), config.output / name)] = f"{shown} of the trials"
+        size = f" --images {trials[0]['images']} --epochs {trials[0]['epochs']}" * config.is_classifier
+    commands = [
+        made("tune", config.option + size),
+        made("classify" if config.is_classifier else "autoencoder", config.option),
+    ]
     runs = [row for seeds in found.records.values() for rows in seeds for row in rows]
+    heading = what.title if config.is_classifier else "The papers' autoencoder"
     records = runs + kept(config.path("_paces"), what.fields)
     return Section(f"{heading}: {runs[0]['data']}", commands, records, tables, pictures)
 
 
 def of_others(folder: Path) -> Iterator[Section]:
-    """Fidelity, speed, the crossover of TENGraD, short studies, and pictures of those without records in the folder.
+    """What was measured, the short studies, and pictures of those without records in the folder.
 
     Args:
         folder: of the records.
@@ -101,38 +84,13 @@ def of_others(folder: Path) -> Iterator[Section]:
     Yields:
         What there is.
     """
-    if records := kept(folder / "fidelity.jsonl"):
-        shown = "Errors of the Fisher blocks, and cosines of the directions with the exact natural gradient"
-        table = fidelity.table(records)
-        yield Section("Fidelity to the Fisher matrix", [made("fidelity")], records, [table], {"fidelity.png": shown})
-    if records := speed.newest(kept(folder / "speed.jsonl")):
-        shown = "Step, compilation and memory of every method over Adam's"
-        pictures = {drawn(speed.picture(records), folder / "speed.png"): shown}
-        yield Section("What a step costs", [made("bench")], records, [speed.table(records)], pictures)
-    if records := kept(folder / "crossover.jsonl"):
-        shown = "TENGraD over K-FAC for one dense layer by its width and the batch"
-        table = crossover.table(records)
-        yield Section("When TENGraD is cheaper", [made("crossover")], records, [table], {"crossover.png": shown})
-    for name, (study, title, shown) in STUDIES.items():
-        if records := kept(folder / f"{name}.jsonl", {"trial": False}):
-            pictures = {drawn(study.picture(records), folder / f"{name}.png"): shown}
-            yield Section(title, [made(name)], records, [study.table(records)], pictures)
-    for name, title in PICTURES.items():
-        if (folder / f"{name}.png").exists():
-            yield Section(title, [made(name)], [], [], {f"{name}.png": title})
-
-
-STUDIES: dict[str, tuple[Any, str, str]] = {
-    "pinn": (pinn, "Differential equations", "Relative L2 error against seconds of the processor and steps"),
-    "regression": (regression, "Least squares", "Loss on whole tables against seconds of the processor and steps"),
-    "text": (text, "A transformer on letters", "Loss of letters not trained on against seconds and steps"),
-}
-"""Short studies: {records: the experiment, its title, what its picture shows}."""
-PICTURES = {
-    "race": "The race by steps that choose themselves: training loss above its floor",
-    "control": "Which ways of choosing the step survive a small batch",
-    "demo": "Every method on two small problems",
-}
+    for each in (*MEASURED, *STUDIES, *ALONE):
+        command, picture = made({"speed": "bench"}.get(each.name, each.name)), folder / f"{each.name}.png"
+        if records := each.known(folder):
+            pictures = {drawn(each.picture(records), picture): each.title} if each.picture else {}
+            yield Section(each.title, [command], records, [each.table(records)], pictures)
+        elif picture.exists():
+            yield Section(each.title, [command], [], [], {picture.name: each.title})
 
 
 def newest_trials(folder: Path, fields: Mapping[str, Any]) -> Records:
@@ -199,8 +157,7 @@ def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], fo
 def page(folder: Path) -> str:
     """The page, as Markdown; a `ValueError` if the folder has no records."""
     options: list[dict[str, Any]] = [{"problem": name} for name in RECONSTRUCTED]
-    pairs = product(("fashion", "cifar10", "digits"), (16, 32, 128))
-    options += [{"problem": name, "channels": channels} for name, channels in pairs]
+    options += [{"problem": name, "channels": size} for name in ("fashion", "cifar10") for size in (16, 32, 128)]
     configs = [train.Config(output=folder, **option) for option in options]
     runs = [(config, found) for config in configs if (found := train.found_in(config))]
     sections = [*(of_training(*pair) for pair in runs), *of_others(folder)]
@@ -216,18 +173,18 @@ def page(folder: Path) -> str:
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []
     for section in sections:
-        parts += [f"## {section.title}", *(f"![{told}]({name})" for name, told in section.pictures.items())]
+        parts += [f"## {section.title}", *(f"![{shown}]({name})" for name, shown in section.pictures.items())]
         parts += map(markdown, section.tables)
     return "\n\n".join(parts) + "\n"
 
 
-def main(config: Config) -> None:
-    """Write the page."""
-    path = config.folder / "report.md"
-    path.write_text(page(config.folder))
+def main(folder: Path = Path("results")) -> None:
+    """Write the page of a folder there."""
+    path = folder / "report.md"
+    path.write_text(page(folder))
     print(f"Report: {path}")
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    tyro.cli(main)

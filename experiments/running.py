@@ -1,15 +1,13 @@
-"""The engine of the experiments: a method compiled on a task, steps, runs that go on, costs measured in turn.
+"""The engine of the experiments: a method compiled on a task, steps, costs measured in turn.
 
-`Runner` compiles one method for all its settings, and kfac-jax has the same face (`Peer`). `resumable` takes a run from
-where it stopped to where it should end, keeping every epoch. `paced` measures what a step costs, with all methods in
-turn in one process, so that a busy machine slows all alike.
+`Runner` compiles one method for all its settings, and kfac-jax has the same face (`Peer`). `timed` measures what a step
+costs, with all methods in turn in one process, so that a busy machine slows all alike.
 """
 
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import track
 
 import natgrad_jax as ng
 from experiments.data import Part
-from experiments.records import Records, State, finite, keep, kept, machine, save, saved, state_path
+from experiments.records import kept
 
 
 class Setting(NamedTuple):
@@ -288,89 +286,6 @@ class Peer:
             self.steps += 1
         jax.block_until_ready(self.carry)
         return np.zeros(0), time.perf_counter() - before
-
-
-def by_epoch(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The records of a run: {epoch: record}."""
-    return {record["epoch"]: record for record in records}
-
-
-def resumable(
-    path: Path,
-    key: Mapping[str, Any],
-    start: Callable[[], Runner],
-    epoch: Callable[[int], Iterable[Part]],
-    measure: Callable[[Runner], Mapping[str, Any]],
-    *,
-    epochs: int,
-    steps: int,
-    prepare: Callable[[Runner], None] = lambda runner: None,
-) -> Records:
-    """One run, from where it stopped if it did: a record for the start and for every epoch.
-
-    Args:
-        path: of the records; the states are beside it.
-        key: what tells the run from all others.
-        start: the runner at the start, if there is anything to do.
-        epoch: the batches of an epoch, counted from 0.
-        measure: entries of a record, of where the runner stands.
-        epochs: to be done in all.
-        steps: of an epoch.
-        prepare: what is to be done at the start alone, such as a warm start.
-    """
-    rows = by_epoch(kept(path, key))
-    if len(rows) > epochs:
-        return [rows[count] for count in range(epochs + 1)]
-    runner, place = start(), state_path(path, key)
-    state = saved(place)
-    if state and runner.restore(state.leaves, state.rows[-1]["epoch"] * steps):
-        done = state.rows
-        keep(path, (row for row in done if row["epoch"] not in rows))
-    else:
-        prepare(runner)
-        done: Records = [{**key, **machine(), "epoch": 0, "seconds": 0.0, "batch_losses": [], **measure(runner)}]
-        keep(path, done)
-    with progress(str(key["name"]), len(done) - 1, epochs) as say:
-        for count in range(len(done), epochs + 1):
-            losses, seconds = runner.run(epoch(count - 1))
-            row = {
-                "epoch": count,
-                "seconds": round(done[-1]["seconds"] + seconds, 2),
-                "batch_losses": [finite(stretch.mean(), 5) for stretch in np.array_split(losses, min(10, len(losses)))],
-            }
-            done.append({**key, **machine(), **row, **measure(runner)})
-            save(place, State(jax.tree.leaves(runner.carry), done))
-            keep(path, done[-1:])
-            say(count, losses[-1], seconds / len(losses))
-    return done[: epochs + 1]
-
-
-@contextmanager
-def progress(name: str, done: int, total: int, unit: str = "epoch") -> Generator[Callable[[int, float, float], None]]:
-    """A line about work while it goes on: epoch or trial, loss, seconds per step, time left.
-
-    Args:
-        name: of the method.
-        done: epochs before.
-        total: epochs in all.
-        unit: what is counted, if not epochs.
-
-    Yields:
-        A function that is told how many are done, the loss and the seconds of a step.
-    """
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        TextColumn(unit + " {task.completed} of {task.total}, {task.fields[told]}left:"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns) as bar:
-        line = bar.add_task(name, total=total, completed=done, told="")
-
-        def say(count: int, loss: float, step: float) -> None:
-            bar.update(line, completed=count, told=f"loss {loss:.4g}, {step:.3f} s a step, ")
-
-        yield say
 
 
 class Pace(NamedTuple):

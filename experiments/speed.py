@@ -19,7 +19,6 @@ scratch memory to the system after every step, which takes more than half of Ada
 
     make bench                                        (some 20 minutes)
     make bench ARGS="--models cnn --methods K-FAC SOAP"
-    make bench ARGS="--smoke"
 
 A record is kept as soon as a method is measured; table and picture show the newest of each that this machine made.
 """
@@ -27,7 +26,6 @@ A record is kept as soon as a method is measured; table and picture show the new
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +46,7 @@ from experiments import figures, nets
 from experiments.data import Part
 from experiments.figures import shown
 from experiments.methods import ADAPTIVE, periods
-from experiments.records import Records, finite, keep, kept, machine
+from experiments.records import Records, chosen, finite, keep, kept, machine
 from experiments.running import Labels, Make, Peer, Runner, Setting, Task, has_peer
 
 
@@ -120,6 +118,8 @@ METHODS = (
     *([Method("kfac-jax", "kfac-jax", None, *FREQUENT)] if has_peer() else ()),
 )
 
+ROUNDS, BLOCK, SETTING = 3, 20, Setting(1e-6, 1.0)
+"""Pairs of blocks, least steps of a block, and a rate so small that the parameters stay where they are."""
 TOKENS = 8192
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "autoencoder": (nets.autoencoder((1000, 500, 250, 30)), (500, 784)),
@@ -130,27 +130,27 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 """A model and the shape of its inputs."""
 
 
-def noise(name: str, seed: int) -> Task:
+def noise(name: str) -> Task:
     """The model of that name with a batch of noise."""
     model, shape = MODELS[name]
     if name == "transformer":
-        x = jax.random.randint(jax.random.key(seed), shape, 0, TOKENS)
+        x = jax.random.randint(jax.random.key(0), shape, 0, TOKENS)
     else:
-        x = jax.random.uniform(jax.random.key(seed), shape)
+        x = jax.random.uniform(jax.random.key(0), shape)
     if name == "autoencoder":
-        return Task(model, ng.losses.sigmoid_binary_cross_entropy, Part(x, x), seed)
+        return Task(model, ng.losses.sigmoid_binary_cross_entropy, Part(x, x))
     y = jnp.roll(x, -1, axis=1) if name == "transformer" else jnp.arange(len(x)) % 10
-    return Task(model, ng.losses.softmax_cross_entropy, Part(x, y), seed)
+    return Task(model, ng.losses.softmax_cross_entropy, Part(x, y))
 
 
-def made(method: Method, task: Task, setting: Setting) -> Any:
+def made(method: Method, task: Task) -> Any:
     """A method compiled on a task, after its first step."""
     if method.make:
-        runner: Any = Runner(method.make, setting, task, method.labels, cold=True)
+        runner: Any = Runner(method.make, SETTING, task, method.labels, cold=True)
     else:
         options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
-        runner = Peer(task, False, setting.damping, **options)
-        runner.begin(setting)
+        runner = Peer(task, False, SETTING.damping, **options)
+        runner.begin(SETTING)
     runner.run([task.batch])
     return runner
 
@@ -163,54 +163,29 @@ def peak(found: Any) -> int | None:
     return sum(sizes) - found.alias_size_in_bytes
 
 
-@dataclass(frozen=True)
-class Config:
-    """Every number of the experiment.
-
-    Attributes:
-        output: folder of the records and of the picture.
-        models: "autoencoder", "cnn", "transformer", or "tiny", a dense net of a few units.
-        methods: names as in the table or as in the package; none for all. Adam is always measured.
-        rounds: pairs of blocks, Adam's and the method's.
-        block: least steps of a block.
-        damping: of the methods that do not adapt it.
-        learning_rate: so small that the parameters stay where they are.
-        seed: of the parameters and of the noise.
-        smoke: two methods on the tiny net, to see that everything runs.
-    """
-
-    output: Path = Path("results")
-    models: tuple[str, ...] = ("autoencoder", "cnn")
-    methods: tuple[str, ...] = ()
-    rounds: int = 3
-    block: int = 20
-    damping: float = 1.0
-    learning_rate: float = 1e-6
-    seed: int = 0
-    smoke: bool = False
-
-
-def measure(name: str, task: Task, method: Method, config: Config) -> dict[str, Any]:
+def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
     """One method on one model, and an Adam in turn with it: what was measured, with units, and its ratios without."""
-    setting = Setting(config.learning_rate, config.damping)
-    base = made(ADAM, task, setting)
-    runner = base if method is ADAM else made(method, task, setting)
+    base = made(ADAM, task)
+    runner = base if method is ADAM else made(method, task)
 
     def block(runner: Any, steps: int) -> float:
         return runner.run([task.batch] * steps)[1] / steps
 
-    steps, mine, adams = config.block + -config.block % method.period, [], []
-    for _ in range(config.rounds):
-        adams.append(block(base, config.block))
+    steps, mine, adams = BLOCK + -BLOCK % method.period, [], []
+    for _ in range(ROUNDS):
+        adams.append(block(base, BLOCK))
         mine.append(adams[-1] if runner is base else block(runner, steps))
     ratios = [one / other for one, other in zip(mine, adams, strict=True)]
     singles = sorted(block(runner, 1) for _ in range(max(40, 2 * method.period)))
-    sizes = {"compile_seconds": [each.compile_seconds for each in (runner, base)]}
-    sizes |= {"held_bytes": [each.held for each in (runner, base)]}
-    sizes |= {"peak_bytes": [each.program and peak(each.program.memory_analysis()) for each in (runner, base)]}
-    sizes |= {"program_lines": [each.program and (each.program.as_text() or "").count("\n") for each in (runner, base)]}
+    sizes = {
+        "compile_seconds": lambda each: each.compile_seconds,
+        "held_bytes": lambda each: each.held,
+        "peak_bytes": lambda each: each.program and peak(each.program.memory_analysis()),
+        "program_lines": lambda each: each.program and (each.program.as_text() or "").count("\n"),
+    }
     found: dict[str, Any] = {}
-    for entry, (one, other) in sizes.items():
+    for entry, size in sizes.items():
+        one, other = size(runner), size(base)
         found[entry] = one and finite(one, 3)
         found[entry.split("_")[0]] = finite(one / other, 3) if one and other else None
     return {
@@ -228,22 +203,16 @@ def measure(name: str, task: Task, method: Method, config: Config) -> dict[str, 
     }
 
 
-def run(config: Config) -> Records:
-    """Measure and keep what is asked for; the newest records of this machine. A `ValueError` for an unknown name."""
-    names = {name for method in METHODS for name in (method.name, method.of)}
-    for asked, there in ((config.models, set(MODELS)), (config.methods, names)):
-        if unknown := set(asked) - there:
-            raise ValueError(f"There is no {sorted(unknown)}; there are {sorted(there)}.")
-    wanted = [
-        method
-        for method in METHODS
-        if not config.methods or method is ADAM or {method.name, method.of} & set(config.methods)
-    ]
-    path, tasks = config.output / "speed.jsonl", {name: noise(name, config.seed) for name in config.models}
-    made(ADAM, noise("tiny", config.seed), Setting(0.0))  # a process loads the compiler with its first program
+def run(output: Path, models: tuple[str, ...], methods: tuple[str, ...] = ()) -> Records:
+    """Measure and keep what is asked for, and Adam; the newest records of this machine."""
+    models = tuple(chosen(MODELS, models))
+    asked = chosen(dict.fromkeys(name for method in METHODS for name in (method.name, method.of)), methods)
+    wanted = [method for method in METHODS if method is ADAM or {method.name, method.of} & {*asked}]
+    path, tasks = output / "speed.jsonl", {name: noise(name) for name in models}
+    made(ADAM, noise("tiny"))  # a process loads the compiler with its first program
     for name, method in track([(name, method) for name in tasks for method in wanted], "measuring"):
-        keep(path, [measure(name, tasks[name], method, config)])
-    return [record for record in newest(kept(path, machine())) if record["model"] in config.models]
+        keep(path, [measure(name, tasks[name], method)])
+    return [record for record in newest(kept(path, machine())) if record["model"] in models]
 
 
 def newest(records: Records) -> Records:
@@ -338,15 +307,24 @@ def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
     figures.clean([axis], axis="x", alpha=0.25)
 
 
-def main(config: Config) -> None:
-    """Measure, print the table, write the picture."""
-    if config.smoke:
-        config = replace(config, output=config.output / "smoke", models=("tiny",), methods=("TENGraD", "MBF"), rounds=1)
+SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest)
+
+
+def main(
+    output: Path = Path("results"), models: tuple[str, ...] = ("autoencoder", "cnn"), methods: tuple[str, ...] = ()
+) -> None:
+    """Measure, print the table, write the picture.
+
+    Args:
+        output: folder of the records and of the picture.
+        models: "autoencoder", "cnn", "transformer", or "tiny", a dense net of a few units.
+        methods: names as in the table or as in the package; none for all. Adam is always measured.
+    """
     jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
-    records = run(config)
-    figures.present([table(records)], picture(records), config.output / "speed.png")
+    records = run(output, models, methods)
+    figures.present([table(records)], picture(records), output / "speed.png")
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    tyro.cli(main, description=figures.question(__doc__))

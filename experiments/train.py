@@ -12,33 +12,45 @@ Expected: "authors" near what was logged, the best of ours as low as tuned Adam 
 off the plateau of the curves in a fifth of Adam's steps; on the convnet TENGraD level with K-FAC and EKFAC per epoch.
 
     make autoencoder ARGS="--estimate"                      (says how long it will take, and stops)
-    make autoencoder ARGS="--runs authors --only 'TNT (authors)' --epochs 3"
+    make autoencoder ARGS="--only 'TNT (authors)' --epochs 3"
     make autoencoder ARGS="--problem curves --seeds 0 1 2"  (50 epochs)
     make classify ARGS="--channels 32 --only TENGraD K-FAC --refresh-every 10"
-    make classify ARGS="--problem cifar10 --depth 32"       (a ResNet, for a GPU; batch norm, random crops, mirrored)
-    make classify ARGS="--problem digits --epochs 30"       (a small convnet, on what scikit-learn brings along)
-    make classify ARGS="--smoke"                            (half a minute)
+    make classify ARGS="--problem cifar10"                  (a ResNet, for a GPU; batch norm, random crops, mirrored)
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from rich.progress import track
 from rich.table import Table
 
 from experiments import figures, tune
-from experiments.data import Data, told
+from experiments.data import Data, blank
 from experiments.figures import spread
-from experiments.methods import ALL, BASELINE, METHODS, PERIOD, Shared
+from experiments.methods import ALL, BASELINE, KL_CLIP, METHODS, PERIODS, STATISTICS_EVERY, WEIGHT_DECAY
 from experiments.problems import Choice
-from experiments.records import Records, by_seed, keep, kept, machine
-from experiments.running import Pace, Runner, Setting, by_epoch, known_pace, resumable, timed
+from experiments.records import (
+    Records,
+    State,
+    by_seed,
+    chosen,
+    finite,
+    keep,
+    kept,
+    machine,
+    save,
+    saved,
+    state_path,
+)
+from experiments.running import Pace, Runner, Setting, known_pace, timed
 
 
 class Logged(NamedTuple):
@@ -66,11 +78,14 @@ AUTHORS = {
     "K-BFGS (authors)": Logged("K-BFGS", Setting(0.3, 0.3), {1: 169.0, 3: 85.2, 5: 68.0, 10: 59.8, 20: 56.3, 50: 53.8}),
     "TNT (authors)": Logged("TNT", Setting(1e-4, 0.1), {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
 }
-EPOCHS = {"mnist": 10, "curves": 50, "faces": 10}
+EPOCHS = {"curves": 50, "fashion": 3, "cifar10": 3}
+"""The last epoch, where it is not the tenth."""
 ADAM = "Adam"
 """The run that others are to overtake."""
 PLATEAUS = {"curves": 130.0}
 """A loss that is only reached when the plateau is left: the best constant image has 134.3."""
+ROUNDS = 1
+"""Refresh periods after the first that are timed."""
 
 
 @dataclass(frozen=True)
@@ -78,50 +93,42 @@ class Config(Choice):
     """The numbers that all runs share.
 
     Attributes:
-        runs: at the settings of the authors (MNIST alone), tuned, or both.
         epochs: passes over the data; by default 10, for curves 50, for a classifier 3.
         refresh_every: steps between refreshes on a classifier.
-        statistics_every: steps between statistics on a classifier, for methods that average them.
-        weight_decay: strength on a classifier, for all methods; 0 for none.
-        kl_clip: bound on a step on a classifier, for all methods that have one; 0 for none.
         seeds: each of initial parameters, the order of the data and the labels drawn.
-        rounds: how many refresh periods after the first are timed, at least one.
         estimate: only measure what a step costs, and say how long the runs will take.
     """
 
-    runs: Literal["authors", "tuned", "both"] = "both"
     epochs: int | None = None
-    refresh_every: int = Shared().refresh_every
-    statistics_every: int = Shared().statistics_every
-    weight_decay: float = Shared().weight_decay
-    kl_clip: float = Shared().kl_clip
+    refresh_every: int = PERIODS["classifier"]
     seeds: tuple[int, ...] = (0,)
-    rounds: int = 1
     estimate: bool = False
-
-    @property
-    def shared(self) -> Shared:
-        """What goes into every method on a classifier."""
-        return Shared(self.refresh_every, self.statistics_every, self.weight_decay, self.kl_clip)
 
     @property
     def last(self) -> int:
         """The last epoch."""
-        return EPOCHS.get(self.problem, 3) if self.epochs is None else self.epochs
+        return EPOCHS.get(self.problem, 10) if self.epochs is None else self.epochs
 
     @property
     def is_classifier(self) -> bool:
         """Whether the problem is one of classification."""
         return self.what.kind == "classifier"
 
-    @property
-    def period(self) -> int:
-        """Of the refreshes, by which steps are timed."""
-        return self.refresh_every if self.is_classifier else PERIOD
-
     def path(self, suffix: str = "") -> Path:
         """Where the epochs of runs are kept, or with "_paces" the costs of steps."""
         return self.output / f"{'classify' if self.is_classifier else 'autoencoder'}{suffix}.jsonl"
+
+    def cost_key(self, data: Data) -> dict[str, Any]:
+        """What the cost of a step depends on."""
+        periods = {"periods": [self.refresh_every, STATISTICS_EVERY]} if self.is_classifier else {}
+        return self.what.key(data) | periods
+
+    def shared(self, name: str) -> dict[str, Any]:
+        """What the runs of a method on a classifier have, beside problem and setting; its clip is 0 if it has none."""
+        if not self.is_classifier:
+            return {}
+        periods = {"periods": [self.refresh_every, STATISTICS_EVERY]}
+        return periods | {"weight_decay": WEIGHT_DECAY, "kl_clip": KL_CLIP if ALL[name].clips else 0.0}
 
 
 class Run(NamedTuple):
@@ -141,105 +148,87 @@ class Run(NamedTuple):
 
 
 def wanted(data: Data, config: Config) -> list[Run]:
-    """The runs that are asked for; a `ValueError` if a name is unknown, or nothing is left."""
-    found: list[Run] = []
-    if config.runs != "tuned" and config.problem == "mnist":
-        found += [Run(name, logged.method, logged.setting, logged) for name, logged in AUTHORS.items()]
-    if config.runs != "authors":
-        key = tune.group(config.what, data, config.size)
-        for name, method in METHODS.items():
-            best = tune.best(config.output / "tune.jsonl", name, key)
-            found.append(Run(name, name, best or method.ranges[config.what.kind].usual))
+    """The runs that are asked for; a `ValueError` if a name is unknown, or no epoch is asked for."""
     if config.last < 1:
         raise ValueError(f"`epochs` is {config.epochs}, expected 1 or more; `estimate` says how long they take.")
-    names = config.chosen(run.name for run in found)
-    if not found:
-        raise ValueError(f"No author logged a run of {config.problem}; expected runs='tuned', or problem='mnist'.")
+    found = [Run(name, each.method, each.setting, each) for name, each in AUTHORS.items() if config.problem == "mnist"]
+    for name, method in METHODS.items():
+        best = tune.best(config.output / "tune.jsonl", name, config.what.key(data))
+        found.append(Run(name, name, best or method.ranges[config.what.kind].usual))
+    names = chosen((run.name for run in found), config.only)
     return [run for run in found if run.name in names]
 
 
 def identity(run: Run, seed: int, data: Data, config: Config) -> dict[str, Any]:
     """All that the numbers of a run depend on, but for how long it is."""
-    key = {"name": run.method, **run.setting._asdict(), **tune.group(config.what, data, config.size)}
-    return key | {"images": len(data.train.labels)} | common(run.method, config) | {"seed": seed}
-
-
-def common(name: str, config: Config) -> dict[str, Any]:
-    """What the runs of a method on a classifier have, beside problem and setting; its clip is 0 if it has none."""
-    if not config.is_classifier:
-        return {}
-    clip = config.kl_clip if ALL[name].clips else 0.0
-    return periods(config) | {"weight_decay": config.weight_decay, "kl_clip": clip}
-
-
-def periods(config: Config) -> dict[str, Any]:
-    """Those of a classifier."""
-    return {"periods": [config.refresh_every, config.statistics_every]} if config.is_classifier else {}
+    key = {"name": run.method, **run.setting._asdict(), **config.what.key(data), "images": len(data.train.labels)}
+    return key | config.shared(run.method) | {"seed": seed}
 
 
 def compiled(name: str, data: Data, config: Config) -> Runner:
     """A method on the problem, for all settings and seeds."""
     what, method = config.what, ALL[name]
-    make = method.make(what.kind, config.shared)
-    return Runner(make, method.ranges[what.kind].usual, what.task(data, config.size), method.labels)
+    make = method.make(what.kind, config.refresh_every)
+    return Runner(make, method.ranges[what.kind].usual, what.task(data), method.labels)
 
 
 def train(run: Run, seed: int, runners: Callable[[str], Runner], data: Data, config: Config) -> Records:
     """One run of one seed, from where it stopped if it did: a record for the start and for every epoch."""
-    what, method = config.what, ALL[run.method]
-    epoch = partial(what.stream, data.train, config.size, seed)
+    path, key, what = config.path(), identity(run, seed, data, config), config.what
+    rows = {row["epoch"]: row for row in kept(path, key)}
+    if len(rows) > config.last:
+        return [rows[epoch] for epoch in range(config.last + 1)]
+    runner, place = runners(run.method), state_path(path, key)
+    runner.begin(run.setting, seed)
+    state, steps = saved(place), len(data.train.labels) // what.batch
 
-    def start() -> Runner:
-        runner = runners(run.method)
-        runner.begin(run.setting, seed)
-        return runner
+    def record(epoch: int, seconds: float, losses: list[float | None]) -> dict[str, Any]:
+        own = {"epoch": epoch, "seconds": round(seconds, 2), "batch_losses": losses}
+        return {**key, **machine(), **own, **what.measured(runner.variables, data)}
 
-    return resumable(
-        config.path(),
-        identity(run, seed, data, config),
-        start,
-        epoch,
-        lambda runner: what.measured(runner.variables, data),
-        epochs=config.last,
-        steps=len(data.train.labels) // config.size,
-        prepare=lambda runner: runner.warm(epoch(0)) if method.warms(what.kind) else None,
-    )
+    if state and runner.restore(state.leaves, state.rows[-1]["epoch"] * steps):
+        done = state.rows
+        keep(path, (row for row in done if row["epoch"] not in rows))
+    else:
+        if ALL[run.method].warms(what.kind):
+            runner.warm(what.stream(data.train, seed, 0))
+        done: Records = [record(0, 0.0, [])]
+        keep(path, done)
+    for epoch in track(range(len(done), config.last + 1), description=f"{run.name}, seed {seed}: epochs"):
+        losses, seconds = runner.run(what.stream(data.train, seed, epoch - 1))
+        parts = [finite(part.mean(), 5) for part in np.array_split(losses, min(10, len(losses)))]
+        done.append(record(epoch, done[-1]["seconds"] + seconds, parts))
+        save(place, State(jax.tree.leaves(runner.carry), done))
+        keep(path, done[-1:])
+    return done[: config.last + 1]
 
 
 def cost(names: set[str], data: Data, config: Config) -> Pace:
     """What a step of each method costs, measured unless it is in the file."""
-    key = tune.group(config.what, data, config.size) | periods(config) | {"rounds": config.rounds}
+    key, what = config.cost_key(data) | {"rounds": ROUNDS}, config.what
     if known := known_pace(config.path("_paces"), key, {*names, BASELINE}):
         return known
-    some = data.train.first((40 if config.is_classifier else 10) * config.size)
+    some = data.train.first((40 if config.is_classifier else 10) * what.batch)
     runners = {name: compiled(name, data, config) for name in ALL if name in {*names, BASELINE}}
-    stream = list(config.what.stream(some, config.size, 0, 0))
-    pace = timed(runners, stream, config.period, config.rounds, BASELINE)
+    period = config.refresh_every if config.is_classifier else PERIODS["autoencoder"]
+    pace = timed(runners, list(what.stream(some, 0, 0)), period, ROUNDS, BASELINE)
     keep(config.path("_paces"), [{**key, **machine(), **pace._asdict()}])
     return pace
 
 
 def plan(runs: list[Run], pace: Pace, data: Data, config: Config) -> str:
-    """How long what is left to do will take, on a machine with nothing else to do."""
-    per_epoch = len(data.train.labels) // config.size
-    measuring = 0.4 * pace.idle * (per_epoch + len(data.test.labels) / config.size)  # a forward pass
-    epochs, seconds, counted = 0, 0.0, set[str]()
+    """How long the epochs that are left will take, on a machine with nothing else to do."""
+    per_epoch, left = len(data.train.labels) // config.what.batch, {}
     for run in runs:
         for seed in config.seeds:
             key = identity(run, seed, data, config)
-            known = len(by_epoch(kept(config.path(), key)))
-            if str(key) in counted or known > config.last:
-                continue
-            counted.add(str(key))
-            left = config.last - max(known - 1, 0)
-            epochs += left
-            seconds += pace.seconds(run.method, left * per_epoch, 0) + left * measuring
-            if not known and ALL[run.method].warms(config.what.kind):
-                seconds += pace.seconds(run.method, per_epoch, 0)
+            epochs = config.last - max(0, len(kept(config.path(), key)) - 1)
+            left[str(key)] = epochs, epochs * pace.seconds(run.method, per_epoch, 0)
+    epochs, seconds = np.sum([*left.values()], axis=0)
     costs = ", ".join(f"{name} {cost:.2f}" for name, cost in pace.later.items() if name != BASELINE)
     return (
         f"{config.what.title}: a step of {BASELINE} takes {1000 * pace.idle:.0f} ms; so many times as long take "
-        f"{costs}.\nLeft: {epochs} epochs in all, {seconds / 60:.1f} minutes on an idle machine."
+        f"{costs}.\nLeft: {epochs:.0f} epochs in all, {seconds / 60:.1f} minutes of steps on an idle machine."
     )
 
 
@@ -250,10 +239,6 @@ class Found(NamedTuple):
     records: dict[str, list[Records]]
     pace: Pace
 
-    def of(self, wanted: Callable[[Run], bool]) -> "Found":
-        """Some of the runs."""
-        return self._replace(runs=[run for run in self.runs if wanted(run)])
-
     def numbers(self, run: Run, entry: str, last: int) -> np.ndarray:
         """An entry of the records of a run [seeds, last + 1]; infinite where it has diverged."""
         return by_seed(self.records[run.name], entry)[:, : last + 1]
@@ -261,23 +246,21 @@ class Found(NamedTuple):
     def clock(self, run: Run, epochs: Iterable[float]) -> np.ndarray:
         """Seconds after so many epochs, by the cost of a step."""
         first = self.records[run.name][0][0]
-        per_epoch, period = first["images"] // first["batch"], first.get("periods", [PERIOD])[0]
+        per_epoch, period = first["images"] // first["batch"], first.get("periods", [PERIODS["autoencoder"]])[0]
         return np.array([self.pace.seconds(run.method, epoch * per_epoch, period) for epoch in epochs])
 
 
 def run(config: Config, report: Callable[[str], None] = lambda line: None) -> Found:
-    """The timing and the runs, but for what is in the files; `report` is told beforehand what it will take."""
-    data = config.loaded()
+    """The timing and the runs, but for what is in the files; `report` gets beforehand what it will take."""
+    data = config.what.data(config.data)
     runs, runners = wanted(data, config), lru_cache(maxsize=1)(lambda name: compiled(name, data, config))
     pace = cost({run.method for run in runs}, data, config)
     report(plan(runs, pace, data, config))
     if config.estimate:
         return Found(runs, {}, pace)
-    for run in sorted(runs, key=lambda run: list(ALL).index(run.method)):  # the runs of a method share what is compiled
-        for seed in config.seeds:
-            train(run, seed, runners, data, config)
-    records = {run.name: [train(run, seed, runners, data, config) for seed in config.seeds] for run in runs}
-    return Found(runs, records, pace)
+    ordered = sorted(runs, key=lambda run: [*ALL].index(run.method))  # the runs of a method share what is compiled
+    found = {run.name: [train(run, seed, runners, data, config) for seed in config.seeds] for run in ordered}
+    return Found(runs, found, pace)
 
 
 def found_in(config: Config) -> Found | None:
@@ -286,51 +269,55 @@ def found_in(config: Config) -> Found | None:
     Runs are at the settings that are wanted; on a classifier, where these have none, at the last one that has any. If
     there are runs, and not what their steps cost, it is a `ValueError`.
     """
-    rows = kept(config.path(), {**config.what.fields, "batch": config.size})
-    rows = [row for row in rows if row["name"] in ALL and common(row["name"], config).items() <= row.items()]
+    rows = kept(config.path(), {**config.what.fields, "batch": config.what.batch})
+    rows = [row for row in rows if row["name"] in ALL and config.shared(row["name"]).items() <= row.items()]
     if not rows:
         return None
-    data, seen = told(rows), {}
+    data, seen = blank(rows), {}
     for row in rows:
         if (row["data"], row["images"]) == (data.name, len(data.train.labels)) and row["epoch"] <= config.last:
             seeds = seen.setdefault((row["name"], Setting(row["rate"], row["damping"])), {})
             seeds.setdefault(row["seed"], {})[row["epoch"]] = row
     whole = {
-        key: [list(epochs.values()) for _, epochs in sorted(seeds.items()) if len(epochs) > config.last]
+        key: ended
         for key, seeds in seen.items()
+        if (ended := [[*epochs.values()] for _, epochs in sorted(seeds.items()) if len(epochs) > config.last])
     }
     runs, records = [], {}
     for run in wanted(data, config):
-        key, there = (run.method, run.setting), [key for key in whole if whole[key] and key[0] == run.method]
-        if key not in there and config.is_classifier and there:
-            key = there[-1]
-        if key in there:
+        others = [key for key in whole if key[0] == run.method and config.is_classifier]
+        key = (run.method, run.setting)
+        key = key if key in whole else (others or [key])[-1]
+        if key in whole:
             runs.append(run._replace(setting=key[1]))
             records[run.name] = whole[key]
     if not runs:
         return None
-    key = tune.group(config.what, data, config.size) | periods(config)
-    pace = known_pace(config.path("_paces"), key, {run.method for run in runs})
+    pace = known_pace(config.path("_paces"), config.cost_key(data), {run.method for run in runs})
     if pace is None:
         known = f"runs of {config.what.title} on {config.problem} and not what their steps cost"
         raise ValueError(f"{config.output} has {known}; run the same with `--estimate`, which measures it.")
     return Found(runs, records, pace)
 
 
-def shown_epochs(config: Config) -> list[int]:
-    """The epochs whose losses are in the table."""
-    some = (1, 2, 3, 5, 10, 20) if config.is_classifier else (1, 3, 5, 10, 20, 50)
+def table(found: Found, config: Config) -> Table:
+    """Losses after some epochs, and what a step costs."""
+    return (of_classifiers if config.is_classifier else of_autoencoders)(found, config)
+
+
+def shown_epochs(config: Config, *some: int) -> list[int]:
+    """The epochs that are in the table."""
     return sorted({epoch for epoch in (*some, config.last) if epoch <= config.last})
 
 
-def table(found: Found, config: Config) -> Table:
-    """What was found."""
-    return (of_classifiers if config.is_classifier else of_autoencoders)(found, config)
+def named(run: Run) -> str:
+    """The setting of a run, for people."""
+    return str(run.setting) if ALL[run.method].tuned else "its own"
 
 
 def of_classifiers(found: Found, config: Config) -> Table:
     """Loss and accuracy after some epochs, and what a step costs."""
-    rows, epochs = [], shown_epochs(config)
+    rows, epochs = [], shown_epochs(config, 1, 2, 3, 5, 10, 20)
     for run in found.runs:
         losses, right = (found.numbers(run, entry, config.last) for entry in ("train_loss", "test_accuracy"))
         between = "  " if len(losses) == 1 else "\n"
@@ -346,24 +333,16 @@ def of_classifiers(found: Found, config: Config) -> Table:
     )
 
 
-def named(run: Run) -> str:
-    """The setting of a run, for people."""
-    return str(run.setting) if ALL[run.method].tuned else "its own"
-
-
 def of_autoencoders(found: Found, config: Config) -> Table:
-    """Losses after some epochs beside what the authors logged, what a step costs, and how soon Adam is overtaken."""
-    rows, epochs, plateau = [], shown_epochs(config), PLATEAUS.get(config.problem)
+    """Losses beside what the authors logged, what a step costs, and how soon Adam is overtaken."""
+    rows, epochs, plateau = [], shown_epochs(config, 1, 3, 5, 10, 20, 50), PLATEAUS.get(config.problem)
     for run in found.runs:
-        losses, cells = found.numbers(run, "train_loss", config.last), []
-        for after in epochs:
-            logged = run.logged.losses.get(after) if run.logged else None
-            cells.append(spread(losses[:, after], 1) + (f" ({logged:.1f})" if logged else ""))
+        losses, logged = found.numbers(run, "train_loss", config.last), run.logged.losses if run.logged else {}
+        cells = [spread(losses[:, each], 1) + (f" ({logged[each]:.1f})" if each in logged else "") for each in epochs]
         cells.append(spread(found.numbers(run, "test_loss", config.last)[:, -1], 1))
         took = f" ({run.logged.cost:.2f})" if run.logged and run.logged.cost else ""
-        cells.append(f"{found.pace.later[run.method]:.2f}" + took)
+        cells += [f"{found.pace.later[run.method]:.2f}" + took, f"{found.clock(run, [config.last])[0]:.0f}"]
         epoch, part = overtaken(found, run, config.last)
-        cells.append(f"{found.clock(run, [config.last])[0]:.0f}")
         cells.append(f"{epoch:.0f} ({part:.2f})" if np.isfinite(epoch) else "-")
         rows.append((run.name, named(run), f"{len(losses)}", *cells, *([left(found, run, plateau)] if plateau else [])))
     last = [f"below {plateau:g}: steps (of Adam's)"] if plateau else []
@@ -411,74 +390,33 @@ def epochs_below(seeds: list[Records], level: float) -> float:
 
 
 def picture(found: Found, config: Config) -> Figure:
-    """Losses, and accuracies of a classifier, against epochs and seconds: medians and ranges.
+    """Losses against seconds and epochs, and of a classifier the test errors, every seed thin, the middle one thick.
 
     Of an autoencoder the runs of the authors, with dots at what they logged, and the tuned ones have panels of their
-    own. Of a classifier thin lines are the losses of batches, where there are few runs; runs that stay below half of
-    the best accuracy are below the axis, so that the others can be told apart.
+    own.
     """
-    if config.is_classifier:
-        groups = [(found.runs, config.what.title, "train_loss"), (found.runs, "", "test_accuracy")]
-    else:
-        titles = {True: "settings of the authors (dots: their logs)", False: "tuned"}
-        some = {logged: [run for run in found.runs if bool(run.logged) is logged] for logged in titles}
-        groups = [(runs, titles[logged], "train_loss") for logged, runs in some.items() if runs]
-    size = {"figsize": (12, 4.6 * len(groups)), "sharey": "row" if config.is_classifier else True}
-    figure, axes = figures.panels(len(groups), 2, **size)
-    for (runs, title, entry), pair in zip(groups, axes, strict=True):
-        tops = [lines(pair, found, run, runs, entry, config) for run in runs]
-        if entry == "train_loss":
-            pair[0].set(yscale="log", ylabel="training loss, nats an image")
-            figures.plain(pair[0].yaxis)
-        else:
-            above = [top for top in np.ravel(tops) if top >= np.max(tops) / 2]
-            margin = 0.1 * (max(above) - min(above)) + 0.1
-            pair[0].set(ylabel="test accuracy, %", ylim=(min(above) - margin, max(above) + margin))
-        pair[0].set_title(title, loc="left", fontweight="bold")
-        pair[0].set_xlabel("epochs")
-        pair[0].xaxis.get_major_locator().set_params(integer=True)
-        pair[1].set_xlabel("seconds on the idle machine (see the experiment)")
-    figures.clean(axes.flat, which="both")
-    for pair in axes if not config.is_classifier else axes[:1]:
-        pair[1].legend(frameon=False, fontsize=8)
+    rows, authors = [], "settings of the authors (dots: their logs)"
+    for run in found.runs:
+        epochs = [*range(1, config.last + 1)]
+        shared = {"name": run.name, "steps": epochs, "seconds": found.clock(run, epochs)}
+        for records in found.records[run.name]:
+            losses = [record["train_loss"] for record in records[1:]]
+            rows.append(shared | {"problem": authors if run.logged else "training loss", "losses": losses})
+            if config.is_classifier:
+                errors = [100 * (1 - record["test_accuracy"]) for record in records[1:]]
+                rows.append(shared | {"problem": "test error, %", "losses": errors})
+    units = ("seconds on the idle machine (see the experiment)", "epochs")
+    figure = figures.curves(rows, config.what.title, across="linear", units=units)
+    for axis in figure.axes:
+        figures.plain(axis.yaxis)
+    for index, log in enumerate(run.logged for run in found.runs if run.logged):
+        dots = [(epoch, loss) for epoch, loss in log.losses.items() if epoch <= config.last]
+        figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)
     return figure
-
-
-def lines(pair: Any, found: Found, run: Run, runs: list[Run], entry: str, config: Config) -> np.ndarray:
-    """Draw a run against epochs and seconds; the medians that are drawn."""
-    epochs = np.arange(1, config.last + 1)
-    values = found.numbers(run, entry, config.last)[:, 1:] * (100 if entry == "test_accuracy" else 1)
-    there = values[np.isfinite(values[:, -1])]
-    lost = f", {len(values) - len(there)} of {len(values)} diverged" if len(there) < len(values) else ""
-    there = there if len(there) else np.where(np.isfinite(values), values, np.nan)
-    again = run.method in {other.method for other in runs[: runs.index(run)]}
-    color = plt.get_cmap("tab20")(list(ALL).index(run.method) % 20)
-    style = {"color": color, "linestyle": "--" if again else "-", "linewidth": 1.8, "label": run.name + lost}
-    for axis, time in zip(pair, (lambda epochs: epochs, lambda epochs: found.clock(run, epochs)), strict=True):
-        figures.band(axis, time(epochs), there, **style)
-        if config.is_classifier and entry == "train_loss" and len(runs) <= 6:
-            batches = np.array([[row["batch_losses"] for row in rows[1:]] for rows in found.records[run.name]], float)
-            middles = (np.arange(batches[0].size) + 0.5) / batches.shape[-1]
-            axis.plot(time(middles), np.median(batches, axis=0).ravel(), color=color, linewidth=0.8, alpha=0.6)
-    if run.logged:
-        dots = [(epoch, loss) for epoch, loss in run.logged.losses.items() if epoch <= config.last]
-        pair[0].plot(*zip(*dots, strict=True), "o", color=color, markersize=5)
-    return np.median(there, axis=0)
-
-
-def small(config: Config) -> Config:
-    """A tiny net on the digits, a few runs of two seeds, in a folder of its own."""
-    only = ("SGD-m", "K-BFGS", *(("K-BFGS (authors)",) if config.problem == "mnist" else ()))
-    tiny: Any = {"only": config.only or only, "epochs": 2, "batch": 300, "seeds": (0, 1)}
-    if config.is_classifier:
-        tiny |= {"only": config.only or ("SGD-m", "TENGraD", "K-BFGS"), "epochs": 1, "batch": 100}
-        tiny |= {"depth": 8, "channels": 3, "units": 8, "refresh_every": 5, "statistics_every": 2}
-    return replace(config, output=config.output / "smoke", smoke=True, **tiny)
 
 
 def main(config: Config) -> None:
     """Say what it takes, run, print the table, write the picture."""
-    config = small(config) if config.smoke else config
     found = run(config, print)
     if not config.estimate:
         path = config.path(f"_{config.what.stem}").with_suffix(".png")
@@ -487,4 +425,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=figures.question(__doc__)))

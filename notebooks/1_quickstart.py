@@ -40,6 +40,7 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 import itertools
 import time
@@ -50,6 +51,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
+from IPython.display import ProgressBar
 from scipy.special import xlogy
 from sklearn.datasets import load_digits
 
@@ -102,14 +104,14 @@ def train(step, params, opt_state):
     every, seconds = 10, 0.0
     curve = [(0, 0.0, float(measure(params)))]
     jax.block_until_ready(step(params, opt_state, x[:BATCH], key))  # compiles; what it returns is forgotten
-    for first in range(0, STEPS, every):
+    for stretch in ProgressBar(STEPS // every):
         began = time.perf_counter()
-        for t in range(first, first + every):
+        for t in range(stretch * every, (stretch + 1) * every):
             batch = x[random.permutation(len(x))[:BATCH]]
             params, opt_state = step(params, opt_state, batch, jax.random.fold_in(key, t))
         jax.block_until_ready(params)
         seconds += time.perf_counter() - began
-        curve.append((first + every, seconds, float(measure(params))))
+        curve.append(((stretch + 1) * every, seconds, float(measure(params))))
     return np.array(curve).T
 
 
@@ -256,7 +258,7 @@ def nnx_step(model, optimizer, batch, key):
 
 
 random = np.random.default_rng(0)
-for t in range(STEPS // 10):
+for t in ProgressBar(STEPS // 10):
     batch = x[random.permutation(len(x))[:BATCH]]
     nnx_step(twin, optimizer, batch, jax.random.fold_in(jax.random.key(1), t))
 

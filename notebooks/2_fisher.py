@@ -36,6 +36,7 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
+from IPython.display import ProgressBar
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
@@ -202,7 +204,9 @@ def believed(method, labels, count):
 
 
 batch = np.random.default_rng(1).permutation(len(x))[:SIZE]
-beliefs = {name: believed(name, "exact", len(x))(x, y) for name in METHODS if name != "TENGraD"}
+beliefs = {}
+for _, name in zip(ProgressBar(len(METHODS) - 1), METHODS, strict=False):
+    beliefs[name] = believed(name, "exact", len(x))(x, y)
 beliefs["TENGraD"] = believed("TENGraD", "sampled", SIZE)(x[batch], y[batch], jax.random.key(0))
 
 
@@ -255,7 +259,7 @@ plt.show()
 random = np.random.default_rng(2)
 batches = [random.permutation(len(x))[:SIZE] for _ in range(DRAWS)]
 form, sample = {}, {}
-for method in METHODS:
+for _, method in zip(ProgressBar(len(METHODS)), METHODS, strict=True):
     of_all = believed(method, "exact", len(x))(x, y) if method == "TENGraD" else beliefs[method]
     of_batch = believed(method, "sampled", SIZE)
     drawn = [of_batch(x[chosen], y[chosen], jax.random.key(seed)) for seed, chosen in enumerate(batches)]

@@ -33,6 +33,7 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 import time
 
@@ -41,6 +42,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from IPython.display import ProgressBar
 
 import natgrad_jax as ng
 
@@ -132,14 +134,16 @@ def train(tx, steps, every):
         updates, state = tx.update(out.grad, state, params, curvature=out.curvature)
         return optax.apply_updates(params, updates), state, out.losses
 
-    params, state, spent, found = start, tx.init(start), 0.0, []
-    jax.block_until_ready(step(params, state))  # compiled
-    for count in range(steps + 1):
-        if count % every == 0:
-            found.append((count, spent, float(error_of(params))))
+    params, state, spent = start, tx.init(start), 0.0
+    losses = jax.block_until_ready(step(params, state))[2]  # compiled
+    found = [(0, 0.0, float(error_of(params)))]
+    for stretch in ProgressBar(steps // every):
         before = time.perf_counter()
-        params, state, losses = jax.block_until_ready(step(params, state))
+        for _ in range(every):
+            params, state, losses = step(params, state)
+        jax.block_until_ready(params)
         spent += time.perf_counter() - before
+        found.append(((stretch + 1) * every, spent, float(error_of(params))))
     return params, losses, np.array(found)
 
 

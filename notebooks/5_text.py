@@ -34,6 +34,7 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 import time
 from pydoc_data import topics
@@ -44,6 +45,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
+from IPython.display import ProgressBar
 
 import natgrad_jax as ng
 
@@ -140,13 +142,13 @@ def fit(tx):
     params, state, stream, seconds = start, tx.init(start), passages(train, 2), 0.0
     jax.block_until_ready(step(params, state, x, y, jax.random.key(0)))  # compiled
     curve = [(0, 0.0, float(measure(params)))]
-    for first in range(0, STEPS, EVERY):
+    for stretch in ProgressBar(STEPS // EVERY):
         before = time.perf_counter()
-        for count in range(first, first + EVERY):
+        for count in range(stretch * EVERY, (stretch + 1) * EVERY):
             params, state = step(params, state, *next(stream), jax.random.key(count))
         jax.block_until_ready(params)
         seconds += time.perf_counter() - before
-        curve.append((first + EVERY, seconds, float(measure(params))))
+        curve.append(((stretch + 1) * EVERY, seconds, float(measure(params))))
     return params, np.array(curve)
 
 
@@ -181,7 +183,7 @@ def following(params, passage, key):
 
 
 written = list(map(int, held[:CONTEXT]))
-for count in range(5 if SMALL else 300):
+for count in ProgressBar(5 if SMALL else 300):
     passage = jnp.array(written[-CONTEXT:])
     written.append(int(following(found[best][0], passage, jax.random.key(count))))
 print(f"{best}:", "".join(letters[code] for code in written[CONTEXT:]))

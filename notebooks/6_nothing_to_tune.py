@@ -32,12 +32,14 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 from flax import linen as nn
+from IPython.display import ProgressBar
 from sklearn.datasets import load_digits
 
 import natgrad_jax as ng
@@ -115,7 +117,7 @@ figure, axes = plt.subplots(
 )
 nothing = {}
 for axis, batch in zip(axes[0], BATCHES, strict=True):
-    for color, (name, make) in zip(("#7f7f7f", "#2171b5"), MAKES.items(), strict=True):
+    for _, color, (name, make) in zip(ProgressBar(len(MAKES)), ("#7f7f7f", "#2171b5"), MAKES.items(), strict=True):
         run = training(make, batch)
         axis.plot(RATES, [float(run(rate)[1][-1]) for rate in RATES], "o-", color=color, label=name)
     nothing[batch] = training(lambda _: ng.kfac(layers=layers), batch)(0.0)
@@ -153,7 +155,7 @@ for axis in axes:
 
 # %%
 run = training(lambda damping: ng.kfac(0.03, layers, damping=damping), BATCHES[0])
-for damping in (0.03, 1e4):
+for _, damping in zip(ProgressBar(2), (0.03, 1e4), strict=True):
     state, losses, *_ = run(damping)
     print(f"damping {damping:g}: loss {losses[-1]:.1e}")
     print(ng.diagnose(state, layers), "\n")

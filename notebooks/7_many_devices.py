@@ -32,6 +32,7 @@ if importlib.util.find_spec("natgrad_jax") is None:
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a CPU: one thread pool is enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))  # the next run need not compile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +45,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
+from IPython.display import ProgressBar
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
@@ -94,7 +96,7 @@ def train(name, placed):
     tx, random = METHODS[name], np.random.default_rng(0)
     step, params, losses = stepping(tx), placed(start), []
     state = tx.init(params)
-    for count in range(STEPS):
+    for count in ProgressBar(STEPS):
         x = placed(images[random.permutation(len(images))[:BATCH]], PartitionSpec("data"))
         params, state, loss = step(params, state, x, jax.random.key(count))
         losses.append(float(loss))
@@ -195,7 +197,7 @@ def step(params, state, x, key):
 
 params, random, losses = on_mesh(start), np.random.default_rng(0), []
 state = jax.jit(tx.init, out_shardings=shardings)(params)
-for number in range(STEPS):
+for number in ProgressBar(STEPS):
     x = on_mesh(images[random.permutation(len(images))[:BATCH]], PartitionSpec("data"))
     params, state, loss = step(params, state, x, jax.random.key(number))
     losses.append(float(loss))

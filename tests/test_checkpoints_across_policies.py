@@ -12,7 +12,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint as orbax
 from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
 import natgrad_jax as ng
-from experiments.sharded import apply
+from sharded import apply
 
 folder, role, method, policy = sys.argv[1:]
 mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))

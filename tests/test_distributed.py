@@ -3,8 +3,7 @@
 import re
 
 import pytest
-
-from experiments.distributed import Config, run, story, table, train
+from several_processes import Config, run, story, table, train
 
 pytest.importorskip("sklearn")
 

@@ -104,29 +104,19 @@ def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch):
     assert list(found.train.labels) == [0, 1, 2] and found.test.images.shape == (0, 32, 32, 3)
 
 
-@pytest.mark.slow
-def test_without_a_folder_the_data_are_downloaded_and_it_is_said_and_they_are_checked(monkeypatch):
-    rng, said = np.random.default_rng(0), []
-    pixels, labels = rng.integers(0, 256, (60002, 784), np.uint8), rng.integers(0, 10, 60002).astype(np.uint8)
-    for part, chosen in (("train", slice(60000)), ("t10k", slice(60000, None))):
-        for kind, array in (("images-idx3", pixels[chosen].reshape(-1, 28, 28)), ("labels-idx1", labels[chosen])):
-            content = idx_bytes(array)
-            known = len(content), hashlib.sha256(content).hexdigest()
-            monkeypatch.setitem(data.PUBLISHED, f"mnist/{part}-{kind}-ubyte.gz", known)
-    asked = []
+def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch):
+    pixels, labels = np.zeros((60002, 784), np.int64), np.arange(60002) % 10
+    asked, said = [], []
 
     def fetch(**options):
         asked.append(options["name"])
-        return SimpleNamespace(data=pixels.astype(np.int64), target=labels.astype(str).astype(object))
+        return SimpleNamespace(data=pixels, target=labels.astype(str).astype(object))
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
     found = data.mnist(None, said.append)
     assert asked == ["mnist_784"] and "mnist_784 of openml.org" in said[0] and len(said) == 1
     assert found.train.images.shape == (60000, 28, 28, 1) and list(found.test.labels) == list(labels[60000:])
-    pixels[5, 7] ^= 1
-    with pytest.raises(ValueError, match=r"train-images-idx3 of mnist_784 at openml.org is another file"):
-        data.mnist(None, said.append)
 
 
 @pytest.mark.parametrize("load", [data.mnist, data.fashion_mnist, data.cifar10, data.faces])
@@ -150,7 +140,7 @@ def test_offline_an_experiment_goes_on_with_the_digits_under_their_own_name_unle
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
-    what = problems.reconstruction(name) if name in ("mnist", "faces") else problems.classification(name, 4)
+    what = problems.problem(name)
     found = what.data(None)
     size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[name]
     assert found.name == "digits" and found.train.images.shape == (1500, *size)

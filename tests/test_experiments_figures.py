@@ -45,4 +45,4 @@ def test_curves_have_a_row_of_panels_for_a_problem_and_the_middle_run_of_a_metho
     figure = curves(rows, "loss", across="linear", levels={"one": 1.0, "two": 2.0})
     assert [len(axis.lines) for axis in figure.axes] == [5, 5, 2, 2]
     assert [line.get_linewidth() for line in figure.axes[0].lines[:3]] == [0.6, 0.6, 1.8]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Adam", "K-FAC"]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["Adam", "K-FAC"]

@@ -6,8 +6,9 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments.methods import ALL, METHODS, Shared
-from experiments.problems import classification, reconstruction
+from experiments.methods import ALL, METHODS
+from experiments.nets import Convnet, autoencoder
+from experiments.problems import problem
 from experiments.running import Setting
 
 
@@ -36,13 +37,14 @@ def test_the_usual_setting_is_within_what_is_tried():
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind):
     method = ALL[name]
-    chosen = reconstruction("mnist", smoke=True) if kind == "autoencoder" else classification("digits", 2)
+    net = autoencoder((6, 3)) if kind == "autoencoder" else Convnet((2, 4), (1, 2))
+    chosen = problem("mnist" if kind == "autoencoder" else "fashion")._replace(net=net)
     x = jnp.zeros((6, 9) if kind == "autoencoder" else (6, 8, 8, 1))
     y = x if kind == "autoencoder" else jnp.zeros(6, jnp.int32)
     capture = ng.linen.capture(chosen.net, chosen.likelihood, labels=method.labels)
     variables = jax.eval_shape(chosen.net.init, jax.random.key(0), x)
     layers = capture.layers(variables, x)
-    make = method.make(kind, Shared(refresh_every=4, statistics_every=2))
+    make = method.make(kind, 4)
 
     def step(params, rate, damping):
         tx = optax.with_extra_args_support(make(Setting(rate, damping), layers))

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments.data import Data, Part, batches, shifted_and_flipped
-from experiments.nets import Block, Perceptron, ResNet
-from experiments.problems import classification, reconstruction
+from experiments.data import Data, Part, batches, digits, shifted_and_flipped
+from experiments.nets import Block, Convnet, Perceptron, ResNet, autoencoder
+from experiments.problems import problem
 from experiments.running import Runner, Setting, Task, timed
 
 
@@ -75,15 +75,13 @@ def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
 
 
 @pytest.mark.full
-def test_the_digits_have_a_net_of_their_own_size():
-    chosen = classification("digits", 4)
-    data = chosen.data(None)
+def test_a_classifier_is_measured_by_loss_and_accuracy():
+    chosen, data = problem("fashion")._replace(net=Convnet((4,), (2,))), digits()
     variables = chosen.net.init(jax.random.key(0), data.test.images[:1])
     found = chosen.measured(variables, data, size=100)
     logits = chosen.net.apply(variables, data.test.images)
-    assert found["test_accuracy"] == pytest.approx(
-        float(np.mean(np.argmax(logits, axis=-1) == data.test.labels)), abs=1e-5
-    )
+    right = float(np.mean(np.argmax(logits, axis=-1) == data.test.labels))
+    assert found["test_accuracy"] == pytest.approx(right, abs=1e-5)
     own = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
     assert found["test_loss"] == pytest.approx(float(own), abs=1e-4)  # float32, in another order
 
@@ -141,28 +139,27 @@ def test_a_pace_is_in_units_of_the_baseline_by_periods():
 @pytest.mark.slow
 @pytest.mark.full  # a minute of compilation
 def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_saved():
-    chosen = classification("cifar10", 2, depth=8)
+    chosen = problem("cifar10", 2)._replace(net=ResNet(8, 2), batch=4)
     given = part(12)
     task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4), 0, {"train": True})
     runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
     before = jax.tree.map(np.array, runner.variables["batch_stats"])
-    runner.run(chosen.stream(given, 4, 0, 0))
+    runner.run(chosen.stream(given, 0, 0))
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, runner.variables["batch_stats"])
     assert all(jax.tree.leaves(moved))
     saved = [np.array(leaf) for leaf in jax.tree.leaves(runner.carry)]
-    losses, _ = runner.run(chosen.stream(given, 4, 0, 1))
+    losses, _ = runner.run(chosen.stream(given, 0, 1))
     runner.begin(Setting(0.1))
     assert runner.restore(saved, 3)
-    again, _ = runner.run(chosen.stream(given, 4, 0, 1))
+    again, _ = runner.run(chosen.stream(given, 0, 1))
     np.testing.assert_array_equal(losses, again)
     assert not runner.restore(saved[1:], 3)
 
 
 @pytest.mark.full
 def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
-    chosen = classification("digits", 2)
     given = part(8, 8, 1)
-    task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4))
+    task = Task(Convnet((2,), (2,)), ng.losses.softmax_cross_entropy, given.first(4))
     runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
     before = jax.tree.map(np.array, runner.carry)
     runner.warm(batches(given, 4, 0, 0))
@@ -177,7 +174,7 @@ def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
     [("mnist", 784, 2_837_314), ("curves", 784, 842_340), ("faces", 625, 7_537_655)],  # as counted in their code
 )
 def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name, pixels, count):
-    chosen = reconstruction(name)
+    chosen = problem(name)
     shapes = jax.eval_shape(chosen.net.init, jax.random.key(0), jnp.zeros((1, pixels)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
     assert str(pixels) in chosen.title
@@ -186,7 +183,7 @@ def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["mnist", "faces"])
 def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(name):
-    chosen, x = reconstruction(name, smoke=True), np.random.default_rng(0).random((5, 7), np.float32)
+    chosen, x = problem(name)._replace(net=autoencoder((6, 3))), np.random.default_rng(0).random((5, 7), np.float32)
     params = chosen.net.init(jax.random.key(0), x)["params"]
     y = x
     for index, active in enumerate((True, False, True, False)):

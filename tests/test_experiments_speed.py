@@ -1,6 +1,5 @@
 """What a step, its compilation and its memory cost, in small: records, table, picture, and every method once."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import records, speed
-from experiments.running import Runner, Setting
+from experiments.running import Runner
 from tests import methods_table as table_of
 
-SETTING = Setting(1e-6, 1.0)
 FEW = ("Adam", "K-FAC")
 STEPPED = [
     pytest.param(name, marks=() if name in FEW else pytest.mark.full)
@@ -22,11 +20,12 @@ STEPPED = [
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    """SGD and TENGraD on the tiny net; the tests that follow find what was compiled before."""
+def few(monkeypatch):
+    """Short rounds; the tests that follow find what was compiled before."""
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     monkeypatch.setattr(speed, "METHODS", [method for method in speed.METHODS if method.refresh_every != 100])
-    return speed.Config(output=tmp_path, models=("tiny",), methods=("sgd", "TENGraD"), rounds=2, block=3)
+    monkeypatch.setattr(speed, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "BLOCK", 3)
 
 
 def record(method, **figures):
@@ -38,9 +37,10 @@ def record(method, **figures):
 
 
 @pytest.mark.slow
-def test_every_method_is_measured_beside_adam_kept_and_shown(config):
-    found = speed.run(config)
-    assert records.kept(config.output / "speed.jsonl") == found
+@pytest.mark.usefixtures("few")
+def test_every_method_is_measured_beside_adam_kept_and_shown(tmp_path):
+    found = speed.run(tmp_path, ("tiny",), ("sgd", "TENGraD"))
+    assert records.kept(tmp_path / "speed.jsonl") == found
     assert [(one["method"], one["statistics_every"], one["refresh_every"]) for one in found] == [
         ("Adam", None, None),
         ("SGD-m", None, None),
@@ -60,16 +60,15 @@ def test_every_method_is_measured_beside_adam_kept_and_shown(config):
     assert speed.table(found).row_count == 3
 
 
-def test_only_the_newest_record_of_this_machine_is_shown(config, monkeypatch):
+def test_only_the_newest_record_of_this_machine_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "made", lambda *_: None)
     steps = iter((2.0, 3.0))
     monkeypatch.setattr(speed, "measure", lambda *_: record("Adam", step=next(steps), refresh_every=None))
     monkeypatch.setattr(speed, "METHODS", (speed.ADAM,))
-    config = replace(config, methods=())
-    records.keep(config.output / "speed.jsonl", [record("Adam", refresh_every=None, device="another")])
-    assert [one["step"] for one in speed.run(config)] == [2.0]
-    assert [one["step"] for one in speed.run(config)] == [3.0]
-    assert len(records.kept(config.output / "speed.jsonl")) == 3
+    records.keep(tmp_path / "speed.jsonl", [record("Adam", refresh_every=None, device="another")])
+    assert [one["step"] for one in speed.run(tmp_path, ("tiny",))] == [2.0]
+    assert [one["step"] for one in speed.run(tmp_path, ("tiny",))] == [3.0]
+    assert len(records.kept(tmp_path / "speed.jsonl")) == 3
 
 
 def test_the_picture_has_a_bar_for_every_number_and_a_log_axis_where_ratios_spread():
@@ -107,11 +106,11 @@ def test_every_method_of_the_package_occurs_often_and_rarely():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPPED)
 def test_a_step_of_every_method_leaves_a_state_of_the_same_shapes(name):
-    task = speed.noise("tiny", 0)
+    task = speed.noise("tiny")
     method = next(method for method in speed.METHODS if method.name == name)
-    runner = Runner(method.make, SETTING, task, method.labels)
+    runner = Runner(method.make, speed.SETTING, task, method.labels)
     before = jax.eval_shape(lambda: runner.carry)
-    after, _ = jax.eval_shape(runner._steps, before, *task.batch, jax.random.key(0), SETTING)
+    after, _ = jax.eval_shape(runner._steps, before, *task.batch, jax.random.key(0), speed.SETTING)
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (before, after)]
     assert shapes[0] == shapes[1]
 
@@ -123,7 +122,7 @@ def test_a_block_holds_whole_periods():
     assert periods["K-BFGS", 10, None] == 10
 
 
-@pytest.mark.parametrize("option", [{"models": ("resnet",)}, {"methods": ("KFAC",)}])
-def test_an_unknown_name_is_refused(config, option):
+@pytest.mark.parametrize("option", [{"models": ("resnet",)}, {"models": ("tiny",), "methods": ("KFAC",)}])
+def test_an_unknown_name_is_refused(option, tmp_path):
     with pytest.raises(ValueError, match=r"There is no \['(resnet|KFAC)'\]; there are \["):
-        speed.run(replace(config, **option))
+        speed.run(tmp_path, **option)

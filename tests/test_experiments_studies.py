@@ -1,6 +1,9 @@
 """The short studies, in small: their problems, entries, tables and pictures."""
 
 import inspect
+from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
@@ -11,6 +14,21 @@ from tasks import task
 
 import natgrad_jax as ng
 from experiments import control, defaults, demo, digits, figures, pinn, race, regression, study, text
+from experiments.nets import Perceptron
+from experiments.records import kept
+from experiments.study import Limits, Options
+
+RESULTS = Path(pinn.__file__).parent / "results"
+STUDIES = {
+    "control": control.STUDY,
+    "with rates": defaults.WITH_RATES,
+    "without": defaults.WITHOUT,
+    "demo": demo.STUDY,
+    "pinn": pinn.STUDY,
+    "race": race.STUDY,
+    "regression": regression.STUDY,
+    "text": text.STUDY,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,106 +41,95 @@ def closed():
 def row(problem, name, losses, **others):
     """A row of a run that never was."""
     steps = [*range(0, 5 * len(losses), 5)]
-    own = {"problem": problem, "name": name, "seed": 0, "numbers": {}, "steps": steps, "test": "97.0%"}
+    own = {"problem": problem, "name": name, "seed": 0, "numbers": {}, "steps": steps, "trial": False}
     return own | {"seconds": [0.1 * step for step in steps], "losses": losses, "compile_seconds": 1.0} | others
 
 
-def test_an_epoch_of_the_digits_shows_every_image_at_most_once_and_each_has_its_own_order():
+def few(whole, methods, cases, limits, **others):
+    """A study in small."""
+    entries = {name: whole.entries[name] for name in methods}
+    return whole._replace(entries=entries, cases=cases, limits=limits, **others)
+
+
+def test_an_epoch_of_the_digits_shows_every_image_at_most_once_and_the_loss_is_above_the_least():
     images = digits.images()
-    stream = digits.endless(images._replace(labels=np.arange(1797)), 500, 0)
-    first, second = ([next(stream).labels for _ in range(3)] for _ in range(2))
-    assert len(set(np.concatenate(first))) == 1500 and not np.array_equal(first, second)
-    np.testing.assert_array_equal(
-        first[0], next(digits.endless(images._replace(labels=np.arange(1797)), 500, 0)).labels
-    )
+    case = digits.case(Perceptron((), 10), images._replace(labels=np.arange(1797) % 10), 500, {"problem": "net"})
+    batches = [batch.images.tobytes() for batch in islice(case.stream(0), 6)]
+    assert len(set(batches)) == 6 and batches[0] == next(case.stream(0)).images.tobytes()
     assert digits.entropy(digits.rows(digits.images(28)).images) == pytest.approx(282.95, abs=0.01)
-    train, test = digits.split(images, 0.2, 0)
-    assert len(train.labels) == 1437 and len(test.labels) == 360
-    assert np.ptp(np.bincount(test.labels)) <= 2  # classes are alike
+    rows = digits.rows(images)
+    perfect = digits.case(Perceptron(()), rows, 9, {"problem": "net"})
+    zeros = jax.tree.map(np.zeros_like, perfect.task.init(jax.random.key(0)))
+    expected = 64 * np.log(2) - digits.entropy(rows.images)
+    assert perfect.loss(zeros) == pytest.approx(expected, rel=1e-4)
+    assert perfect.task.batch.images.shape == (9, 64)
 
 
 def test_the_demo_has_every_method_on_both_problems():
-    config = demo.Config(smoke=True)
     names = {name for name in ng.__all__ if hasattr(ng, f"scale_by_{name}")} | {"kbfgs"}
     assert {method.__name__ for method, *_ in demo.METHODS.values()} == names | {"adam"}
-    for case in demo.cases(config):
+    for make in demo.STUDY.cases.values():
+        case = make()
         shapes = jax.eval_shape(case.task.init, jax.random.key(0))
-        for name, entry in demo.entries(case, config).items():
-            layers = None if name == "Adam" else case.task.capture(entry.labels).layers(shapes, case.task.batch.images)
+        for entry in demo.entries(case).values():
+            layers = entry.labels and case.task.capture(entry.labels).layers(shapes, case.task.batch.images)
             jax.eval_shape(entry.make({"horizon": 10.0}, layers).init, shapes["params"])
-            assert (entry.steps, entry.labels) == (10, "true" if name == "K-BFGS" else "sampled")
     rows = [row("classifier", "Adam", [2.0, 1.0, 0.5]), row("classifier", "K-FAC", [2.0, 0.4, 0.1])]
     shown = demo.table(rows)
-    assert list(shown.columns[6].cells) == ["1.0", "0.5"] and list(shown.columns[5].cells) == ["100.0", "100.0"]
+    assert [list(column.cells) for column in shown.columns[2:]] == [
+        ["0.5", "0.1"],
+        ["100", "100"],
+        ["10 / 1 s", "5 / 0.5 s"],
+        ["1.00", "0.50"],
+    ]
+    assert len(demo.picture(rows).axes) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.full  # compiles every method twice
-def test_the_demo_runs(tmp_path):
-    demo.main(demo.Config(output=tmp_path, smoke=True))
-    assert (tmp_path / "demo.png").exists()
-
-
-def test_the_race_tells_levels_and_ratios():
-    config = race.Config(seeds=2, levels=(1.0, 0.1))
-    entries = race.entries(config)
-    assert len(entries["Adam"].tried) == 12 and entries["Adam"].steps == 2000 and {*race.METHODS} < {*entries}
-    assert set(race.entries(race.Config(methods=("K-FAC",)))) == {"Adam", "K-FAC"}
-    adam = {"numbers": {"rate": 0.001, "falls": 1}}
+def test_the_race_shows_levels_and_ratios():
+    entries = race.STUDY.entries
+    assert len(entries["Adam"].tried) == 12 and entries["Adam"].steps == 2000
+    assert [*race.STUDY.asked(Options(methods=("K-FAC",))).entries(None)] == ["K-FAC"]
+    shared = {"config": {"levels": [1.0, 0.1]}}
+    adam = {"numbers": {"rate": 0.001, "falls": 1}} | shared
     rows = [row("autoencoder", "Adam", [9.0, 0.9, 0.2], seed=seed, **adam) for seed in (0, 1)]
-    rows += [row("autoencoder", "K-FAC", [9.0, end, 0.05], seed=seed) for seed, end in enumerate((0.09, 0.5))]
-    table = race.table(rows, config)
-    assert list(table.columns[0].cells) == ["Adam, 0.001, cosine", "K-FAC"]
-    assert list(table.columns[3].cells) == ["-", "8 / 0.8 s"]
-    assert list(table.columns[4].cells) == ["-", "<0.75 (0.50-1.00)"]
+    rows += [row("autoencoder", "K-FAC", [9.0, end, 0.05], seed=seed, **shared) for seed, end in enumerate((0.09, 0.5))]
+    table = race.table(rows)
+    assert list(table.columns[1].cells) == ["Adam, rate 0.001, falls 1", "K-FAC"]
+    assert list(table.columns[5].cells) == ["-", "8 / 0.75 s"]
+    assert list(table.columns[6].cells) == ["-", "<0.75 (0.50-1.00)"]
     falls = race.adam({"rate": 1.0, "falls": 1.0, "horizon": 10.0}, None)
     state = falls.init(np.zeros(2))
     assert np.allclose(falls.update(np.ones(2), state)[0], -1.0, atol=1e-3)
 
 
-def test_a_control_is_made_with_every_number_that_is_tried_and_told_with_what_was_chosen():
+def test_a_control_is_made_with_every_number_that_is_tried_and_shown_with_what_was_chosen():
     for name, one in control.CONTROLS.items():
-        asked = {*inspect.signature(one.make).parameters} - {"layers", "rate"}
-        assert all({*numbers} - {"rate"} == asked for numbers in one.tried), name
+        parameters = {k: p for k, p in inspect.signature(one.make).parameters.items() if k not in ("layers", "rate")}
+        needed = {each for each, parameter in parameters.items() if parameter.default is parameter.empty}
+        assert all(needed <= {*numbers} - {"rate"} <= {*parameters} for numbers in one.tried), name
+    chosen = control.CONTROLS["learning rate"].tried[4]
     rows = [
-        row(
-            "classifier",
-            "learning rate",
-            [2.0, end],
-            batch=16,
-            seed=seed,
-            numbers=control.CONTROLS["learning rate"].tried[4],
-        )
+        row("classifier", "learning rate", [2.0, end], batch=16, seed=seed, numbers=chosen)
         for seed, end in enumerate((0.5, 0.7, None))
     ]
     lost = [row("classifier", "everything adaptive", [2.0, 3.0], batch=16, numbers={"least": 1e-8})]
-    assert control.cell(rows) == "0.7 [dim](0.1, 0.1)[/dim]" and control.cell(lost) == "diverged"
+    assert control.cell(rows) == "0.7 (0.1, 0.1)" and control.cell(lost) == "diverged"
     assert figures.markdown(control.table(rows + lost)).count("diverged") == 1
-    assert len(control.picture(rows + [lost[0] | {"seed": seed} for seed in range(3)]).axes) == 2
-    config = control.Config(batches=(8, 16))
-    fields = [case.fields for case in control.cases(config)]
-    assert [tuple(each.values()) for each in fields] == [
-        (problem, batch) for problem in ("autoencoder", "classifier") for batch in (8, 16)
+    assert len(control.picture(rows + lost).axes) == 2
+    fields = [make().fields for make in control.STUDY.cases.values()]
+    assert [(each["problem"], each["batch"]) for each in fields] == [
+        (problem, batch) for problem in ("autoencoder", "classifier") for batch in (16, 128, 1797)
     ]
 
 
-def entries():
-    """{experiment and method: its entry} of the studies that choose among numbers."""
-    config = text.Config()
-    return {
-        **{f"control {name}": control.entry(name, 10) for name in control.CONTROLS},
-        **{f"defaults {name}": one for name, one in defaults.with_rates(defaults.Config()).items()},
-        **{f"defaults {name}": one for name, one in defaults.without(defaults.Config()).items()},
-        **{f"pinn {name}": one for name, one in pinn.METHODS.items()},
-        **{f"regression {name}": one for name, one in regression.METHODS.items()},
-        **{f"race {name}": one for name, one in race.entries(race.Config()).items()},
-        **{f"text {name}": text.entry(name, config) for name in config.methods},
-    }
+ENTRIES = {
+    f"{study} {name}": entry for study, one in STUDIES.items() if study != "demo" for name, entry in one.entries.items()
+}
 
 
-@pytest.mark.parametrize("name", entries())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_entry_takes_all_the_numbers_that_are_tried(name):
-    entry, layers = entries()[name], task("mlp").layers
+    entry, layers = ENTRIES[name], task("mlp").layers
     assert entry.tried
     for numbers in entry.tried if entry.make else ():  # the peer makes its own
         made = entry.make({**numbers, "horizon": 10.0}, layers)
@@ -131,71 +138,63 @@ def test_every_entry_takes_all_the_numbers_that_are_tried(name):
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_a_control_runs_and_a_bound_of_zero_holds_every_step(tmp_path, monkeypatch):
-    few = control.CONTROLS["learning rate, KL clip"]._replace(tried=({"rate": 0.1, "damping": 1.0, "bound": 0},))
-    monkeypatch.setitem(control.CONTROLS, "learning rate, KL clip", few)
-    controls, widths = ("learning rate, KL clip",), {"autoencoder_widths": (), "classifier_widths": ()}
-    config = control.Config(tmp_path, 4, 2, (8,), (1, 2), controls=controls, **widths)
-    rows = control.run(config)
-    assert [(each["problem"], each["seed"]) for each in rows] == [
-        (problem, seed) for problem in ("autoencoder", "classifier") for seed in (1, 2)
-    ]
+def test_a_control_runs_and_a_bound_of_zero_holds_every_step(tmp_path):
+    one = control.CONTROLS["learning rate, KL clip"]._replace(tried=({"rate": 0.1, "damping": 1.0, "bound": 0},))
+    entry = control.entry(one)._replace(stretch=2)
+    cases = {"one": lambda: digits.case(Perceptron((), 10), digits.images(), 8, {"problem": "net", "batch": 8})}
+    small = control.STUDY._replace(cases=cases, entries={"learning rate, KL clip": entry}, limits=Limits(4, 2))
+    rows = study.run(small._replace(seeds=(1, 2)), tmp_path)
+    assert [each["seed"] for each in rows] == [1, 2]
     assert all(each["steps"] == [0, 2, 4] and len(set(each["losses"])) == 1 for each in rows)
-    assert figures.markdown(control.table(rows)).count("diverged") == 2
+    assert figures.markdown(control.table(rows)).count("diverged") == 1
 
 
 def test_defaults_have_a_row_for_every_method_and_tell_what_is_over_its_start():
-    config = defaults.Config(methods=("kfac", "kbfgs"))
-    assert [*defaults.with_rates(config)][:3] == ["optax.adam", "kfac", "kfac, kl_clip=None"]
-    assert [*defaults.without(config)] == ["optax.adam, 0.01", "kfac, 0.1", "kfac, no rate"]
+    assert [*defaults.with_rates()][:3] == ["optax.adam", "kfac", "kfac, kl_clip=None"]
+    assert [*defaults.without()][:3] == ["optax.adam, 0.01", "kfac, 0.1", "kfac, no rate"]
+    assert "kbfgs, no rate" not in defaults.without()
     assert defaults.cell([row("net", "kfac", [2.0, 3.0])]) == "over"
     assert defaults.cell([row("net", "kfac", [2.0, end]) for end in (0.5, 1.0, None)]) == "1 (over)"
     rows = [row("net", "kfac", [2.0, 1.0], numbers={"rate": rate}) for rate in (0.1, 1.0)]
-    assert "kfac" in figures.markdown(defaults.table(rows, "rate", "title"))
-    assert [column.header for column in defaults.table(rows, "rate", "title").columns] == [
-        "net",
-        "optimizer",
-        "0.1",
-        "1",
-    ]
+    columns = defaults.table(rows, "title").columns
+    assert [column.header for column in columns] == ["net", "optimizer", "0.1", "1"]
 
 
 @pytest.mark.slow
 @pytest.mark.full  # the engine is that of the others
 def test_defaults_run(tmp_path):
-    config = defaults.Config(tmp_path, ("dense",), ("kfac",), (0.01, 1.0), 3, 16, (8, 16), 2)
-    first, second = defaults.run(config)
-    assert [each["numbers"]["rate"] for each in first] == 3 * [0.01, 1.0]
-    assert len(second) == 2 * 3 * 2
+    cases = {"dense": partial(defaults.case, "dense", 16)}
+    first = study.run(few(defaults.WITH_RATES, ["kfac"], cases, Limits(3, 3)), tmp_path)
+    second = study.run(few(defaults.WITHOUT, ["kfac, 0.1"], cases, Limits(3, 3), seeds=(0, 1)), tmp_path)
+    assert [each["numbers"]["rate"] for each in first] == [*defaults.RATES]
+    assert [each["seed"] for each in second] == [0, 1]
+    assert defaults.WITH_RATES.known(tmp_path) == first and defaults.WITHOUT.known(tmp_path) == second
 
 
 @pytest.fixture
-def letters(tmp_path, monkeypatch):
-    """A configuration on invented letters."""
+def letters(monkeypatch):
+    """The study of text on invented letters."""
     some = np.random.default_rng(0).choice(np.frombuffer(b"abcd", np.uint8), 2000)
     monkeypatch.setattr(text, "shakespeare", lambda given: some.tobytes())
-    return text.Config(tmp_path, ("Adam",), budget=1, trial=2, steps=4, every=2, batch=2, context=5, width=4)
+    cases = {"text": partial(text.case, 2, 5, 4)}
+    return few(text.STUDY, ["Adam"], cases, Limits(4, 2), trial=Limits(2, 2))
 
 
-def test_passages_are_followed_by_the_letters_that_come_next(letters):
-    corpus = text.text(letters)
-    assert corpus.letters == 4 and len(corpus.train) == 1800 and len(corpus.test) == 200
-    stream = text.passages(np.arange(50), letters, 0)
+def test_passages_are_followed_by_the_letters_that_come_next():
+    stream = text.passages(np.arange(50), 0, 2, 5)
     for _ in range(3):
         x, y = next(stream)
         assert x.shape == y.shape == (2, 5)
         np.testing.assert_array_equal(y, x + 1)
-    entry = text.entry("K-FAC", letters)
-    assert entry.tried[0] == {"rate": 0.1, "damping": 0.1} and len(entry.tried) == 2
-    assert text.entry("K-FAC, nothing said", letters).tried == ({},)
-    with pytest.raises(ValueError, match=r"no \['KFAC'\]; there are .*'K-FAC'"):
-        text.run(text.Config(methods=("KFAC",)))
+    entry = text.STUDY.entries["K-FAC"]
+    assert entry.tried[0] == {"rate": 0.1, "damping": 0.1} and len(entry.tried) == 4
+    assert text.STUDY.entries["K-FAC, nothing said"].tried == ({},)
 
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_the_transformer_learns_letters(letters):
-    (found,) = text.run(letters)
+def test_the_transformer_learns_letters(letters, tmp_path):
+    (found,) = study.run(letters, tmp_path)
     assert abs(found["losses"][0] - np.log(4)) < 1 and len(found["losses"]) == 3  # nats a letter
     assert text.table([found]).row_count == 1
 
@@ -208,28 +207,31 @@ def test_the_table_of_equations_has_the_errors_and_the_ratio():
         for name, end in zip(("TENGraD, joint", "Adam"), pair, strict=True)
     ]
     found = figures.markdown(pinn.table(rows))
-    assert "1.0e-06 (5)" in found and "10000.0" in found and "ratio" in figures.markdown(pinn.table(rows))
+    assert "1.0e-06 (5)" in found and "| ratio | 10000.0 | - |" in found
 
 
 @pytest.mark.slow
 @pytest.mark.full
 def test_an_equation_is_solved_by_two_of_the_methods(tmp_path):
-    few = {"seconds": 0.01, "trial": 0.01, "seeds": 1, "scale": 0.02, "equations": ("poisson 2d",)}
-    rows = pinn.run(pinn.Config(tmp_path, methods=("Adam", "TENGraD, joint"), **few))
+    limits, cases = pinn.SECONDS._replace(seconds=0.01), {"poisson 2d": partial(pinn.case, "poisson 2d", 0.02)}
+    small = few(pinn.STUDY, ["Adam", "TENGraD, joint"], cases, limits, trial=limits, seeds=(0,))
+    rows = study.run(small, tmp_path)
     assert [each["name"] for each in rows] == ["Adam", "TENGraD, joint"]
     assert all(each["losses"][-1] is not None and each["steps"][-1] > 0 for each in rows)
-    tried = study.kept(tmp_path / "pinn.jsonl", {"trial": True})
+    tried = kept(tmp_path / "pinn.jsonl", {"trial": True})
     assert len(tried) == 6 and sum(each["best"] for each in tried) >= 2
+    assert small.known(tmp_path) == rows
 
 
-@pytest.mark.parametrize(("name", "experiment"), [("pinn", pinn), ("regression", regression)])
-def test_the_committed_records_are_those_of_the_committed_table(name, experiment):
-    folder = pinn.Path(pinn.__file__).parent / "results"
-    rows = study.kept(folder / f"{name}.jsonl", {"trial": False})
-    assert figures.markdown(experiment.table(rows)) + "\n" == (folder / f"{name}.md").read_text()
+@pytest.mark.parametrize(("name", "count"), [("pinn", 36), ("regression", 48), ("text", 6)])
+def test_the_committed_records_are_those_of_a_study(name, count):
+    rows = STUDIES[name].known(RESULTS)
+    assert len(rows) == count and {*rows[0]["config"]} == {*STUDIES[name].key}
+    assert {each["name"] for each in rows} <= {*STUDIES[name].entries}
+    assert STUDIES[name].table(rows).row_count >= len({each["name"] for each in rows})
 
 
-def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path, monkeypatch, capsys):
+def test_a_table_is_standardised_and_one_that_is_not_there_says_where_it_would_be(tmp_path, monkeypatch):
     x, y = regression.table_of("diabetes", 1000)
     assert x.shape == (442, 10) and y.shape == (442, 1)
     for part in (x, y):
@@ -240,14 +242,17 @@ def test_a_table_is_standardised_and_one_that_is_not_there_is_left_out(tmp_path,
     x, y = regression.table_of("energy", 1000)
     assert x.shape == (3, 2) and np.argmax(y) == np.argmax(x[:, 1])
     assert len(regression.table_of("energy", 2).labels) == 2
-    assert regression.run(regression.Config(tmp_path, tables=("yacht",))) == []
-    assert "yacht is left out" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"uci/yacht/data.txt is missing. NATGRAD_DATA names a folder"):
+        regression.table_of("yacht", 10)
 
 
 @pytest.mark.slow
 @pytest.mark.full  # compiles four methods
 def test_a_table_is_learned(tmp_path):
-    rows = regression.run(regression.Config(tmp_path, 2.0, 0.5, 1, 8, tables=("diabetes",)))
-    assert {each["name"] for each in rows} == set(regression.METHODS)
+    limits = regression.SECONDS._replace(seconds=2.0)
+    cases = {"diabetes": partial(regression.case, "diabetes", 8)}
+    small = few(regression.STUDY, regression.STUDY.entries, cases, limits, trial=limits.shorter(None, 0.5), seeds=(0,))
+    rows = study.run(small, tmp_path)
+    assert {each["name"] for each in rows} == set(regression.STUDY.entries)
     assert all(each["losses"][-1] < 0.25 < each["losses"][0] for each in rows)
     assert figures.markdown(regression.table(rows)).count("|") > 12

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import study
+from experiments import figures, study
 from experiments.data import Part
 from experiments.nets import Perceptron
 from experiments.records import kept
@@ -26,7 +26,7 @@ def case():
         while True:
             yield PART
 
-    return study.Case({"problem": "line"}, task, stream, lambda variables: float(loss(variables)), lambda _: "told")
+    return study.Case({"problem": "line"}, task, stream, lambda variables: float(loss(variables)))
 
 
 def sgd(numbers, layers):
@@ -38,48 +38,73 @@ ENTRY = study.Entry(sgd, study.grid(rate=(1e9, 0.001, 0.3)), labels=None)
 LIMITS = study.Limits(steps=6, look=2)
 
 
-def test_every_entry_runs_at_the_best_of_its_trials_from_every_seed_and_is_not_run_again(case, tmp_path, monkeypatch):
-    path, entries = tmp_path / "study.jsonl", {"one": ENTRY, "two": ENTRY._replace(tried=({"rate": 0.1},), steps=3)}
-    rows = study.run(path, {"a": 1}, [case], entries, LIMITS, seeds=(0, 1))
+@pytest.fixture
+def made(case):
+    """Entries and limits -> a study."""
+
+    def of(entries, limits=LIMITS, **others):
+        return study.Study("study", "A study", {"line": lambda: case}, entries, limits, None, **others)
+
+    return of
+
+
+def test_every_entry_runs_at_the_best_of_its_trials_from_every_seed_and_is_not_run_again(made, tmp_path, monkeypatch):
+    entries = {"one": ENTRY, "two": ENTRY._replace(tried=({"rate": 0.1},), steps=3)}
+    whole = made(entries, seeds=(0, 1), config={"a": 1})
+    rows = study.run(whole, tmp_path)
     assert [(row["name"], row["seed"]) for row in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     assert [row["numbers"] for row in rows] == 2 * [{"rate": 0.3}] + 2 * [{"rate": 0.1}]
     assert [row["steps"] for row in rows] == 2 * [[0, 2, 4, 6]] + 2 * [[0, 2, 3]]
-    assert all(row["losses"][-1] < row["losses"][0] and row["test"] == "told" for row in rows)
+    assert all(row["losses"][-1] < row["losses"][0] for row in rows)
     assert rows[0]["losses"][0] != rows[1]["losses"][0]  # another start
-    tried = kept(path, {"trial": True})
+    assert rows[0]["config"] == whole.key == {"steps": 6, "a": 1}
+    tried = kept(tmp_path / "study.jsonl", {"trial": True})
     assert [(row["name"], row["best"]) for row in tried] == [("one", False), ("one", False), ("one", True)]
     assert tried[0]["losses"][-1] is None
-    (again,) = study.run(tmp_path / "other.jsonl", {}, [case], {"one": ENTRY._replace(tried=({"rate": 0.3},))}, LIMITS)
+    (again,) = study.run(made({"one": ENTRY._replace(tried=({"rate": 0.3},))}), tmp_path / "other")
     assert again["losses"] == rows[0]["losses"]  # in turn with others or alone
 
     monkeypatch.setattr(study, "Compiled", None)
-    assert study.run(path, {"a": 1}, [case], entries, LIMITS, seeds=(0, 1)) == rows
+    assert study.run(whole, tmp_path) == rows
     with pytest.raises(TypeError):  # it would compile
-        study.run(path, {"a": 2}, [case], entries, LIMITS)
+        study.run(whole._replace(config={"a": 2}), tmp_path)
 
 
-def test_a_run_ends_at_a_level_in_time_and_trials_alone_are_all_told(case, tmp_path):
+def test_a_run_ends_at_a_level_in_time_and_trials_alone_are_all_shown(made, tmp_path):
     entry, level = ENTRY._replace(tried=study.grid(rate=(0.1, 0.5))), 0.5
-    limits = study.Limits(400, 1, level=level)
-    (row,) = study.run(tmp_path / "level.jsonl", {}, [case], {"one": entry}, limits)
+    (row,) = study.run(made({"one": entry}, study.Limits(400, 1, level=level)), tmp_path / "level")
     assert row["losses"][-1] <= level < row["losses"][-2] and row["numbers"] == {"rate": 0.5}  # sooner there
-    assert study.reached(row, level) == (row["steps"][-1], row["seconds"][-1])
-    assert study.reached(row, -1.0) == (np.inf, np.inf)
+    assert figures.reached(row, level) == (row["steps"][-1], row["seconds"][-1])
+    assert figures.reached(row, -1.0) == (np.inf, np.inf)
     ticks = iter(range(10**6))
     timed = study.Limits(10**9, 2, 5.0, clock=lambda: float(next(ticks)))  # a second a look
-    (row,) = study.run(tmp_path / "time.jsonl", {}, [case], {"one": entry._replace(tried=({"rate": 0.1},))}, timed)
+    (row,) = study.run(made({"one": entry._replace(tried=({"rate": 0.1},))}, timed), tmp_path / "time")
     assert row["seconds"] == [0, 1, 2, 3, 4, 5] and row["steps"][-1] == 10
-    rows = study.run(tmp_path / "trials.jsonl", {}, [case], {"one": entry}, LIMITS, seeds=())
-    assert [row["numbers"]["rate"] for row in rows] == [0.1, 0.5]
+    alone = made({"one": entry}, seeds=())
+    rows = study.run(alone, tmp_path)
+    assert [row["numbers"]["rate"] for row in rows] == [0.1, 0.5] and alone.known(tmp_path) == rows
+
+
+def test_what_is_asked_for_is_a_part_of_a_study_and_what_is_not_there_is_refused(made):
+    timed = study.Limits(10**9, 1, 60.0)
+    whole = made({"one": ENTRY, "two": ENTRY}, timed, trial=timed.shorter(None, 20.0), config={"a": 1})
+    assert whole.key == {"seconds": 60.0, "trial": 20.0, "a": 1}
+    part = whole.asked(study.Options(methods=("two",), seconds=5.0, trial=2.0, seeds=3, stays=True))
+    assert part.key == {"seconds": 5.0, "trial": 2.0, "a": 1} and len(part.seeds) == 3
+    assert part.name == "study_stays" and part.entries(None) == {"two": ENTRY._replace(stays=True)}
+    assert whole.asked(study.Options()).key == whole.key
+    for wrong in ({"methods": ("three",)}, {"problems": ("circle",)}):
+        with pytest.raises(ValueError, match=r"There is no \['(three|circle)'\]; there are \['(one|line)'"):
+            whole.asked(study.Options(**wrong))
 
 
 @pytest.mark.full
-def test_a_static_number_is_a_number_when_it_compiles(case, tmp_path):
+def test_a_static_number_is_a_number_when_it_compiles(made, tmp_path):
     def make(numbers, layers):
         return optax.lbfgs(memory_size=int(numbers["memory"]))
 
     entry = study.Entry(make, study.grid(memory=(1, 2)), labels=None, is_static=True, stretch=2)
-    (row,) = study.run(tmp_path / "static.jsonl", {}, [case], {"L-BFGS": entry}, LIMITS)
+    (row,) = study.run(made({"L-BFGS": entry}), tmp_path)
     assert row["losses"][-1] < 1e-3
 
 

@@ -142,10 +142,10 @@ def test_what_sees_minibatches_has_another_direction_after_others():
 
 @pytest.mark.slow
 @pytest.mark.full  # what it puts together is tested part by part below
-def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method_beside_the_exact_direction(tmp_path):
-    config = fidelity.Config(output=tmp_path, data=None, **fidelity.SMOKE, **fidelity.SMALL)
+def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method_beside_the_exact_direction():
+    small = fidelity.Sizes(300, 20, 10, draws=5, batches=5, steps=5, widths=(4,), channels=(2,), hidden=3)
     with jax.enable_x64(False):
-        found = fidelity.run(config)
+        found = fidelity.run(None, small)
     blocks = [row for row in found if "layer" in row]
     assert [row["layer"].split()[0] for row in blocks] == ["Dense_0", "Dense_1"] * 2 + [*LAYERS] * 2
     assert all(fidelity.holds(row, name) for row in blocks for name in NO_WORSE)
@@ -168,8 +168,8 @@ def test_images_of_either_source_have_16x16_pixels_between_0_and_1(monkeypatch):
     pixels[1] = 1
     part = Part(pixels, np.array([7, 8, 9], np.int32))
     monkeypatch.setattr(fidelity, "mnist", lambda given: Data("mnist", part, part))
-    mnist = fidelity.load(fidelity.Config(data=Path("folder"), images=2))
+    mnist = fidelity.load(Path("folder"), 2)
     assert mnist.images.shape == (2, 16, 16, 1) and mnist.labels.tolist() == [7, 8]
     assert_equal(mnist.images.mean(axis=(1, 2, 3)), [0.0, 1.0])
-    digits = fidelity.load(fidelity.Config(data=None)).images
+    digits = fidelity.load(None, 10_000).images
     assert digits.shape == (1500, 16, 16, 1) and digits.min() == 0 and digits.max() == 1

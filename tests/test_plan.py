@@ -12,7 +12,7 @@ from natgrad_jax.base import Leaf, Use
 MEASURE = """
 import json, sys
 import jax
-from experiments.sharded import Config, apply, mean_step, measure
+from sharded import Config, apply, mean_step, measure
 import jax.numpy as jnp
 import natgrad_jax as ng
 
@@ -24,7 +24,7 @@ mesh = jax.make_mesh((jax.device_count(),), ("data",))
 planned = ng.sharding.plan(layers, mesh, config.batch, method=method)
 policies = tuple(policies) or tuple(cost.policy for cost in planned.costs)
 found = measure(config, policies, method)
-over = {row["policy"]: mean_step(row, found[0], config, "bytes") for row in found[1:]}
+over = {row["policy"]: mean_step(row, found[0], "bytes") for row in found[1:]}
 print(json.dumps([found, [planned[name]._asdict() for name in policies], over]))
 """
 OF_A_BATCH = {"kfac": ("observe",), "ekfac": ("observe", "refresh"), "tengrad": ("refresh",)}

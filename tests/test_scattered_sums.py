@@ -17,8 +17,8 @@ SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from experiments.programs import Program
-from experiments.sharded import apply
+from programs import Program
+from sharded import apply
 import natgrad_jax as ng
 
 (name, axes, axis, where) = json.loads(sys.argv[1])

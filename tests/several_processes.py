@@ -28,15 +28,19 @@ import optax
 import tyro
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
+from rich import print as say
 from rich.table import Table
 
 import natgrad_jax as ng
+from experiments import figures
 from experiments.data import digits
 from experiments.nets import Perceptron
 from experiments.records import State, save, saved
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
+HERE = Path(__file__).parent
+ERROR = re.compile(r"^(?:[EF]\d{4} [^\]]*\] (.*)|([\w.]*Error: .*))", re.MULTILINE)
+"""A line by which JAX or Python says why a process ends."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Ended(NamedTuple):
     Attributes:
         codes: their exit codes, in order; negative for a signal.
         losses: of each step that process 0 has done.
-        said: the last line that says what went wrong, of each process.
+        said: the first line by which each process says what went wrong.
         seconds: from the start to the end of all.
         after: seconds from the end of the first process to that of the last.
     """
@@ -103,14 +107,17 @@ def run(config: Config, folder: Path, processes: int, killed: int = -1) -> Ended
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    start, logs = time.monotonic(), [folder / f"process{number}.log" for number in range(processes)]
-    group = []
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}  # one device each
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent)))
+    start, group, ends = time.monotonic(), [], {}
+    logs = [folder / f"process{number}.log" for number in range(processes)]
     for number, log in enumerate(logs):
         asked = (json.dumps(asdict(config)), str(folder), address, str(processes), str(number), str(killed))
-        command = [sys.executable, "-c", "from experiments.distributed import work; work()", *asked]
+        script = "import sys; from several_processes import work; work(*sys.argv[1:])"
+        command = [sys.executable, "-c", script, *asked]
         with log.open("w") as file:
-            group.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=_environment()))
-    ends: dict[int, float] = {}
+            group.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
     try:
         while len(ends) < processes:
             ends |= {n: time.monotonic() for n, each in enumerate(group) if n not in ends and each.poll() is not None}
@@ -121,27 +128,30 @@ def run(config: Config, folder: Path, processes: int, killed: int = -1) -> Ended
         for each in group:
             each.kill()
             each.wait()
-    losses = {int(step): float(loss) for step, loss in map(str.split, _lines(folder / "losses.txt"))}
-    times = sorted(ends.values())
-    codes = [each.returncode for each in group]
-    return Ended(codes, losses, [_error(_lines(log)) for log in logs], times[-1] - start, times[-1] - times[0])
+    lines = (folder / "losses.txt").read_text().splitlines()
+    losses = {int(step): float(loss) for step, loss in map(str.split, lines)}
+    errors = (
+        re.search(r"^(?:[EF]\d{4} [^\]]*\] (.*)|([\w.]*Error: .*))", log.read_text(), re.MULTILINE) for log in logs
+    )
+    said = [found[1] or found[2] if found else "" for found in errors]
+    last, first = max(ends.values()), min(ends.values())
+    return Ended([each.returncode for each in group], losses, said, last - start, last - first)
 
 
-def work() -> None:
+def work(settings: str, folder: str, address: str, processes: str, number: str, killed: str) -> None:
     """What one process does; it is asked by the words of its command."""
-    words = sys.argv[1:]
-    config, folder, killed = Config(**json.loads(words[0])), Path(words[1]), int(words[5])
-    if int(words[3]) > 1:
+    config = Config(**json.loads(settings))
+    if int(processes) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        number, count = int(words[4]), int(words[3])
-        jax.distributed.initialize(words[2], count, number, heartbeat_timeout_seconds=config.patience)
+        options = {"heartbeat_timeout_seconds": config.patience}
+        jax.distributed.initialize(address, int(processes), int(number), **options)
         sync_global_devices("all are there")  # gloo waits for half a minute, and only here all have come as far
     last = jax.process_index() == jax.process_count() - 1
-    for step, loss in train(config, folder / "state.npz"):
-        if step == killed and last:
+    for step, loss in train(config, Path(folder) / "state.npz"):
+        if step == int(killed) and last:
             os.kill(os.getpid(), 9)
         if jax.process_index() == 0:
-            with (folder / "losses.txt").open("a") as file:
+            with (Path(folder) / "losses.txt").open("a") as file:
                 file.write(f"{step} {loss!r}\n")
 
 
@@ -171,6 +181,9 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
         updates, state = tx.update(out.grad, state, variables["params"], curvature=out.curvature)
         return {"params": optax.apply_updates(variables["params"], updates)}, state, out.value
 
+    def spread(rows: np.ndarray) -> jax.Array:  # which every process has; each keeps its part
+        return jax.make_array_from_callback(rows.shape, apart, lambda part: rows[part])
+
     carry = jax.device_put((variables, tx.init(variables["params"])), everywhere)
     found, first = saved(checkpoint), 0
     if found is not None:
@@ -178,8 +191,7 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
         carry = jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), found.leaves), everywhere)
     for number in range(first, config.steps):
         chosen = np.random.default_rng(number).choice(len(images), config.batch, replace=False)
-        x, y = (_spread(part[chosen], apart) for part in (images, labels))
-        *carry, loss = step(*carry, x, y, jax.random.key(number))
+        *carry, loss = step(*carry, spread(images[chosen]), spread(labels[chosen]), jax.random.key(number))
         yield number, float(loss)
         if (number + 1) % config.every == 0 and jax.process_index() == 0:
             save(checkpoint, State(jax.tree.leaves(jax.device_get(carry)), [{"steps": number + 1}]))
@@ -187,20 +199,14 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
 
 def table(config: Config, runs: dict[str, Ended]) -> Table:
     """What became of every run."""
-    result = Table(title=f"The digits, {config.steps} steps of K-FAC in batches of {config.batch}")
-    for name in ("run", "exit codes", "steps told", "last loss", "seconds", "the others end after", "what they say"):
-        result.add_column(name)
+    rows = []
     for name, ended in runs.items():
-        last = max(ended.losses)
-        said = next((line for line in ended.said if line), "")
-        codes = " ".join(map(str, ended.codes))
-        numbers = (
-            f"{ended.losses[last]:.6f}",
-            f"{ended.seconds:.0f}",
-            f"{ended.after:.1f} s" if any(ended.codes) else "",
-        )
-        result.add_row(name, codes, str(last + 1), *numbers, said[:100])
-    return result
+        last, said = max(ended.losses), next(filter(None, ended.said), "")
+        after = f"{ended.after:.1f} s" if any(ended.codes) else ""
+        counts = " ".join(map(str, ended.codes)), f"{last + 1}", f"{ended.losses[last]:.6f}", f"{ended.seconds:.0f}"
+        rows.append((name, *counts, after, said[:100]))
+    headings = ("run", "exit codes", "steps done", "last loss", "seconds", "the others end after", "what they say")
+    return figures.table(f"The digits, {config.steps} steps of K-FAC in batches of {config.batch}", headings, rows)
 
 
 def story(config: Config, folder: Path) -> dict[str, Ended]:
@@ -216,35 +222,13 @@ def story(config: Config, folder: Path) -> dict[str, Ended]:
 
 def main(config: Config) -> None:
     """Run the story, print its table, and say whether it is as expected."""
-    console = Console(width=max(Console().width, 150))
-    with tempfile.TemporaryDirectory() as folder, console.status("training"):
+    with tempfile.TemporaryDirectory() as folder:
         runs = story(config, Path(folder))
-    console.print(table(config, runs))
+    figures.present([table(config, runs)], None, Path())
     one, several, _, again = runs.values()
     far = max(abs(one.losses[step] - several.losses[step]) for step in one.losses)
-    console.print(f"Largest difference between one process and several in the loss of a step: {far:.1e}")
-    console.print(f"The losses after the restart are exactly those undisturbed: {again.losses == several.losses}")
-
-
-def _spread(rows: np.ndarray, where: NamedSharding) -> jax.Array:
-    """Rows that every process has, each of which keeps its part."""
-    return jax.make_array_from_callback(rows.shape, where, lambda part: rows[part])
-
-
-def _environment() -> dict[str, str]:
-    """That of this process, with one device each."""
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    return {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _error(lines: list[str]) -> str:
-    """The first line by which a process says why it ends."""
-    found = (line for line in lines if re.match(r"[EF]\d{4} |[\w.]*Error: ", line))
-    return re.sub(r"^[EF]\d{4} [^\]]*\] ", "", next(found, ""))
+    say(f"Largest difference between one process and several in the loss of a step: {far:.1e}")
+    say(f"The losses after the restart are exactly those undisturbed: {again.losses == several.losses}")
 
 
 if __name__ == "__main__":

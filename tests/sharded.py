@@ -10,48 +10,34 @@ and a step the direction. Statistics send as much as the gradient, so that they 
 """
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
+from devices import on_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from rich.console import Console
+from programs import Program
+from rich.progress import track
 from rich.table import Table
 
 import natgrad_jax as ng
-from experiments.programs import Program
+from experiments import figures
 
+STATISTICS_EVERY, REFRESH_EVERY = 10, 100
+"""Of the mean step."""
 POLICIES = ("replicated", "replicated, shared", "layer, shared", "factor")
 
 
-@dataclass(frozen=True)
-class Config:
-    """The numbers of all programs.
+class Config(NamedTuple):
+    """Units and depth of the scanned layers, inputs and outputs of the net, and the examples of all devices."""
 
-    Attributes:
-        devices: how many, one after another.
-        units: of the scanned layers.
-        depth: how many of them.
-        ends: inputs and outputs of the net.
-        batch: examples of all devices.
-        statistics_every: steps between statistics, of the mean step.
-        refresh_every: steps between refreshes, of the mean step.
-    """
-
-    devices: tuple[int, ...] = (1, 2, 4, 8)
     units: int = 64
     depth: int = 8
     ends: int = 16
     batch: int = 128
-    statistics_every: int = 10
-    refresh_every: int = 100
 
 
 def apply(params, x):
@@ -120,80 +106,53 @@ def measure(config: Config, policies: tuple[str, ...] = POLICIES, method: str = 
             found["refresh"] = compiled(refreshed, shardings, state, params, x, y, key, dearest=usual)
         return found, ng.sharding.bytes_per_device(state)
 
-    def told(name, found, held):
+    def row(name, found, held):
         numbers = {
-            what: {
-                "flops": each.flops(),
-                "bytes": each.bytes_sent(),
-                "sent": [[one.what, one.shape, one.times] for one in each.sent()],
-                "arguments": arguments,
-            }
+            what: {"flops": each.flops(), "bytes": each.bytes_sent(), "arguments": arguments}
             for what, (each, arguments) in found.items()
         }
         return {"devices": count, "policy": name, "state": held, **numbers}
 
     adam = optax.adam(0.1)
-    rows = [told("Adam", *programs(adam, jax.tree.map(lambda _: everywhere, jax.eval_shape(adam.init, params))))]
+    rows = [row("Adam", *programs(adam, jax.tree.map(lambda _: everywhere, jax.eval_shape(adam.init, params))))]
     for name in policies:
         policy, shared = cast(Any, name.split(", ")[0]), "shared" in name
         tx = ng.sharding.share_refreshes(ours, mesh, policy) if shared else ours
         capture = ng.sharding.share_gradients(watched, mesh) if name == "layer, shared" else watched
-        rows.append(told(name, *programs(tx, ng.sharding.state_specs(ours, params, mesh, policy), capture)))
+        rows.append(row(name, *programs(tx, ng.sharding.state_specs(ours, params, mesh, policy), capture)))
     return rows
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """What `measure` finds in a process for each number of devices."""
-    rows = []
-    for count in config.devices:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-        command = [sys.executable, "-c", "from experiments.sharded import worker; worker()", json.dumps(asdict(config))]
-        done = subprocess.run(
-            command, env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"The process of {count} devices failed:\n{done.stderr.decode()}")
-        rows += json.loads(done.stdout.splitlines()[-1])
-    return rows
-
-
-def worker() -> None:
-    """The process of one number of devices."""
-    print(json.dumps(measure(Config(**json.loads(sys.argv[1])))))
-
-
-def mean_step(row: dict[str, Any], adam: dict[str, Any], config: Config, what: str) -> float:
+def mean_step(row: dict[str, Any], adam: dict[str, Any], what: str) -> float:
     """Flops or bytes of a mean step over Adam's."""
-    more = row["observe"][what] / config.statistics_every + row["refresh"][what] / config.refresh_every
+    more = row["observe"][what] / STATISTICS_EVERY + row["refresh"][what] / REFRESH_EVERY
     return (row["step"][what] + more) / adam["step"][what] if adam["step"][what] else float("nan")
 
 
-def table(rows: list[dict[str, Any]], config: Config) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     """One row for each number of devices and policy."""
-    result = Table(title=f"One device: {config.depth} scanned layers of {config.units}, batches of {config.batch}")
-    heads = ("devices", "policy", "state kB", "refresh Mflop", "sent kB", "statistics sent kB", "step sent kB")
-    for head in (*heads, "flops over Adam", "sent over Adam"):
-        result.add_column(head, justify="left" if head == "policy" else "right")
-    adams = {row["devices"]: row for row in rows if row["policy"] == "Adam"}
+    adams, lines = {row["devices"]: row for row in rows if row["policy"] == "Adam"}, []
     for row in rows:
-        adam, kilo = adams[row["devices"]], [f"{row['state'] / 1e3:.0f}"]
+        adam = adams[row["devices"]]
         if row is adam:
-            cells = [*kilo, "", "", "", f"{row['step']['bytes'] / 1e3:.0f}", "1", "1"]
+            cells = ["", "", "", f"{row['step']['bytes'] / 1e3:.0f}", "1", "1"]
         else:
             parts = [row["refresh"]["flops"] / 1e6, *(row[w]["bytes"] / 1e3 for w in ("refresh", "observe", "step"))]
-            over = [mean_step(row, adam, config, what) for what in ("flops", "bytes")]
-            cells = [*kilo, *(f"{part:.0f}" for part in parts), *("" if x != x else f"{x:.2f}" for x in over)]
-        result.add_row(str(row["devices"]), row["policy"], *cells)
-    return result
+            over = [mean_step(row, adam, what) for what in ("flops", "bytes")]
+            cells = [*(f"{part:.0f}" for part in parts), *("" if x != x else f"{x:.2f}" for x in over)]
+        lines.append((f"{row['devices']}", row["policy"], f"{row['state'] / 1e3:.0f}", *cells))
+    headings = ("devices", "policy", "state kB", "refresh Mflop", "sent kB", "statistics sent kB", "step sent kB")
+    sizes = Config()
+    title = f"One device: {sizes.depth} scanned layers of {sizes.units}, batches of {sizes.batch}"
+    return figures.table(title, (*headings, "flops over Adam", "sent over Adam"), lines, names=2)
 
 
-def main(config: Config) -> None:
+def main() -> None:
     """Compile everything, and print the table."""
-    console = Console(width=max(Console().width, 130))
-    with console.status("compiling"):
-        rows = run(config)
-    console.print(table(rows, config))
+    script = "import json; from sharded import *; print(json.dumps(measure(Config())))"
+    rows = [row for count in track((1, 2, 4, 8), "compiling") for row in json.loads(on_devices(count, script))]
+    figures.present([table(rows)], None, Path())
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main()
