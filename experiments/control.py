@@ -81,6 +81,7 @@ def nothing(layers: Any, rate: Any) -> Any:
 
 
 CLIPPED, GRAFTED = grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), (0.003, 0.01, 0.03, 0.1)
+NOTHING = "nothing said"
 CONTROLS = {
     "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS)),
     "learning rate, KL clip": Control(given, CLIPPED),
@@ -91,7 +92,7 @@ CONTROLS = {
     "adaptive damping, learning rate": Control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9))),
     "everything adaptive": Control(adaptive, grid(least=(1e-8,))),
     "everything adaptive, bounded": Control(adaptive, grid(least=MORE)),
-    "nothing said": Control(nothing, ({},)),
+    NOTHING: Control(nothing, ({},)),
 }
 
 
@@ -138,12 +139,33 @@ def cell(rows: Records) -> str:
 
 
 def picture(rows: Records) -> Figure:
-    """Losses against seconds and steps, a row for each problem and batch size."""
-    apart = []
-    for row in rows:
-        losses = [loss and min(loss, 3 * row["losses"][0]) for loss in row["losses"]]  # above: diverged
-        apart.append(row | {"problem": f"{row['problem']}, batches of {row['batch']}", "losses": losses})
-    return figures.curves(apart, "loss of all images", across="linear", least=LEAST)
+    """Where every control ends against the size of the batch, a panel for each problem: medians, and the seeds."""
+    problems = [*dict.fromkeys(row["problem"] for row in rows)]
+    figure, axes = figures.panels(1, len(problems), figsize=(5.5 * len(problems), 5.5))
+    for axis, problem in zip(axes[0], problems, strict=True):
+        some = [row for row in rows if row["problem"] == problem]
+        start = float(np.median([row["losses"][0] for row in some]))
+        for index, name in enumerate(dict.fromkeys(row["name"] for row in some)):
+            runs = [[row for row in some if (row["name"], row["batch"]) == (name, batch)] for batch in BATCHES]
+            there = {
+                batch: np.clip(ends(own), LEAST, 3 * start) for batch, own in zip(BATCHES, runs, strict=True) if own
+            }
+            line = {
+                "color": f"C{index % 10}" if name != NOTHING else "black",
+                "linewidth": 2 if name == NOTHING else 1.4,
+            }
+            axis.plot(
+                [*there], [np.median(found) for found in there.values()], marker="o", markersize=4, label=name, **line
+            )
+            axis.vlines([*there], *np.array([(f.min(), f.max()) for f in there.values()]).T, alpha=0.5, **line)
+        axis.axhline(start, color="grey", linewidth=0.8, linestyle="--", zorder=0)
+        axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="loss of all images, above the least")
+        axis.set_xticks(BATCHES, map(str, BATCHES))
+        axis.minorticks_off()
+        axis.set_title(f"{problem} (dashed: the start; above it: diverged)", loc="left", fontsize=10)
+    figures.clean(axes.flat)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
 STUDY = study.Study(

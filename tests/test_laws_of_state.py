@@ -141,14 +141,14 @@ def digits():
 
 
 @tasks.kept
-def learning(method):
+def learning(method, **more):
     """Fifteen steps on the digits: losses, at a learning rate that is traced, so that the control compiles nothing."""
     problem, row = digits(), table.row(method)
     settings = {"kl_clip": None, "refresh_every": 5, "statistics_every": 1} | row.learning
 
     @jax.jit
     def run(params, rate):
-        tx = row.optimizer(layers=problem.layers, **settings | {"learning_rate": rate})
+        tx = row.optimizer(layers=problem.layers, **settings | {"learning_rate": rate} | more)
 
         def train(carry, t):
             params, state = carry
@@ -162,9 +162,9 @@ def learning(method):
     return run
 
 
-def learns(method, rate):
+def learns(method, rate, **more):
     """Three passes over 1,500 real digits bring the loss below a third of where it started."""
-    losses = learning(method)(digits().params, rate)
+    losses = learning(method, **more)(digits().params, rate)
     assert losses[-1] < losses[0] / 3
 
 
