@@ -115,7 +115,8 @@ def test_a_control_is_made_with_every_number_that_is_tried_and_shown_with_what_w
     lost = [row("classifier", "everything adaptive", [2.0, 3.0], batch=16, numbers={"least": 1e-8})]
     assert control.cell(rows) == "0.7 (0.1, 0.1)" and control.cell(lost) == "diverged"
     assert figures.markdown(control.table(rows + lost)).count("diverged") == 1
-    assert len(control.picture(rows + lost).axes) == 2
+    (axis,) = control.picture(rows + lost).axes  # one problem
+    assert [line.get_label() for line in axis.get_lines()][:1] == ["learning rate"]
     fields = [make().fields for make in control.STUDY.cases.values()]
     assert [(each["problem"], each["batch"]) for each in fields] == [
         (problem, batch) for problem in ("autoencoder", "classifier") for batch in (16, 128, 1797)
