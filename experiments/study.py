@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice, product, repeat
 from pathlib import Path
@@ -365,12 +365,33 @@ def _run(study: Study, case: Case, path: Path) -> Records:
     return [row for row in rows if row["seed"] in (seeds or (study.trial_seed,))]
 
 
+def shared_out(studies: Sequence[Study], options: Options) -> list[tuple[Study, Options]]:
+    """The studies of a file with what is asked of each, without those that have none of the methods or problems.
+
+    A `ValueError` if there is no study with a name that is asked for.
+    """
+    if len(studies) == 1:
+        return [(studies[0], options)]
+    entries: list[Any] = [study.entries for study in studies]  # mappings: others have a file of their own
+    chosen([name for known in entries for name in known], options.methods)
+    chosen([name for study in studies for name in study.cases], options.problems)
+    found = []
+    for study, known in zip(studies, entries, strict=True):
+        own = {
+            "methods": tuple(name for name in options.methods if name in known),
+            "problems": tuple(name for name in options.problems if name in study.cases),
+        }
+        if all(bool(names) == bool(getattr(options, what)) for what, names in own.items()):
+            found.append((study, replace(options, **own)))
+    return found
+
+
 def main(*studies: Study) -> None:
     """Ask what is wanted of the studies of a file; run them, print their tables, write their pictures."""
     plt.switch_backend("agg")
     options = tyro.cli(Options, description=figures.question(sys.modules["__main__"].__doc__))
-    for study in studies:
-        part = study.asked(options)
+    for study, own in shared_out(studies, options):
+        part = study.asked(own)
         if rows := run(part, options.output):
             picture = part.picture(rows) if part.picture else None
             figures.present([part.table(rows)], picture, options.output / f"{part.name}.png")

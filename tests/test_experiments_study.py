@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import figures, study
+from experiments import defaults, figures, study
 from experiments.data import Part
 from experiments.nets import Perceptron
 from experiments.records import kept
@@ -133,3 +133,13 @@ def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
     while not course.is_over:
         course.advance()
     assert [*runner.batches] == seen
+
+
+def test_of_several_studies_those_run_that_have_what_is_asked_for():
+    one, other = defaults.WITH_RATES, defaults.WITHOUT
+    for methods, expected in (((), [one, other]), (("kfac",), [one]), (("kfac", "kfac, no rate"), [one, other])):
+        found = study.shared_out((one, other), study.Options(methods=methods))
+        assert [each for each, _ in found] == expected
+        assert sorted({name for _, own in found for name in own.methods}) == sorted(methods)
+    with pytest.raises(ValueError, match="no \\['sgd'\\]"):
+        study.shared_out((one, other), study.Options(methods=("kfac", "sgd")))
