@@ -12,6 +12,8 @@ made, measured and dropped in one process with an Adam of its own, and all figur
     peak      bytes that the compiled step needs at once by XLA's account, without LAPACK's own workspace
     p95       of single steps over two periods, the 95th percentile over the median
     program   lines of the compiled program, in XLA's text
+    flops     of the compiled step where nothing is due, and where all is: products, convolutions and factorisations
+    bound     of the mean step by these, where statistics are due at every step or with every refresh
 
 Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with statistics every 10 and inverses every 100
 steps, and more for methods with an eigenbasis or a root. `make bench` sets the variables that keep glibc from returning
@@ -46,6 +48,7 @@ from experiments import figures, nets
 from experiments.data import Part
 from experiments.figures import shown
 from experiments.methods import ADAPTIVE, periods
+from experiments.programs import Program
 from experiments.records import Records, chosen, finite, keep, kept, machine
 from experiments.running import Labels, Make, Peer, Runner, Setting, Task, has_peer
 
@@ -183,7 +186,7 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
         "peak_bytes": lambda each: each.program and peak(each.program.memory_analysis()),
         "program_lines": lambda each: each.program and (each.program.as_text() or "").count("\n"),
     }
-    found: dict[str, Any] = {}
+    found = counted(method, runner, base)
     for entry, size in sizes.items():
         one, other = size(runner), size(base)
         found[entry] = one and finite(one, 3)
@@ -201,6 +204,17 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
         "p95": finite(np.percentile(singles, 95) / statistics.median(singles), 3),
         **found,
     }
+
+
+def counted(method: Method, runner: Any, base: Any) -> dict[str, Any]:
+    """Flops of the compiled step over Adam's, the least and the most, and their mean over a period."""
+    if runner.program is None:
+        return {}
+    adam = Program(base.program.as_text(), 1).flops()
+    least, most = (Program(runner.program.as_text(), 1, dearest).flops() / adam for dearest in (False, True))
+    every, refresh = method.statistics_every or 1, method.refresh_every or 1
+    mean = least + (most - least) / refresh if every in (1, refresh) else None
+    return {"least_flops": finite(least, 3), "most_flops": finite(most, 3), "bound": mean and finite(mean, 3)}
 
 
 def run(output: Path, models: tuple[str, ...], methods: tuple[str, ...] = ()) -> Records:
@@ -230,6 +244,7 @@ FIGURES = {
 }
 """Panels: their titles, and the ratios in each."""
 LATER = {"p95": "p95 / median", "program_lines": "program lines", "program": "x Adam"}
+LATER |= {"least_flops": "flops x Adam, nothing due", "most_flops": "all due", "bound": "bound"}
 """Columns of figures that older records do not have."""
 COLORS = ("#1f5f99", "#a9c4de")
 

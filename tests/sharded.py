@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 from devices import on_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs import Program
 from rich.progress import track
 from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
+from experiments.programs import Program
 
 STATISTICS_EVERY, REFRESH_EVERY = 10, 100
 """Of the mean step."""

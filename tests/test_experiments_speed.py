@@ -56,6 +56,7 @@ def test_every_method_is_measured_beside_adam_kept_and_shown(tmp_path):
     parameters = 12 * 8 + 8 + 8 * 10 + 10
     assert adam["held_bytes"] == 4 * (3 * parameters + 1)  # parameters, two moments, a count
     assert sgd["held_bytes"] == 4 * 2 * parameters
+    assert adam["least_flops"] == adam["most_flops"] == sgd["bound"] == 1
     assert sgd["held"] == pytest.approx(sgd["held_bytes"] / adam["held_bytes"], abs=1e-3)
     assert speed.table(found).row_count == 3
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from programs import Program
+
+from experiments.programs import Program
 
 TEXT = """
 HloModule step, entry_computation_layout={(f32[4,8]{1,0})->f32[4,8]{1,0}}
@@ -60,3 +61,8 @@ def test_a_program_that_was_compiled_is_read():
     compiled = jax.jit(lambda x, y: jnp.linalg.cholesky(x) @ y).lower(jnp.eye(6), jnp.ones((6, 5))).compile()
     program = Program(compiled.as_text(), 1)
     assert program.flops() == pytest.approx(6**3 / 3 + 2 * 6 * 6 * 5) and program.sent() == []
+    images, kernel = jnp.ones((2, 6, 6, 3)), jnp.ones((3, 3, 3, 4))
+    layout = ("NHWC", "HWIO", "NHWC")
+    convolved = jax.jit(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout))
+    text = convolved.lower(images, kernel).compile().as_text()
+    assert Program(text, 1).flops() == 2 * (2 * 6 * 6 * 4) * (3 * 3 * 3)

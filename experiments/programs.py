@@ -6,7 +6,7 @@ body of a loop once, and calls of LAPACK as nothing.
 
     send      all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute: the bytes that leave a device on a
               ring of D, (D - 1) / D of the array, twice for an all-reduce
-    flops     products 2 n m k, Cholesky n^3 / 3, triangular solves n^2 m, QR 4 n^3 / 3 and as much for Q,
+    flops     products and convolutions 2 n m k, Cholesky n^3 / 3, triangular solves n^2 m, QR 4 n^3 / 3, as much for Q,
               eigendecompositions 9 n^3 (reduction, divide and conquer, back transformation)
 """
 
@@ -150,6 +150,10 @@ class Program:
             taken = next(each for each in lines if each.name == line.operands[0]).shapes[0][1]
             axes = _said(r"lhs_contracting_dims=\{([\d,]*)\}", line)
             return 2.0 * prod(line.shapes[0][1]) * prod(taken[int(axis)] for axis in axes.split(",") if axis)
+        if line.what == "convolution":
+            kernel = next(each for each in lines if each.name == line.operands[1]).shapes[0][1]
+            outputs = kernel[_said(r"dim_labels=\w+_(\w+)->", line).index("o")]
+            return 2.0 * prod(line.shapes[0][1]) * prod(kernel) / outputs
         if line.what == "custom-call" and (found := re.search("|".join(SOLVES), line.rest)):
             *stack, rows, columns = line.shapes[0][1]
             each = {"potrf": rows**3 / 3, "trsm": rows**2 * columns, "geqrf": 4 * rows * columns**2 / 3}
