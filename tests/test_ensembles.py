@@ -8,7 +8,7 @@ import pytest
 from methods_table import ALL_NAMES, build, evaluate, inner_jaxprs, of_the_lifting, start, task
 
 import natgrad_jax as ng
-from natgrad_jax.algebra.branches import either, when
+from natgrad_jax.algebra.branches import chosen, either, when
 
 MEMBERS, STEPS = 3, 8
 
@@ -181,3 +181,20 @@ def test_a_branch_can_be_differentiated_in_both_modes_as_a_cond_can():
     assert [float(jax.jacfwd(value)(2.0, jnp.array(due))) for due in (True, False)] == [12.0, 1.0]
     found = jax.vmap(jax.grad(value))(jnp.array([2.0, 2.0]), jnp.array([True, False]))
     assert found.tolist() == [12.0, 1.0]
+
+
+def test_one_of_two_trees_is_chosen_whatever_their_types():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def whole(here):
+        return chosen(here[0], {"a": jnp.ones(1), "n": 1}, {"a": jnp.zeros(1, jnp.bfloat16), "n": jnp.int32(0)})
+
+    for here in (True, False):
+        by_device = jax.shard_map(lambda here: whole(here)["a"], mesh=mesh, in_specs=spec, out_specs=spec)
+        found = jax.jit(by_device)(jnp.array([here]))
+        assert found == here and found.dtype == jnp.float32
+        alike = jax.shard_map(
+            lambda here: chosen(here[0], jnp.ones(1), jnp.zeros(1)), mesh=mesh, in_specs=spec, out_specs=spec
+        )
+        assert jax.jit(alike)(jnp.array([here])) == here

@@ -167,6 +167,13 @@ def test_what_has_no_layers_is_refused():
         ng.sharding.share_refreshes(optax.adam(0.1), mesh).init({"w": jnp.ones(3)})
     with pytest.raises(TypeError, match=r"mesh.*'data'.*jax.make_mesh"):
         ng.sharding.share_refreshes(optax.adam(0.1), "data")
+    for told in (lambda: ng.sharding.share_refreshes(None, mesh), lambda: ng.sharding.state_specs(None, {}, mesh)):
+        with pytest.raises(TypeError, match=r"`tx` is None; expected an Optax transformation"):
+            told()
+    with pytest.raises(ValueError, match=r"`axis` is 3; expected an axis of the mesh.*'data'"):
+        ng.sharding.share_refreshes(optax.adam(0.1), mesh, axis=3)
+    with pytest.raises(ValueError, match=r"`devices` is 0; expected a whole number"):
+        ng.sharding.exchange(1e4, 0)
     with pytest.raises(ValueError, match=r"policy.*'factor'"):
         ng.sharding.share_refreshes(optax.adam(0.1), mesh, "factor")
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from natgrad_jax import checks
 from natgrad_jax.base import Array
 
 Exchange = Literal["gather", "ring"]
@@ -39,7 +40,15 @@ def exchange(size: float, devices: int, latency: float = 1e-5, bandwidth: float 
 
     Returns:
         "gather" or "ring".
+
+    Raises:
+        TypeError: if one of them is no number.
+        ValueError: if one is negative, there is no device, or nothing leaves one.
     """
+    checks.number("size", size, least=0)
+    checks.size("devices", devices)
+    checks.number("latency", latency, least=0)
+    checks.number("bandwidth", bandwidth, least=1)
     gathered = latency + (devices - 1) / devices * size / bandwidth
     handed = devices // 2 * (latency + size / devices / bandwidth)
     return "gather" if gathered < handed else "ring"

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax.algebra.branches import chosen
+from natgrad_jax.algebra.branches import chosen, varying
 from natgrad_jax.base import Array, Scalar
 
 
@@ -61,12 +61,6 @@ def differs(tree: Any) -> set[str]:
     for leaf in jax.tree.leaves(tree):
         found |= varying(jax.typeof(leaf))
     return found
-
-
-def varying(kind: Any) -> set[str]:
-    """The same of the type of one array."""
-    kind = getattr(kind, "manual_axis_type", kind)
-    return set(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
 def own(tree: Any, axis: str | tuple[str, ...]) -> Any:

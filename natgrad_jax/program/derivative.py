@@ -51,14 +51,20 @@ def along(
 
 def has_reverse_rules(program: Jaxpr) -> bool:
     """Whether a part of a program defines a reverse rule alone (`jax.custom_vjp`)."""
-    return any(name.startswith("custom_vjp_call") for name in _names(program))
+    return any(equation.primitive.name.startswith("custom_vjp_call") for equation in _equations(program))
 
 
-def _names(program: Jaxpr) -> Iterator[str]:
-    """Yields the names of all equations, those of programs inside of them too."""
+def has_dtype(program: Jaxpr, dtype: Any) -> bool:
+    """Whether anything in a program is of a dtype: what it is given, what it gives, or what is computed between."""
+    made = (variable for equation in _equations(program) for variable in equation.outvars)
+    return any(getattr(variable.aval, "dtype", None) == dtype for variable in (*program.invars, *made))
+
+
+def _equations(program: Jaxpr) -> Iterator[Any]:
+    """Yields all equations, those of programs inside of them too."""
     for equation in program.eqns:
-        yield equation.primitive.name
+        yield equation
         for value in equation.params.values():
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(item, (ClosedJaxpr, Jaxpr)):
-                    yield from _names(item.jaxpr if isinstance(item, ClosedJaxpr) else item)
+                    yield from _equations(item.jaxpr if isinstance(item, ClosedJaxpr) else item)

@@ -52,9 +52,10 @@ def state_specs(
         `jax.lax.with_sharding_constraint`.
 
     Raises:
-        TypeError: if `mesh` is no mesh.
+        TypeError: if `tx` is no transformation, or `mesh` is no mesh.
         ValueError: if the policy is unknown, or the mesh has no such axis.
     """
+    checks.transformation("tx", tx)
     names = axes_of(mesh, axis)
     checks.choice("policy", policy, get_args(Policy))
     where = _where(params, mesh)
@@ -141,7 +142,7 @@ def axes_of(mesh: Any, axis: str | tuple[str, ...] | None, kinds: Any = Mesh) ->
     """
     if not isinstance(mesh, kinds):
         raise TypeError(f"`mesh` is {checks.shown(mesh)}; expected a `jax.sharding.Mesh`, as `jax.make_mesh` makes it.")
-    names = mesh.axis_names if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    names = mesh.axis_names if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not names or set(names) - set(mesh.axis_names):
         raise ValueError(
             f"`axis` is {axis!r}; expected an axis of the mesh, or several: {list(mesh.axis_names)}; None for all."

@@ -47,9 +47,10 @@ def share_refreshes(
         The optimizer. Its `update` belongs under `jax.jit`.
 
     Raises:
-        TypeError: if `mesh` is no mesh.
+        TypeError: if `tx` is no transformation, or `mesh` is no mesh.
         ValueError: if the mesh has no such axis, or the policy is unknown; at `init`, if nothing in `tx` has layers.
     """
+    checks.transformation("tx", tx)
     axes = axes_of(mesh, axis)
     checks.choice("policy", policy, get_args(Policy))
     devices, inner = Devices(mesh, axes, policy == "layer", policy == "examples"), optax.with_extra_args_support(tx)

@@ -26,11 +26,10 @@ from natgrad_jax.layers import KINDS
 from natgrad_jax.layers.pieces import is_spread
 from natgrad_jax.layers.rows import row_gradient
 from natgrad_jax.losses import Likelihood, example_weights, present, spread, total_weight, wide
-from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.norms import Batch, gradients_of_examples
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 from natgrad_jax.watch.reading import Reading, parts_of
-from natgrad_jax.watch.scaled import precise, pulled
+from natgrad_jax.watch.scaled import along, precise, scaled
 from natgrad_jax.watch.segments import by_example, weights_of
 from natgrad_jax.watch.space import Space
 
@@ -108,7 +107,7 @@ class Curvature:
         def outputs_at(params):
             return problem.readout(self._forward.run(params, self._forward.probes)[0])
 
-        outputs, tangent = along(outputs_at, self._params, direction, by_reverse=self._forward.by_reverse)
+        outputs, tangent = along(self._forward, outputs_at, self._params, direction)
         outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
         count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
         scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))
@@ -158,7 +157,7 @@ class Curvature:
         if params is None:
             return self._value
         outputs = self._forward.run(self._at(params), self._forward.probes)[0]
-        return self._problem.value(outputs, self._batch.targets, self._batch.weights)
+        return self._problem.value(precise(outputs), self._batch.targets, self._batch.weights)
 
     def value_and_slope(self, params: Tree, direction: Tree) -> tuple[Array, Array]:
         """The objective on the same batch at other parameters, and its derivative along a direction there.
@@ -170,11 +169,11 @@ class Curvature:
         Returns:
             Two scalars.
         """
-        return along(self.value, params, direction, by_reverse=self._forward.by_reverse)
+        return along(self._forward, self.value, params, direction)
 
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
-        outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), passed.floats)
+        outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), precise(passed.floats))
         read, weights = present(wide(outputs), self._batch.weights), self._batch.weights
         scale = self._root_weights(read)
         if self._problem.labels == "exact":
@@ -273,7 +272,7 @@ class Curvature:
 
 
 class _Pass(NamedTuple):
-    """A forward pass and its pullback: cotangents of the outputs -> (gradient, cotangents of the probes).
+    """A forward pass and its pullback: cotangents of the `precise` outputs -> (gradient, cotangents of the probes).
 
     Outputs that are no floating-point numbers have no cotangents: `floats` are the others, and `whole` puts these among
     them again.
@@ -335,7 +334,7 @@ def evaluate(
     if share is not None:  # before the pullback, which may lead to the other parts
         of_batch = share(total_weight(weights, forward.examples))
         seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
-    ordinary = pulled(passed.pullback, seed, passed.floats)  # 2
+    ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
     alike = problem.labels == "true" and problem.likelihood.share(problem.readout(passed.outputs)) == 1
     reusable = alike and problem.objective is None and weights is None and share is None
@@ -378,7 +377,7 @@ def evidence_for(
         {name: Evidence} of every block, with one draw; gradients as autodiff has them.
     """
     passed = _run(forward, params)
-    read, back = jax.vjp(lambda floats: problem.readout(passed.whole(floats)), passed.floats)
+    read, back = jax.vjp(lambda floats: problem.readout(passed.whole(floats)), precise(passed.floats))
     seeds = jax.tree.map(lambda leaf: leaf[None], back(seed_of(read))[0])
     curvature = Curvature(problem, forward, params, passed, _Batch(None, None, None), jnp.zeros(()), None)
     return curvature._evidence(passed, *_pull_each(passed.pullback, seeds), pulled_outside=True)
@@ -394,6 +393,7 @@ def _run(forward: Forward, params: Tree) -> _Pass:
         return parts["float"], (parts["other"], aux)
 
     floats, pullback, (others, (inputs, updated)) = jax.vjp(run, params, forward.probes, has_aux=True)
+    pullback = scaled(pullback, floats) if forward.half else pullback
 
     def whole(floats):
         return static["whole"]({"float": floats, "other": others, "plain": static["plain"]})

@@ -24,7 +24,7 @@ from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.base import Array, Layer
 from natgrad_jax.program.axes import Convolution
-from natgrad_jax.program.derivative import has_reverse_rules
+from natgrad_jax.program.derivative import has_dtype, has_reverse_rules
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.products import Found, Product, Spread
 from natgrad_jax.program.replay import replay
@@ -125,6 +125,7 @@ def watch_examples(
         lifted,
         masked,
         by_reverse=has_reverse_rules(one.program.jaxpr),
+        half=has_dtype(one.program.jaxpr, jnp.float16),
         each=partial(run.gradients, arrays),
         twice=Twice(both, arrays, frozenset(run.places)),
     )

@@ -100,6 +100,7 @@ class Forward(NamedTuple):
             inputs.
         segments: {M: the examples [M] that the parts of an axis of M entries belong to}.
         by_reverse: whether a part of it can be differentiated by reverse mode only.
+        half: whether a part of it computes in float16.
         each: of `jacobian="examples"`, parameters, blocks, cotangents of the outputs [K, N, ...] -> the gradients of
             the examples {address: [N, K, *shape]}, of some alone if their places follow; None elsewhere.
         twice: of `jacobian="examples"`, the function in both ways; None elsewhere.
@@ -112,6 +113,7 @@ class Forward(NamedTuple):
     calls: Mapping[str, tuple[Call, ...]]
     masked: Callable[[Array], tuple[Callable[..., Any], Callable[..., Any] | None]] | None = None
     by_reverse: bool = False
+    half: bool = False
     each: Callable[..., dict[str, Array]] | None = None
     twice: "Twice | None" = None
     segments: Mapping[int, Array] = MappingProxyType({})

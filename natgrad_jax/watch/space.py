@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations_with_replacement
 from math import prod
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,8 @@ from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.stacks import einsum
 from natgrad_jax.base import Array, Layer
-from natgrad_jax.program.derivative import along
 from natgrad_jax.watch.problem import Forward
+from natgrad_jax.watch.scaled import along
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +59,7 @@ class Space:
         """J v [R] of a tree like the parameters; leaves that a mask took away are zero."""
         zeros = jax.tree.map(jnp.zeros_like, self.params)
         direction = addresses.replace(zeros, addresses.flatten(direction))
-        _, tangents = along(cast(Any, self.outputs), self.params, direction, by_reverse=self.forward.by_reverse)
+        _, tangents = along(self.forward, self.outputs, self.params, direction)
         found = sum(
             jnp.sum(seed * tangent, axis=range(2, seed.ndim))
             for seed, tangent in zip(self.seeds, tangents, strict=True)

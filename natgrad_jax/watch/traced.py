@@ -20,7 +20,7 @@ from natgrad_jax import addresses
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.trees import differs
 from natgrad_jax.base import Array
-from natgrad_jax.program.derivative import has_reverse_rules
+from natgrad_jax.program.derivative import has_dtype, has_reverse_rules
 from natgrad_jax.program.follow import follow
 from natgrad_jax.program.products import Found
 from natgrad_jax.program.replay import replay
@@ -88,9 +88,9 @@ def watch(
         positions = 1 < weights.ndim < len(getattr(traced.read, "shape", ()))
         return on(harmless(traced.arrays, places, weights, positions)[len(leaves) :]), None
 
-    by_reverse = has_reverse_rules(program.jaxpr)
+    by_reverse, half = has_reverse_rules(program.jaxpr), has_dtype(program.jaxpr, jnp.float16)
     run = on(traced.arrays[len(leaves) :])
-    return Forward(run, probes, layers, examples, calls, masked, by_reverse, segments=segments, norms=touches)
+    return Forward(run, probes, layers, examples, calls, masked, by_reverse, half, segments=segments, norms=touches)
 
 
 @contextmanager
