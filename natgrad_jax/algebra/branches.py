@@ -125,7 +125,7 @@ def when(
 
     def moved(state):
         here = _here(predicate)  # inside of the branch, where it is a constant
-        return jax.tree.map(lambda new, old: jnp.where(here, new, old), function(state), otherwise(state))
+        return _selected(here, function(state), otherwise(state))
 
     return lax.cond(_anywhere(predicate), moved, otherwise, state)
 
@@ -159,9 +159,7 @@ def either(predicate: Array, yes: Callable[..., Any], no: Callable[..., Any], *o
             return found, jax.tree.map(lambda _: True, found)
 
         def some(predicate, *operands):
-            return jax.vmap(lambda here, new, old: jax.tree.map(lambda a, b: jnp.where(here, a, b), new, old))(
-                predicate, yes_each(*operands), no_each(*operands)
-            )
+            return jax.vmap(_selected)(predicate, yes_each(*operands), no_each(*operands))
 
         def not_all(predicate, *operands):
             return either(jnp.any(predicate), some, lambda _, *operands: no_each(*operands), predicate, *operands)

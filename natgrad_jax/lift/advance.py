@@ -200,11 +200,10 @@ def _refreshed(
             stays = jnp.all(method.turned(layer, statistics, operator) <= tolerance)
             return when(~stays, lambda _: afresh(), operator), jnp.broadcast_to(stays, layer.stack)
 
-        by_rows = (
-            shared_by is not None and shared_by.rows and method.measure is not None
-        )  # all have what they solve with
-        alone = shared_by is None or by_rows or any(map(is_joint, known))
-        lifted = map_layers if alone else partial(map_shared, by=shared_by)
+        lifted = map_layers
+        if shared_by is not None and not any(map(is_joint, known)):
+            solved_by_all = shared_by.rows and method.measure is not None  # the kernel is on every device
+            lifted = lifted if solved_by_all else partial(map_shared, by=shared_by)
         found = lifted(refresh, known, state.statistics, values)
         values |= {name: value for name, (value, _) in found.items()}
         kept = {name: stays for name, (_, stays) in found.items() if stays is not None}
