@@ -10,7 +10,7 @@ from natgrad_jax.around.graft import graft
 from natgrad_jax.around.search import searched
 from natgrad_jax.around.spring import spring
 from natgrad_jax.around.statistics import observe, refresh, warm_start, without_operators
-from natgrad_jax.base import Evidence, Layer, Layers, Method
+from natgrad_jax.base import Evidence, Gradual, Layer, Layers, Method
 from natgrad_jax.diagnosis import diagnose
 from natgrad_jax.lift.lift import lift
 from natgrad_jax.lift.state import NaturalGradientState, Schedule
@@ -32,6 +32,7 @@ from natgrad_jax.wrapping import wrapped
 
 __all__ = [
     "Evidence",
+    "Gradual",
     "Inputs",
     "Layer",
     "Layers",

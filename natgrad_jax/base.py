@@ -200,6 +200,19 @@ class Kind(NamedTuple):
     gradient: Callable[[Layer, Evidence], dict[str, Array]] | None = None
 
 
+class Gradual(NamedTuple):
+    """A refresh of ONE layer in parts of about equal work, as pure functions; see `lift.gradual`.
+
+    begin: layer, statistics, operator, damping, parts            -> work          arrays that lead with the axes S
+    proceed: layer, statistics, operator, work, part, parts       -> work          the part is int32 []
+    end: layer, statistics, operator, work                        -> operator
+    """
+
+    begin: Callable[[Layer, Statistics, Operator, Scalar, int], Any]
+    proceed: Callable[[Layer, Statistics, Operator, Any, Array, int], Any]
+    end: Callable[[Layer, Statistics, Operator, Any], Operator]
+
+
 class Method(NamedTuple):
     """A preconditioner of ONE layer (with all copies of its stack), as pure functions of two values.
 
@@ -220,6 +233,7 @@ class Method(NamedTuple):
     turned: layer, statistics, operator               -> [S]             only for an operator with a basis: how far it
                                                                          is from the eigenvectors of the statistics
 
+    gradual: the refresh in parts, for a layer that takes too long for one step; None where there is no such way.
     holds: whether statistics that were observed before the first step serve it as they are.
 
     Every array leads with the axes S. `refresh` may not depend on a layer beyond its kind, shape, stack, window and
@@ -235,6 +249,7 @@ class Method(NamedTuple):
     measure: Callable[[Layer, Operator, Evidence], Operator] | None = None
     couple: Callable[[Layer, Statistics, Operator, Evidence], Statistics] | None = None
     turned: Callable[[Layer, Statistics, Operator], Array] | None = None
+    gradual: Gradual | None = None
     holds: bool = False
 
 

@@ -156,7 +156,7 @@ def _of_layer(
     if not plain and date >= 0:
         row["age"] = float(state.count - 1 - date)
     if not plain:
-        row["rejected"] = float(date < newest)
+        row["rejected"] = float(date < newest and whole.get("rejected_refreshes", 0) > 0)  # layers may take turns
     spectrum = _spectrum(statistics, operator.value, kind)  # 1
     damping = whole.get("damping", 0.0)
     if spectrum is not None and row.get("weight", 1) > 0:

@@ -132,6 +132,13 @@ def test_a_layer_whose_refresh_was_not_finite_is_told():
     assert found["rejected_refreshes"] == 1
 
 
+def test_layers_that_take_turns_are_not_told_of_as_not_finite():
+    layers = task("mlp").layers
+    tx = ng.scale_by_kfac(layers, damping=0.1, rolling=True, statistics_every=1, refresh_every=6, early_refresh=False)
+    found = ng.diagnose(after(tx)[2], layers)
+    assert {found[f"{name}/age"] for name in layers} == {0, 2} and not any(found[f"{name}/rejected"] for name in layers)
+
+
 @pytest.mark.full
 def test_a_controlled_step_has_its_own_numbers():
     tx = ng.kfac("quadratic", task("mlp").layers, momentum="quadratic", damping=ng.adaptive_damping())

@@ -85,7 +85,8 @@ def without_operators(state: Any) -> Any:
     def light(node):
         if not _is_ours(node):
             return node
-        return node._replace(operators={name: old._replace(value=None) for name, old in node.operators.items()})
+        operators = {name: old._replace(value=None, underway=None) for name, old in node.operators.items()}
+        return node._replace(operators=operators)
 
     _check(state)
     return jax.tree.map(light, state, is_leaf=_is_ours)

@@ -7,16 +7,17 @@ product; (A + x I) (x) (G + y I) with x y = damping is one. The rules of `split_
 eigenvalues of the product itself, and what is kept is an eigenbasis.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages, truncated
+from natgrad_jax.algebra import averages, panels, sweeps, truncated
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, standard
 from natgrad_jax.algebra.stacks import Factor, damped_inverse, mean_diagonal, sandwich, trace
 from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, form
-from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.base import Array, Evidence, Gradual, Layer, Scalar
 from natgrad_jax.layers.rows import Pairing, Sharing, input_moment, output_moment, partial_traces
 
 Split = Literal["pi", "even", "mean_eigenvalue", "exact"]
@@ -213,6 +214,45 @@ def inverted(inputs: Factor, outputs: Factor, damping: Scalar, split: Split) -> 
         return Eigen(*eigenbasis(inputs, outputs))
     x, y = split_damping(inputs, outputs, damping, split)
     return Inverses(damped_inverse(inputs, x), damped_inverse(outputs, y))
+
+
+def gradual(means: Callable[[Any], tuple[Factor, Factor]], split_of: Callable[[Layer], Split]) -> Gradual:
+    """What `inverted` makes, in parts.
+
+    Inverses are those of the factors and of the damping at the first part. An eigenbasis is one step of orthogonal
+    iteration from the old one, with what the factors have along its columns in the place of their eigenvalues.
+
+    Args:
+        means: statistics -> A and G.
+        split_of: layer -> how the damping enters.
+
+    Returns:
+        The parts.
+    """
+
+    def begin(layer, statistics, operator, damping, parts):
+        pair, split = means(statistics), split_of(layer)
+        if split == "exact":
+            return panels.begin(operator.basis, pair, operator.scale, parts)
+        return Inverses(
+            *(sweeps.begin(*each, parts) for each in zip(pair, split_damping(*pair, damping, split), strict=True))
+        )
+
+    def proceed(layer, statistics, operator, work, part, parts):
+        if isinstance(work, Inverses):
+            sides = zip(work, layer.shape, strict=True)
+            return Inverses(*(sweeps.sweep(side, size, part, parts) for side, size in sides))
+        return panels.proceed(work, operator.basis, means(statistics), part, parts)
+
+    def end(layer, statistics, operator, work):
+        if isinstance(work, Inverses):
+            return Inverses(*map(sweeps.end, work, layer.shape))
+        pair = means(statistics)
+        basis, _ = panels.end(work, operator.basis, pair, operator.scale)
+        s, r = map(panels.values, work, pair)
+        return Eigen(Basis(*basis), s[..., :, None] * r[..., None, :])
+
+    return Gradual(begin, proceed, end)
 
 
 def solve(inverse: Inverses | Eigen, gradient: Array, damping: Scalar) -> Array:

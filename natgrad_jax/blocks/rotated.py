@@ -1,17 +1,18 @@
 """Second moments measured in an eigenbasis: the diagonal that stands in the place of the Kronecker eigenvalues."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from natgrad_jax.algebra import averages
+from natgrad_jax.algebra import averages, panels
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.branches import either
 from natgrad_jax.algebra.eigenbasis import Basis, eigenbasis, mean_squares, standard, turned, warm_eigenbasis
 from natgrad_jax.algebra.moments import moments_in
 from natgrad_jax.algebra.stacks import Diagonal, Factor, trace
 from natgrad_jax.algebra.truncated import Kept, coordinates, damped_solve, squares, sums
-from natgrad_jax.base import Array, Evidence, Layer, Scalar
+from natgrad_jax.base import Array, Evidence, Gradual, Layer, Scalar
 from natgrad_jax.blocks.kronecker import identities, split_damping
 from natgrad_jax.layers.pieces import summed
 from natgrad_jax.layers.rows import example_count, gradient_matrix, input_moment, input_rows, output_rows, total
@@ -84,6 +85,32 @@ def refreshed(inputs: Factor, outputs: Factor, old: Rotated, estimator: Estimato
 
     basis, scale = cold(*given) if refresh == "eigh" else either(jnp.all(old.scale.weight > 0), warm, cold, *given)
     return old._replace(basis=basis, scale=scale)
+
+
+def gradual(means: Callable[[Any], tuple[Factor, Factor]]) -> Gradual:
+    """The basis in parts: one step of orthogonal iteration from the old one, whatever the refresh is otherwise.
+
+    Args:
+        means: statistics -> A and G.
+
+    Returns:
+        The parts. The scale is kept, and moves with the columns.
+    """
+
+    def begin(layer, statistics, operator, damping, parts):
+        del layer, damping
+        return panels.begin(operator.basis, means(statistics), operator.scale.total, parts)
+
+    def proceed(layer, statistics, operator, work, part, parts):
+        del layer
+        return panels.proceed(work, operator.basis, means(statistics), part, parts)
+
+    def end(layer, statistics, operator, work):
+        del layer
+        basis, total = panels.end(work, operator.basis, means(statistics), operator.scale.total)
+        return operator._replace(basis=Basis(*basis), scale=operator.scale._replace(total=total))
+
+    return Gradual(begin, proceed, end)
 
 
 def rescaled(layer: Layer, old: Rotated, evidence: Evidence, estimator: Estimator, decay: Scalar) -> Rotated:

@@ -19,6 +19,7 @@ from natgrad_jax.algebra.branches import when
 from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.base import Array, Evidence, Layer
 from natgrad_jax.layers.joint import is_joint
+from natgrad_jax.lift import gradual
 from natgrad_jax.lift.evidence import is_empty
 from natgrad_jax.lift.grouping import map_layers
 from natgrad_jax.lift.requests import Observe, Request
@@ -34,7 +35,7 @@ from natgrad_jax.lift.state import (
     kept_finite,
     layers_of,
 )
-from natgrad_jax.lift.turns import in_turn, turns
+from natgrad_jax.lift.turns import Turns, in_turn, turns
 
 EvidenceOf = Callable[[], Mapping[str, Evidence]]
 
@@ -47,7 +48,7 @@ def advance(
     state: NaturalGradientState,
     shared_by: Devices | None = None,
 ) -> NaturalGradientState:
-    """Lines 1-3 of one step.
+    """Lines 1-3 of one step, and what rolling refreshes have a part of at each.
 
     Args:
         blocks: the layers with their methods.
@@ -60,6 +61,25 @@ def advance(
     Returns:
         The state with what was due; the step is not counted yet.
     """
+    order = turns(blocks, schedule) if schedule.rolling else None
+    if order is None or not order.gradual:
+        return _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
+    state, underway = gradual.taken_out(state)
+    state, underway = gradual.proceeded(order.gradual, order.period, damping, state, underway)
+    state = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
+    return gradual.put_back(state, underway)
+
+
+def _advanced(
+    blocks: tuple[Block, ...],
+    schedule: Schedule,
+    damping: Array,
+    evidence_of: EvidenceOf,
+    state: NaturalGradientState,
+    order: Turns | None,
+    shared_by: Devices | None,
+) -> NaturalGradientState:
+    """Lines 1-3 of one step; the order is that of rolling refreshes, None of others."""
     count = state.count
     statistics_due = due(count, schedule.statistics_every)
     refresh_due = due(count, schedule.refresh_every)
@@ -79,8 +99,7 @@ def advance(
         return _refreshed(used, damping, measured, count, state.operators, held, schedule.tolerance, shared_by)  # 2
 
     refresh = partial(refresh_of, blocks)
-    if schedule.rolling:
-        order = turns(blocks, schedule)
+    if order is not None:
         groups = order.due(count, _either(count == 0, early))
         refresh_due = groups[0] < groups[1]
 
@@ -214,7 +233,8 @@ def _refreshed(
         fresh[layer.name] = Dated(values[layer.name], date)
     fresh = _followed(blocks, state._replace(operators=fresh)).operators
     state = _kept_operators(blocks, fresh, former, state, held)
-    done = 1 if held is False else jnp.where(held, 0, 1)
+    counts = int(bool(known) or len(blocks) == len(state.operators))  # a turn without layers is none
+    done = counts if held is False else jnp.where(held, 0, counts)
     skipped = sum((jnp.sum(stays, dtype=jnp.int32) for stays in kept.values()), state.metrics.skipped_refreshes)
     return state._replace(
         metrics=state.metrics._replace(refreshes=state.metrics.refreshes + done, skipped_refreshes=skipped)
@@ -269,7 +289,7 @@ def answer(
     state: NaturalGradientState,
     shared_by: Devices | None = None,
 ) -> NaturalGradientState:
-    """The state after a request.
+    """The state after a request; what is underway has been taken out.
 
     Args:
         request: what is asked for.

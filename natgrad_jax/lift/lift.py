@@ -22,7 +22,7 @@ from natgrad_jax.blocks.norm import norm
 from natgrad_jax.layers.parameter import widest
 from natgrad_jax.layers.rows import from_matrix, to_matrix
 from natgrad_jax.lift import evidence as evidences
-from natgrad_jax.lift import restored
+from natgrad_jax.lift import gradual, restored
 from natgrad_jax.lift.advance import advance, answer
 from natgrad_jax.lift.meshes import on_any_mesh
 from natgrad_jax.lift.requests import Observe, Request
@@ -35,6 +35,7 @@ from natgrad_jax.lift.state import (
     at_step,
     layers_of,
 )
+from natgrad_jax.lift.turns import turns
 
 Strengths = Callable[[Mapping[str, Layer], Mapping[str, Any], Array], Mapping[str, Array]]
 """Known layers, their operators, damping -> the damping [] or [S] of those layers that have another one."""
@@ -89,11 +90,18 @@ def lift(
         there = (replace(layer, devices=devices) for layer in evidences.present(layers, tree))
         return tuple(Block(layer, others.get(layer.kind, known)) for layer in there)
 
+    def at_rest(blocks: tuple[Block, ...]) -> dict[str, gradual.Underway]:
+        if not schedule.rolling:
+            return {}
+        order = turns(blocks, schedule)
+        return gradual.at_rest(order.gradual, order.period)
+
     def init(params):
-        statistics, operators = {}, {}
-        for layer, method in blocks_of(params, (0.0,) * len(decays)):
+        statistics, operators, blocks = {}, {}, blocks_of(params, (0.0,) * len(decays))
+        underway = at_rest(blocks)
+        for layer, method in blocks:
             statistics[layer.name], value = method.init(layer)
-            operators[layer.name] = Dated(value, jnp.full(layer.stack, -1, jnp.int32))
+            operators[layer.name] = Dated(value, jnp.full(layer.stack, -1, jnp.int32), underway.get(layer.name))
         zero = (jnp.zeros((), jnp.int32) for _ in range(6))
         return NaturalGradientState(
             next(zero), statistics, operators, Metrics(*zero, damping=jnp.zeros((), jnp.float32))
@@ -113,7 +121,9 @@ def lift(
             rule = state.metrics.damping if damping is None else damping
             strength_at = partial(_strength, rule, blocks)
             known = None if curvature is None else evidence_of
-            return updates, answer(request, blocks, known, strength_at, state, shared_by)
+            state, underway = gradual.taken_out(state)
+            state = answer(request, blocks, known, strength_at, state, shared_by)
+            return updates, gradual.put_back(state, at_rest(blocks) | underway)
         if damping is None:
             raise ValueError(
                 "The damping is adaptive, which takes the whole step to see: use the complete optimizer, as "

@@ -40,10 +40,12 @@ class Dated(NamedTuple):
     Attributes:
         value: the method's operator; None where it was left out of a checkpoint.
         date: int32 [S], each copy by itself; -1 for what `init` made.
+        underway: the next one, if it is made in parts: a `gradual.Underway`, or None.
     """
 
     value: Any
     date: Array
+    underway: Any = None
 
 
 class NaturalGradientState(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.algebra.stacks import frobenius, plus_identity
-from natgrad_jax.base import Layer, Method
+from natgrad_jax.base import Gradual, Layer, Method
 
 
 def stored(method: Method, dtype: str) -> Method:
@@ -55,9 +55,26 @@ def stored(method: Method, dtype: str) -> Method:
     def turned(layer, statistics, operator):
         return method.turned and method.turned(layer, _wide(layer, statistics), _wide(layer, operator))
 
+    def widened(of: Gradual) -> Gradual:
+        """The parts of a refresh; what is underway stays in the dtype of the layer."""
+
+        def values(layer, statistics, operator):
+            return _lifted(layer, _wide(layer, statistics), dtype), _wide(layer, operator)
+
+        def begin(layer, statistics, operator, *others):
+            return of.begin(layer, *values(layer, statistics, operator), *others)
+
+        def proceed(layer, statistics, operator, *others):
+            return of.proceed(layer, *values(layer, statistics, operator), *others)
+
+        def end(layer, statistics, operator, work):
+            return narrow(layer, of.end(layer, *values(layer, statistics, operator), work))
+
+        return Gradual(begin, proceed, end)
+
     others = {"rescale": 1, "follow": 2, "measure": 1, "couple": 2}
     found = {name: kept(getattr(method, name), values) for name, values in others.items() if getattr(method, name)}
-    found["turned"] = turned if method.turned else None
+    found |= {"turned": method.turned and turned, "gradual": method.gradual and widened(method.gradual)}
     return method._replace(init=init, observe=kept(method.observe, 1), refresh=kept(refresh, 2), apply=apply, **found)
 
 

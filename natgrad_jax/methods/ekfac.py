@@ -78,7 +78,8 @@ class EKFAC(Rescaled):
             return rotated.turn(*kronecker.means(pair), operator)
 
         follows = None if self.split == "exact" else follow
-        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
+        parts = rotated.gradual(kronecker.means)
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned, gradual=parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ class KFAC(Truncatable):
             del layer
             return kronecker.solve(operator, gradient, damping)  # 4, 4'
 
-        return Method(init, observe, refresh, apply)
+        parts = kronecker.gradual(kronecker.means, lambda layer: self.split)
+        return Method(init, observe, refresh, apply, gradual=parts)
 
 
 @dataclass(frozen=True, kw_only=True)

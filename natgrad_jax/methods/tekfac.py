@@ -93,7 +93,8 @@ class TEKFAC(Rescaled):
             return rotated.turn(*kronecker.trace_restricted(traces), operator)
 
         follows = None if self.split == "exact" else follow
-        return Method(init, observe, refresh, apply, rescale, follows, turned=turned)
+        parts = rotated.gradual(kronecker.trace_restricted)
+        return Method(init, observe, refresh, apply, rescale, follows, turned=turned, gradual=parts)
 
 
 def mean_eigenvalues(layers: Mapping[str, Layer], operators: Mapping[str, Rotated], damping: Array) -> dict[str, Array]:

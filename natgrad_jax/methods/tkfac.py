@@ -74,7 +74,7 @@ class TKFAC(Truncatable):
             del layer
             return kronecker.solve(operator, gradient, damping)  # 5
 
-        return Method(init, observe, refresh, apply)
+        return Method(init, observe, refresh, apply, gradual=kronecker.gradual(kronecker.trace_restricted, rule))
 
 
 @dataclass(frozen=True, kw_only=True)

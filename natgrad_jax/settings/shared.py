@@ -120,8 +120,10 @@ class Averaged(Direction):
     ] = True
     rolling: Annotated[
         bool,
-        "whether the layers take turns with their refreshes, balanced by the cubes of their sides, so that no step has "
-        "all of them; each is refreshed as often as without. At the first step, and at early refreshes, all are.",
+        "whether the refreshes are spread over the steps of a period, balanced by the cubes of the sides, so that no "
+        "step has all of them. Layers take turns; one that takes more than the share of a step has a part of its "
+        "refresh at each (methods of K-FAC's family, SOAP). Each is refreshed as often as without. At the first step, "
+        "and at early refreshes, all are.",
     ] = False
     max_factor_dim: Annotated[
         int | None,
