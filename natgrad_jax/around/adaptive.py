@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natgrad_jax import checks
 from natgrad_jax.base import Array, ScalarOrSchedule
 
-_GOOD, _BAD = 0.75, 0.25  # ratios above the one, below the other
+_GOOD, BAD = 0.75, 0.25  # ratios above the one, below the other
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdaptiveDamping:
 
     def calibrates(self, count: Array, ratio: Array, calibrating: Array) -> Array:
         """Whether the step after this one is of the calibration, too, given the ratio of this one's test."""
-        return calibrating & (count + 1 < self.calibration) & (ratio >= _BAD)
+        return calibrating & (count + 1 < self.calibration) & (ratio >= BAD)
 
     def adapted(self, damping: Array, before: Array, ratio: Array, count: Array, calibrating: Array) -> Array:
         """The damping after a test.
@@ -56,14 +56,18 @@ class AdaptiveDamping:
         """
         fast = self._moves_fast(count, before, calibrating)
         by = jnp.where(fast, self.calibration_factor, self.factor**self.every)
-        change = jnp.where(ratio > _GOOD, by, jnp.where(ratio >= _BAD, 1, 1 / by))
+        change = jnp.where(ratio > _GOOD, by, jnp.where(ratio >= BAD, 1, 1 / by))
         return jnp.clip(damping * change, self.least, self.most).astype(damping.dtype)
+
+    def raised(self, damping: Array) -> Array:
+        """The damping after a step that is taken back."""
+        return jnp.clip(damping / self.calibration_factor, self.least, self.most)
 
     # After a bad test every step is tested until one is good. Where the loss is flat the damping falls far. Once the
     # model is wrong, an untested step can do any damage: on the curves of `make autoencoder` K-FAC diverged at its
     # fifteenth step; tested on, it is at 69 nats after ten epochs.
     def _moves_fast(self, count: Array, ratio: Array, calibrating: Array) -> Array:
-        return calibrating | (count > 0) & ~(ratio >= _BAD)
+        return calibrating | (count > 0) & ~(ratio >= BAD)
 
 
 Damping = ScalarOrSchedule | AdaptiveDamping
@@ -108,6 +112,11 @@ def adaptive_damping(
     damping to an order of magnitude. The first bad rho or NaN ends this calibration. Each step after a test with a bad
     rho or NaN is tested, too, until one is good. A tested step that raises the loss of its own batch, or makes it NaN,
     is rejected.
+
+    A step more than twice as long as the last tested one is tested out of its turn; a good test then leaves the
+    damping. And where the loss of a batch is not finite, or four times that of the batch before, it is compared with
+    the loss of this batch before the last step. If that is finite and a fourth or less, the step is taken back, and
+    the damping rises by `calibration_factor`.
 
     Use it with `learning_rate="quadratic"`. With a given learning rate it is no trust region: for short steps the model
     is right at every damping. Small batches break it: a step is tested on the examples that it was made for, so the

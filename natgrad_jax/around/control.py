@@ -8,6 +8,9 @@
     6  rho <- (h(theta + step) - h(theta)) / (b^T w + w^T B w / 2)        only on tested steps, inside a cond
     7  damping <- less for a good rho, more for a bad one; no step if the loss rose        only on tested steps
 
+With an adaptive damping, unusually long steps are tested out of their turn, and one that the next batch finds ruinous
+is taken back; see `bounds`.
+
 Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4-7. Line 6 leaves the damping out of the
 model, as both public implementations of that group do. A product with F is one forward-mode pass, `curvature.along`.
 
@@ -25,7 +28,8 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.around.adaptive import AdaptiveDamping, Damping, refuse_uncalled
+from natgrad_jax.around.adaptive import BAD, AdaptiveDamping, Damping, refuse_uncalled
+from natgrad_jax.around.bounds import Bounds, is_to_be_taken_back, is_unusual, seen, unbound
 from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift import guards
@@ -49,7 +53,9 @@ class ControlState(NamedTuple):
         ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
         rejected: steps that were not taken, since a test found the loss risen or they were not finite, int32.
         calibrating: whether the next step is of the calibration, whose steps are tested each.
-        last: the last step that was taken, a tree like the parameters; None without momentum.
+        last: the last step that was taken, a tree like the parameters; None if neither momentum nor an adaptive damping
+            needs it.
+        bounds: what is known of the steps so far, if the damping is adaptive.
         direction: state of the direction.
     """
 
@@ -61,6 +67,7 @@ class ControlState(NamedTuple):
     rejected: Array
     calibrating: Array
     last: Any
+    bounds: Bounds
     direction: Any
 
 
@@ -100,6 +107,7 @@ def controlled(
     free = (isinstance(learning_rate, str), isinstance(momentum, str))
     given = [0.0 if isinstance(value, str) or value is None else value for value in (learning_rate, momentum)]
     penalty_of = None if l2 is None else penalty(l2_mask)
+    holds = momentum is not None or rule is not None
 
     def init(params):
         numbers = {"damping": rule.initial if rule else 0, "learning_rate": 0, "momentum": 0, "ratio": jnp.nan}
@@ -108,7 +116,8 @@ def controlled(
             **{name: jnp.full((), number, jnp.float32) for name, number in numbers.items()},
             rejected=jnp.zeros((), jnp.int32),
             calibrating=jnp.array(rule is not None and rule.calibration > 0),
-            last=None if momentum is None else jax.tree.map(jnp.zeros_like, params),
+            last=jax.tree.map(jnp.zeros_like, params) if holds else None,
+            bounds=unbound(),
             direction=direction.init(params),
         )
 
@@ -117,56 +126,88 @@ def controlled(
             return answered(direction, updates, state, params, extra | {"curvature": curvature})
         check(curvature, params)
         count, last = state.count, state.last
-        if (last is None) != (momentum is None):
+        if (last is None) == holds:
             raise ValueError(
                 f"`momentum` is {momentum!r}, but the state {'has no' if last is None else 'has a'} last step: it was "
-                "made with another `momentum`. Build the optimizer as the one that the checkpoint is of, or begin with "
-                "`tx.init(params)`."
+                "made with another `momentum` or `damping`. Build the optimizer as the one that the checkpoint is of, "
+                "or begin with `tx.init(params)`."
             )
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
         strength = jnp.asarray(state.damping if rule else at_step(constant, count), wide)
         extra = {"gradient": updates} | extra  # without the penalty, for statistics of the gradient itself
-        l2_now, penalised = jnp.zeros((), wide), None
+        l2_now, penalised, heard = jnp.zeros((), wide), None, says(curvature)
         if penalty_of is not None and l2 is not None:
             l2_now = jnp.asarray(at_step(l2, count), wide)
             penalised = partial(penalty_of, strength=l2_now)
             updates = trees.add(updates, penalised(params), 1.0)  # 1
-        found, inner = direction.update(
-            updates, state.direction, params, **extra | {"curvature": curvature, "damping": strength + l2_now}
-        )
-        u = jax.tree.map(jnp.negative, found)  # 2
-        model = partial(model_of, curvature, (u,) if last is None else (u, last), updates, penalised)  # 3
-        weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
-        if any(free):
-            quadratic = model()
-            weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
-        step = trees.scaled(u, weights[0])  # 5
-        step = step if last is None else trees.add(step, last, weights[1])
-        ratio, taken, heard = state.ratio, jnp.array(True), says(curvature)
-        calibrating = state.calibrating
-        sound = guards.finite(step, 0)
-        if rule:
-            is_due = rule.is_due(count, state.ratio, calibrating) & heard  # a batch of weight zero tests nothing
-            test = partial(_tested, curvature, params, weights, penalised)
-            ratio, taken = when(is_due, lambda _: test(model(), step), (ratio, taken))  # 6
-            adapted = rule.adapted(strength, state.ratio, ratio, count, calibrating)
-            strength = jnp.where(is_due, adapted, strength)  # 7
-            calibrating = jnp.where(heard, rule.calibrates(count, ratio, calibrating), calibrating)
-        last = None if last is None else trees.select(taken & sound & heard, step, last)
-        step = trees.select(taken & sound & heard, step, jax.tree.map(jnp.zeros_like, step))
-        return step, ControlState(
-            count=jnp.asarray(optax.safe_increment(count)),
-            damping=strength.astype(jnp.float32),
-            learning_rate=weights[0].astype(jnp.float32),
-            momentum=weights[1].astype(jnp.float32),
-            ratio=ratio,
-            rejected=state.rejected + (~(taken & sound)).astype(jnp.int32),
-            calibrating=calibrating,
-            last=last,
-            direction=inner,
-        )
+
+        def forward():
+            found, inner = direction.update(
+                updates, state.direction, params, **extra | {"curvature": curvature, "damping": strength + l2_now}
+            )
+            u = jax.tree.map(jnp.negative, found)  # 2
+            model = partial(model_of, curvature, (u,) if momentum is None else (u, last), updates, penalised)  # 3
+            weights = jnp.stack([jnp.asarray(at_step(value, count), wide) for value in given])
+            if any(free):
+                quadratic = model()
+                weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
+            step = trees.scaled(u, weights[0])  # 5
+            step = step if momentum is None else trees.add(step, last, weights[1])
+            new, taken = state._replace(damping=strength.astype(jnp.float32)), jnp.array(True)
+            sound = guards.finite(step, 0)
+            if rule:
+                test = partial(_tested, curvature, params, weights, penalised)
+                new, taken = _adapted(rule, state, strength, step, heard, lambda: test(model(), step))  # 6, 7
+            taken = taken & sound
+            rate, weight = weights.astype(jnp.float32)
+            zeros = jax.tree.map(jnp.zeros_like, step)
+            return trees.select(taken & heard, step, zeros), new._replace(
+                learning_rate=rate,
+                momentum=weight,
+                rejected=state.rejected + (~taken).astype(jnp.int32),
+                last=trees.select(taken & heard, step, last) if holds else None,
+                direction=inner,
+            )
+
+        def back(rule):
+            step = jax.tree.map(lambda leaf, moved: -moved.astype(leaf.dtype), updates, last)
+            return step, state._replace(
+                damping=rule.raised(strength).astype(jnp.float32),
+                **dict.fromkeys(("learning_rate", "momentum"), jnp.zeros((), jnp.float32)),
+                ratio=jnp.full((), jnp.nan, jnp.float32),
+                rejected=state.rejected + 1,
+                last=jax.tree.map(jnp.zeros_like, last),
+            )
+
+        if rule is None:
+            step, new = forward()
+        else:
+            value = jnp.asarray(curvature.value())
+            ruinous = is_to_be_taken_back(state.bounds, curvature, params, last, value, heard)
+            step, new = when(~ruinous, lambda _: forward(), None, otherwise=lambda _: back(rule))
+            new = new._replace(bounds=seen(new.bounds, value, count, heard))
+        return step, new._replace(count=jnp.asarray(optax.safe_increment(count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adapted(
+    rule: AdaptiveDamping, state: ControlState, strength: Array, step: Any, heard: Array, test: Callable[[], Any]
+) -> tuple[ControlState, Array]:
+    """Lines 6 and 7, where they are due: the state with the damping, and whether the step is taken.
+
+    A good test out of its turn, of a step that is longer than usual, leaves the damping.
+    """
+    length = jnp.sqrt(trees.dot(step, step)).astype(jnp.float32)
+    in_turn = rule.is_due(state.count, state.ratio, state.calibrating)
+    is_due = (in_turn | is_unusual(state.bounds, length)) & heard  # a batch of weight zero tests nothing
+    ratio, taken = when(is_due, lambda _: test(), (state.ratio, jnp.array(True)))  # 6
+    adapted = rule.adapted(strength, state.ratio, ratio, state.count, state.calibrating)
+    damping = jnp.where(is_due & (in_turn | ~(ratio >= BAD)), adapted, strength)  # 7
+    calibrating = jnp.where(heard, rule.calibrates(state.count, ratio, state.calibrating), state.calibrating)
+    known = jnp.where(is_due & taken & jnp.isfinite(length), length, state.bounds.length)
+    new = state._replace(damping=damping.astype(jnp.float32), ratio=ratio, calibrating=calibrating)
+    return new._replace(bounds=state.bounds._replace(length=known)), taken
 
 
 _NEITHER = 0.5
