@@ -21,7 +21,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import pairwise
@@ -50,31 +50,17 @@ class Part(NamedTuple):
         return Part(self.images[:count], self.labels[:count])
 
 
-class Rows(NamedTuple):
-    """What an autoencoder is trained and tested on: rows of pixels [N, D], float32."""
-
-    name: str
-    train: np.ndarray
-    test: np.ndarray
-
-
 class Data(NamedTuple):
-    """What a classifier is trained and tested on."""
+    """What is trained and tested on."""
 
     name: str
     train: Part
     test: Part
 
-    def rows(self) -> Rows:
-        """The images alone, flat."""
-        return Rows(self.name, *(part.images.reshape(len(part.images), -1) for part in (self.train, self.test)))
-
-
-def blank(records: Iterable[Mapping[str, Any]]) -> Data:
-    """What records of runs say of their data: the name and the number of the images, and nothing of them."""
-    largest = max(records, key=lambda record: record["images"])
-    nothing = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))
-    return Data(largest["data"], nothing, nothing.first(0))
+    def mirrored(self) -> "Data":
+        """The images, flat, as inputs and as what is to come out."""
+        flat = (part.images.reshape(len(part.images), -1) for part in (self.train, self.test))
+        return Data(self.name, *(Part(rows, rows) for rows in flat))
 
 
 def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
@@ -172,13 +158,13 @@ def digits(size: int = 8, channels: int = 1) -> Data:
     return Data("digits", Part(images[:1500], labels[:1500]), Part(images[1500:], labels[1500:]))
 
 
-def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Rows:
+def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Data:
     """Images of curves, in the manner of CURVES: called "curves-like"; rows of 28x28 pixels in 256 grey levels.
 
     Three points uniform in [3, 24]^2, the quadratic curve through them at 64 values of its parameter, and a pen that
     falls off as a Gaussian of deviation 0.7 pixels around the nearest of these. Those for testing have the next seed.
     """
-    return Rows("curves-like", _drawn(train, seed), _drawn(test, seed + 1))
+    return Data("curves-like", *(Part(drawn, drawn) for drawn in (_drawn(train, seed), _drawn(test, seed + 1))))
 
 
 def _drawn(count: int, seed: int) -> np.ndarray:
@@ -195,7 +181,7 @@ def _drawn(count: int, seed: int) -> np.ndarray:
     return pixels
 
 
-def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = say) -> Rows:
+def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = say) -> Data:
     """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; rows of 25x25 pixels.
 
     A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
@@ -214,7 +200,7 @@ def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = 
     train, test = found[:250].reshape(-1, 625), found[300:].reshape(-1, 625)
     mean = train.mean(axis=0)
     scale = (train - mean).std()
-    return Rows("faces-like", (train - mean) / scale, (test - mean) / scale)
+    return Data("faces-like", *(Part(x, x) for x in ((train - mean) / scale, (test - mean) / scale)))
 
 
 def olivetti(given: Path | None, report: Report = say) -> np.ndarray:

@@ -44,7 +44,7 @@ from experiments.data import Part, digits, folder, mnist
 from experiments.directions import DIRECTIONS, LIKELIHOOD, Batches, angles, best, natural_gradient
 from experiments.nets import Convnet, Perceptron
 from experiments.records import Records, keep, numbers
-from experiments.running import Runner, Setting, Task
+from experiments.running import Runner, Task
 from natgrad_jax.algebra import averages
 from natgrad_jax.layers.rows import input_rows, output_rows, total
 from natgrad_jax.methods.ekfac import EKFAC
@@ -121,7 +121,7 @@ def run(given: Path | None, sizes: Sizes = Sizes()) -> Records:  # noqa: B008 (a
     key = {"data": "scikit-learn's digits" if given is None else "MNIST", "seed": 0}
     for name, model in track(models.items(), "measuring"):
         task = Task(model, LIKELIHOOD, data.first(BATCH))
-        runner = Runner(lambda setting, _: optax.adam(setting.rate), Setting(3e-3), task, None)
+        runner = Runner(lambda numbers, _: optax.adam(numbers["rate"]), {"rate": 3e-3}, task, None)
         for stage in ("start", "trained"):
             if stage == "trained":
                 chosen = np.random.default_rng(0).integers(len(data.images), size=(sizes.steps, BATCH))

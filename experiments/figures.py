@@ -23,6 +23,7 @@ class Shown(NamedTuple):
         table: records -> table.
         picture: records -> picture.
         select: those of its records that are shown.
+        command: that makes its records, if not `make` and its name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Shown(NamedTuple):
     table: Callable[[Records], Table]
     picture: Callable[[Records], Figure]
     select: Callable[[Records], Records] = list
+    command: str = ""
 
     def known(self, folder: Path) -> Records:
         """Its records in a folder."""
@@ -195,6 +197,17 @@ def curves(
             pair[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         before = names
     clean(axes.flat)
+    return figure
+
+
+def of_epochs(rows: Records, label: str) -> Figure:
+    """Losses against seconds and epochs, the looks of long runs."""
+    units = ("seconds", "epochs")
+    rows = [row | {"steps": [*range(len(row["steps"]))]} for row in rows]
+    rows = [row | {name: row[name][1:] for name in ("steps", "seconds", "losses")} for row in rows]
+    figure = curves(rows, label, across="linear", units=units)
+    for axis in figure.axes:
+        plain(axis.yaxis)
     return figure
 
 

@@ -84,9 +84,9 @@ def numbers(records: Iterable[Mapping[str, Any]], entry: str) -> np.ndarray:
     return np.array([np.inf if record[entry] is None else record[entry] for record in records], float)
 
 
-def by_seed(seeds: list[Records], entry: str) -> np.ndarray:
-    """An entry of the records of a run by seed [seeds, epochs + 1]."""
-    return np.stack([numbers(records, entry) for records in seeds])
+def by_name(rows: Records) -> dict[str, Records]:
+    """The rows of every method."""
+    return {name: [row for row in rows if row["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
 
 
 class State(NamedTuple):

@@ -50,7 +50,7 @@ from experiments.figures import shown
 from experiments.methods import ADAPTIVE, periods
 from experiments.programs import Program
 from experiments.records import Records, chosen, finite, keep, kept, machine
-from experiments.running import Labels, Make, Peer, Runner, Setting, Task, has_peer
+from experiments.running import Labels, Make, Numbers, Peer, Runner, Task, has_peer
 
 
 class Method(NamedTuple):
@@ -87,22 +87,20 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
     for often in (FREQUENT, *between, RARE):
         given = periods(of, *often) | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False})
 
-        def make(setting: Setting, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
-            return method(
-                layers=layers, **{"learning_rate": setting.rate, "damping": setting.damping} | given | options
-            )
+        def make(numbers: Numbers, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
+            return method(layers=layers, **numbers | given | options)
 
         found.append(Method(name, of, make, given.get("statistics_every"), given.get("refresh_every"), labels))
     return found
 
 
-ADAM = Method("Adam", "adam", lambda setting, _: optax.adam(setting.rate))
+ADAM = Method("Adam", "adam", lambda numbers, _: optax.adam(numbers["learning_rate"]))
 STEADY: dict[str, Any] = {name: ADAPTIVE[name] for name in ("learning_rate", "momentum")} | {
     "damping": ng.adaptive_damping(calibration=0)  # which would test each of the first steps
 }
 METHODS = (
     ADAM,
-    Method("SGD-m", "sgd", lambda setting, _: optax.sgd(setting.rate, 0.9)),
+    Method("SGD-m", "sgd", lambda numbers, _: optax.sgd(numbers["learning_rate"], 0.9)),
     *ours("K-FAC", ng.kfac, (10, 10)),
     *ours("K-FAC, adaptive", ng.kfac, **STEADY),
     *ours("TKFAC", ng.tkfac),
@@ -121,7 +119,7 @@ METHODS = (
     *([Method("kfac-jax", "kfac-jax", None, *FREQUENT)] if has_peer() else ()),
 )
 
-ROUNDS, BLOCK, SETTING = 3, 20, Setting(1e-6, 1.0)
+ROUNDS, BLOCK, FIXED = 3, 20, {"learning_rate": 1e-6, "damping": 1.0}
 """Pairs of blocks, least steps of a block, and a rate so small that the parameters stay where they are."""
 TOKENS = 8192
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -148,12 +146,12 @@ def noise(name: str) -> Task:
 
 def made(method: Method, task: Task) -> Any:
     """A method compiled on a task, after its first step."""
+    jax.clear_caches()
     if method.make:
-        runner: Any = Runner(method.make, SETTING, task, method.labels, cold=True)
+        runner: Any = Runner(method.make, FIXED, task, method.labels)
     else:
         options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
-        runner = Peer(task, False, SETTING.damping, **options)
-        runner.begin(SETTING)
+        runner = Peer(task, 1.0, FIXED | {"momentum": 0.9}, **options)
     runner.run([task.batch])
     return runner
 
@@ -182,7 +180,7 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
     singles = sorted(block(runner, 1) for _ in range(max(40, 2 * method.period)))
     sizes = {
         "compile_seconds": lambda each: each.compile_seconds,
-        "held_bytes": lambda each: each.held,
+        "held_bytes": lambda each: sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(each.carry)),
         "peak_bytes": lambda each: each.program and peak(each.program.memory_analysis()),
         "program_lines": lambda each: each.program and (each.program.as_text() or "").count("\n"),
     }
@@ -210,8 +208,8 @@ def counted(method: Method, runner: Any, base: Any) -> dict[str, Any]:
     """Flops of the compiled step over Adam's, the least and the most, and their mean over a period."""
     if runner.program is None:
         return {}
-    adam = Program(base.program.as_text(), 1).flops()
-    least, most = (Program(runner.program.as_text(), 1, dearest).flops() / adam for dearest in (False, True))
+    adam = Program(base.program.as_text()).flops()
+    least, most = (Program(runner.program.as_text(), dearest).flops() / adam for dearest in (False, True))
     every, refresh = method.statistics_every or 1, method.refresh_every or 1
     mean = least + (most - least) / refresh if every in (1, refresh) else None
     return {"least_flops": finite(least, 3), "most_flops": finite(most, 3), "bound": mean and finite(mean, 3)}
@@ -322,7 +320,7 @@ def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
     figures.clean([axis], axis="x", alpha=0.25)
 
 
-SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest)
+SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest, "make bench")
 
 
 def main(

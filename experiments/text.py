@@ -15,7 +15,6 @@ twentieth. Beside them K-FAC with nothing said.
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from zlib import crc32
 
 import jax
 import numpy as np
@@ -80,8 +79,7 @@ def entry(name: str, make: Callable[[Any, Any, Any], Any], within: Range, labels
     def made(numbers: Numbers, layers: Any) -> Any:
         return make(study.cosine(numbers["rate"], numbers["horizon"]), numbers["damping"], layers)
 
-    settings = dict.fromkeys((within.usual, *within.drawn(BUDGET, (0, crc32(name.encode())))))
-    return Entry(made, tuple(setting._asdict() for setting in settings), labels)
+    return Entry(made, within.tried(name, BUDGET), labels)
 
 
 def ours(name: str, method: Callable[..., Any]) -> Entry:
