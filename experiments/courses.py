@@ -201,9 +201,9 @@ class Course:
 class Compiled:
     """An entry on a case: its runners, and the numbers that are the best."""
 
-    def __init__(self, entry: Entry, case: Case, limits: Limits):
-        """Compile."""
-        self.entry, self._case, self.limits = entry, case, limits.of(entry)
+    def __init__(self, entry: Entry, case: Case, limits: Limits, compiler: Mapping[str, Any]):
+        """Compile, with options of XLA."""
+        self.entry, self._case, self.limits, self._compiler = entry, case, limits.of(entry), compiler
         self._runners = [self._runner(numbers) for numbers in entry.tried[: None if entry.is_static else 1]]
         for runner in self._runners:
             runner.program  # noqa: B018 (it is compiled when it is asked for)
@@ -213,7 +213,7 @@ class Compiled:
         if entry.peer:
             return entry.peer(self._case.task)
         make: Any = partial(_fixed, entry.make, numbers) if entry.is_static else entry.make
-        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock}
+        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": self._compiler}
         return Runner(make, numbers | {"horizon": 1.0}, self._case.task, entry.labels, **options)
 
     @cached_property

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
     def init(self, key: jax.Array) -> Any:
         """The first variables."""
-        return self.model.init(key, self.batch.images[:1])
+        return _init(self.model, key, self.batch.images[:1])
 
     def loss(self, variables: Any, x: Any, y: Any) -> Any:
         """The loss of a batch, without any capture."""
@@ -54,6 +54,12 @@ class Task(NamedTuple):
     def capture(self, labels: Labels) -> Any:
         """What watches the model."""
         return ng.linen.capture(self.model, self.likelihood, labels=labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, key: jax.Array, x: Any) -> Any:
+    """Compiled once for all methods."""
+    return model.init(key, x)
 
 
 class Seen(NamedTuple):
@@ -81,6 +87,7 @@ class Runner:
         *,
         stretch: int = 1,
         clock: Callable[[], float] = time.perf_counter,
+        compiler: Mapping[str, Any] = {},
     ):
         """Watch the model, and stand at the start.
 
@@ -91,15 +98,16 @@ class Runner:
             labels: of the curvature; None for plain gradients and values, without any capture.
             stretch: steps that are compiled into one program.
             clock: seconds.
+            compiler: options of XLA, as far as this release has them.
         """
-        self._task, self._init = task, jax.jit(task.init)
-        self._stretch, self._clock = stretch, clock
+        self._task, self._stretch, self._clock, self._compiler = task, stretch, clock, compiler
         self._capture, layers = None, None
         if labels:
-            variables = jax.eval_shape(self._init, jax.random.key(0))
+            variables = jax.eval_shape(task.init, jax.random.key(0))
             self._capture = task.capture(labels)
             layers = self._capture.layers(variables, task.batch.images, **task.options)
         self._optimizer = lambda numbers: optax.with_extra_args_support(make(numbers, layers))
+        self._start = jax.jit(lambda numbers, params: self._optimizer(numbers).init(params))
         self.compile_seconds: float | None = None
         self.begin(numbers)
 
@@ -108,7 +116,8 @@ class Runner:
         """The compiled step, or so many of them."""
         before = time.perf_counter()
         arguments = next(self._stretches([self._task.batch] * self._stretch))
-        program = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._numbers).compile()
+        lowered = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._numbers)
+        program = lowered.compile({name: value for name, value in self._compiler.items() if has_option(name, value)})
         self.compile_seconds = time.perf_counter() - before
         return program
 
@@ -165,12 +174,12 @@ class Runner:
 
     def begin(self, numbers: Numbers, seed: int = 0) -> None:
         """Go back to the start; the seed is that of the parameters and of the labels drawn."""
-        self._key = jax.random.key(seed)
-        others = dict(self._init(self._key))
+        self._key, self.steps = jax.random.key(seed), 0
+        self._numbers = jax.tree.map(jnp.float32, numbers)
+        others = dict(self._task.init(self._key))
         params = others.pop("params")
-        carry = params, self._optimizer(numbers).init(params), others
+        carry = params, self._start(self._numbers, params), others
         self.carry: tuple[Any, Any, Any] = jax.tree.map(jnp.array, carry)  # which is donated, each array once
-        self.steps, self._numbers = 0, jax.tree.map(jnp.float32, numbers)
 
     def warm(self, stream: Iterable[Part]) -> None:
         """Fill the statistics with some batches at the first parameters."""
@@ -197,6 +206,16 @@ class Runner:
             self.steps += self._stretch
         jax.block_until_ready(self.carry)
         return np.ravel(losses), self._clock() - before
+
+
+@cache
+def has_option(name: str, value: Any) -> bool:
+    """Whether XLA has an option."""
+    try:
+        jax.jit(lambda: 0).lower().compile({name: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def has_peer() -> bool:
@@ -251,7 +270,7 @@ class Peer:
         """Go back to the start."""
         del numbers
         self._key, self.steps = jax.random.key(seed), 0
-        params = jax.jit(self._task.init)(self._key)["params"]
+        params = self._task.init(self._key)["params"]
         self.carry = params, self._optimizer.init(params, self._key, tuple(self._task.batch))
 
     def run(self, stream: Iterable[Part]) -> tuple[np.ndarray, float]:

@@ -89,6 +89,7 @@ class Study(NamedTuple):
         is_double: whether it computes in float64.
         command: that makes its records, if not `make` and its name.
         image: name of its picture, if it is another one.
+        compiler: options of XLA for its programs.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Study(NamedTuple):
     is_double: bool = False
     command: str = ""
     image: str = ""
+    compiler: Mapping[str, Any] = {}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
 
     def made(name: str) -> Compiled:
         with study.precision():  # which is of a thread
-            return Compiled(wanted[name], case, study.limits)
+            return Compiled(wanted[name], case, study.limits, study.compiler)
 
     with ThreadPoolExecutor(2) as pool:  # XLA takes one core for a program
         each = track(pool.map(made, missing), f"{about}: compiling", len(missing))

@@ -90,7 +90,10 @@ def test_the_picture_has_a_bar_for_every_number_and_a_log_axis_where_ratios_spre
 
 
 def test_a_backend_that_says_nothing_of_memory_leaves_no_peak():
-    assert speed.peak(None) is None
+    silent = SimpleNamespace(memory_analysis=lambda: None, as_text=lambda: "a\nb\n")
+    for program, lines in ((None, None), (silent, 2)):
+        found = speed.sizes(SimpleNamespace(program=program, compile_seconds=None, carry=np.zeros(3)))
+        assert found == {"compile_seconds": None, "held_bytes": 24, "peak_bytes": None, "program_lines": lines}
     names = ("argument", "temp", "output", "alias")
     found = SimpleNamespace(**{f"{name}_size_in_bytes": 10**power for power, name in enumerate(names)})
     assert speed.peak(found) == 1 + 10 + 100 - 1000
