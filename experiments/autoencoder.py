@@ -25,7 +25,7 @@ from experiments import figures, problems, study
 from experiments.figures import spread
 from experiments.methods import ALL, Numbers
 from experiments.problems import Problem, series
-from experiments.records import Records, by_name
+from experiments.records import Records, grouped
 from experiments.study import Entry, Limits
 
 
@@ -77,7 +77,7 @@ def named(numbers: Numbers) -> str:
 
 def table(rows: Records, problem: Problem) -> Table:
     """Losses beside what the authors logged, what a step costs, and how soon Adam is overtaken."""
-    runs, epochs, lines = by_name(rows), problems.shown_epochs(rows, 1, 3, 5, 10, 20, 50), []
+    runs, epochs, lines = grouped(rows), problems.shown_epochs(rows, 1, 3, 5, 10, 20, 50), []
     costs, plateau = problems.over_baseline(runs), PLATEAU if problem.name == "curves" else None
     for name, own in runs.items():
         losses, test, logged = series(own), series(own, "test_loss"), AUTHORS.get(name)
@@ -139,7 +139,7 @@ def picture(rows: Records, problem: Problem) -> Figure:
     authors = "settings of the authors (dots: their logs)"
     shown = [row | {"problem": authors if row["name"] in AUTHORS else "training loss"} for row in rows]
     figure = figures.of_epochs(shown, problem.title)
-    logs = [AUTHORS[name] for name in by_name(rows) if name in AUTHORS]
+    logs = [AUTHORS[name] for name in grouped(rows) if name in AUTHORS]
     for index, log in enumerate(logs):
         dots = [(epoch, loss) for epoch, loss in log.losses.items() if epoch < len(rows[0]["steps"])]
         figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)

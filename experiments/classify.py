@@ -21,7 +21,7 @@ from experiments.autoencoder import named, seconds
 from experiments.figures import spread
 from experiments.methods import KL_CLIP, METHODS, PERIODS, STATISTICS_EVERY, WEIGHT_DECAY
 from experiments.problems import Problem, series
-from experiments.records import Records, by_name
+from experiments.records import Records, grouped
 from experiments.study import Entry, Limits
 
 BUDGET, TRIAL = 8, 200
@@ -30,7 +30,7 @@ BUDGET, TRIAL = 8, 200
 
 def table(rows: Records, problem: Problem) -> Table:
     """Loss and accuracy after some epochs, and what a step costs."""
-    runs, epochs, lines = by_name(rows), problems.shown_epochs(rows, 1, 2, 3, 5, 10, 20), []
+    runs, epochs, lines = grouped(rows), problems.shown_epochs(rows, 1, 2, 3, 5, 10, 20), []
     costs = problems.over_baseline(runs)
     for name, own in runs.items():
         losses, right, between = series(own), series(own, "test_accuracy"), "  " if len(own) == 1 else "\n"

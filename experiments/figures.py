@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import Records, kept, numbers
+from experiments.records import Records, grouped, kept, numbers
 
 
 class Shown(NamedTuple):
@@ -171,13 +171,11 @@ def curves(
     least: float = 0.0,
 ) -> Figure:
     """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
-    problems, before = [*dict.fromkeys(row["problem"] for row in rows)], []
+    problems, before = grouped(rows, "problem"), []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
-    for pair, problem in zip(axes, problems, strict=True):
-        some = [row for row in rows if row["problem"] == problem]
-        names = [*dict.fromkeys(row["name"] for row in some)]
-        for index, name in enumerate(names):
-            runs = [row for row in some if row["name"] == name]
+    for pair, (problem, some) in zip(axes, problems.items(), strict=True):
+        methods = grouped(some)
+        for index, (name, runs) in enumerate(methods.items()):
             for run in runs:
                 thick = run is middle(runs)
                 style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
@@ -193,9 +191,9 @@ def curves(
                 axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
-        if names != before:
+        if [*methods] != before:
             pair[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        before = names
+        before = [*methods]
     clean(axes.flat)
     return figure
 
@@ -240,9 +238,8 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
     """
     lines, heads = [], [f"to {level:g}" for level in levels] or [f"to {rivals[0]}'s end"]
     there = [name for name in rivals if any(row["name"] == name for row in rows)]
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        some = [row for row in rows if row["problem"] == problem]
-        runs = {name: [row for row in some if row["name"] == name] for name in dict.fromkeys(r["name"] for r in some)}
+    for problem, some in grouped(rows, "problem").items():
+        runs = grouped(some)
         goals = levels or (float(np.median(ends(runs[there[0]]))) if there else -np.inf,)
         for own in runs.values():
             cells = []
@@ -252,14 +249,7 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
             cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
             pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
             lines.append((problem, named(own[0]), f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
-    headings = (
-        "problem",
-        "method",
-        "loss",
-        "ms / step",
-        *heads,
-        *(f"x {name}" for name in there),
-    )
+    headings = ("problem", "method", "loss", "ms / step", *heads, *(f"x {name}" for name in there))
     caption = (
         "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
         "last columns: seconds to the last loss over those of another, their range over the runs in brackets; < if it "

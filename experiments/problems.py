@@ -9,9 +9,8 @@ curves      784-400-200-100-50-25-6 on curves like those of CURVES; the same los
 faces       625-2000-1000-500-30 on faces like those of FACES; half the squared error, summed over pixels
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from rich import print as say
 import natgrad_jax as ng
 from experiments import data
 from experiments.courses import Case, Entry
-from experiments.data import Data, Part, batches, digits, folder, shifted_and_flipped
+from experiments.data import Data, digits, endless, folder
 from experiments.methods import BASELINE, METHODS, Kind
 from experiments.nets import ResNet, ThreeConvolutions, autoencoder
 from experiments.records import Records
@@ -69,20 +68,13 @@ class Problem(NamedTuple):
             found = digits(*self.instead)
         return found if self.kind == "classifier" else found.mirrored()
 
-    def stream(self, part: Part, seed: int) -> Iterator[Part]:
-        """Batches for ever, every epoch in an order of its own."""
-        return chain.from_iterable(self._of_epoch(part, seed, epoch) for epoch in count())
-
-    def _of_epoch(self, part: Part, seed: int, epoch: int) -> Iterable[Part]:
-        found = batches(part, self.batch, seed, epoch)
-        return shifted_and_flipped(found, seed, epoch) if self.crops else found
-
     def case(self) -> Case:
         """What is trained on what."""
         found = self.data(folder())
         task = Task(self.net, self.likelihood, found.train.first(self.batch), {"train": True})
         fields = {"problem": self.name, "data": found.name}
-        return Case(fields, task, partial(self.stream, found.train), partial(self.measured, data=found))
+        stream = partial(endless, found.train, self.batch, moved=self.crops)
+        return Case(fields, task, stream, partial(self.measured, data=found))
 
     def measured(self, variables: Mapping[str, Any], data: Data, size: int = 2000) -> dict[str, float]:
         """Losses in nats an image, and of a classifier the shares of the images that it has right."""

@@ -84,9 +84,12 @@ def numbers(records: Iterable[Mapping[str, Any]], entry: str) -> np.ndarray:
     return np.array([np.inf if record[entry] is None else record[entry] for record in records], float)
 
 
-def by_name(rows: Records) -> dict[str, Records]:
-    """The rows of every method."""
-    return {name: [row for row in rows if row["name"] == name] for name in dict.fromkeys(row["name"] for row in rows)}
+def grouped(rows: Records, entry: str = "name") -> dict[Any, Records]:
+    """The rows of every method, or with the same of another entry."""
+    found: dict[Any, Records] = {}
+    for row in rows:
+        found.setdefault(row[entry], []).append(row)
+    return found
 
 
 class State(NamedTuple):

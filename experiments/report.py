@@ -34,7 +34,7 @@ from experiments import (
 )
 from experiments.figures import markdown
 from experiments.problems import series
-from experiments.records import Records, by_name
+from experiments.records import Records, grouped
 
 LONG = (*autoencoder.STUDIES, *classify.STUDIES)
 OTHERS = (
@@ -104,7 +104,7 @@ def goals(folder: Path) -> Table | None:
     table = Table(caption="Ours: tuned runs of this package's methods, without SGD-m and Adam.")
     for heading in ("goal", "asked", "measured", "by", "reached"):
         table.add_column(heading)
-    mnist, curves = (by_name(study.known(folder)) for study in autoencoder.STUDIES[:2])
+    mnist, curves = (grouped(study.known(folder)) for study in autoencoder.STUDIES[:2])
     shares = {name: autoencoder.overtaken(mnist, name, 10)[1] for name in ours(mnist)}
     row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
     asked = [name for name in ours(mnist) if name in ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")]

@@ -24,13 +24,13 @@ from rich.table import Table
 from experiments import autoencoder, classify, figures, study
 from experiments.autoencoder import named
 from experiments.figures import ends
-from experiments.records import Records, by_name
+from experiments.records import Records, grouped
 
 
 def table(rows: Records, title: str) -> Table:
     """The best numbers of every method, and how the others did."""
     lines = []
-    for name, own in by_name(rows).items():
+    for name, own in grouped(rows).items():
         losses = ends(own)
         best = starred(int(np.argmin(losses)), own) if np.isfinite(losses.min()) else "-"
         least, median = (f"{loss:.5g}" if np.isfinite(loss) else "-" for loss in (losses.min(), np.median(losses)))
@@ -55,7 +55,7 @@ def starred(index: int, rows: Records) -> str:
 
 def picture(rows: Records, title: str) -> Figure:
     """Loss against learning rate, a panel for each tuned method; the color is the damping, a cross a diverged trial."""
-    runs = {name: own for name, own in by_name(rows).items() if own[0]["numbers"]}
+    runs = {name: own for name, own in grouped(rows).items() if own[0]["numbers"]}
     columns = min(5, len(runs))
     size = {"figsize": (0.6 + 2.5 * columns, 0.8 + 2.1 * -(-len(runs) // columns))}
     figure, axes = figures.panels(-(-len(runs) // columns), columns, sharey=True, **size)

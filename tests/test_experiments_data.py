@@ -86,7 +86,7 @@ def test_the_same_file_may_be_packed_in_another_way(fashion):
     assert len(data.fashion_mnist(fashion).train.labels) == 3
 
 
-def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch):
+def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch, capsys):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     bodies = []
     for colour in colours:
@@ -98,16 +98,15 @@ def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch):
     arrays = {"data": np.concatenate([body[20:] for body in bodies]), "offsets": offsets, "labels": np.arange(3)}
     np.savez(file, header=bodies[0][:20], **arrays)
     write(tmp_path, "cifar10/cifar10_jpeg75_full.npz", file.getvalue(), monkeypatch)
-    said = []
-    found = data.cifar10(tmp_path, said.append)
-    assert found.name == "cifar10_jpeg75" and len(said) == 1
+    found = data.cifar10(tmp_path)
+    assert found.name == "cifar10_jpeg75" and "Unpacking" in capsys.readouterr().out
     np.testing.assert_allclose(found.train.images[:, 7, 9], np.array(colours) / 255, atol=0.01)  # JPEG
     assert list(found.train.labels) == [0, 1, 2] and found.test.images.shape == (0, 32, 32, 3)
 
 
-def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch):
+def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch, capsys):
     pixels, labels = np.zeros((60002, 784), np.int64), np.arange(60002) % 10
-    asked, said = [], []
+    asked = []
 
     def fetch(**options):
         asked.append(options["name"])
@@ -115,8 +114,8 @@ def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch):
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
-    found = data.mnist(None, said.append)
-    assert asked == ["mnist_784"] and "mnist_784 of openml.org" in said[0] and len(said) == 1
+    found = data.mnist(None)
+    assert asked == ["mnist_784"] and capsys.readouterr().out.count("mnist_784 of openml.org") == 1
     assert found.train.images.shape == (60000, 28, 28, 1) and list(found.test.labels) == list(labels[60000:])
 
 
@@ -129,7 +128,7 @@ def test_offline_it_is_said_what_to_do(load, monkeypatch):
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
     with pytest.raises(ConnectionError, match=r"could not be downloaded \(no route to host\). Let NATGRAD_DATA"):
-        load(None, report=lambda line: None)
+        load(None)
 
 
 @pytest.mark.parametrize("what", [problems.MNIST, problems.FACES, problems.convnet(16), problems.CIFAR10])

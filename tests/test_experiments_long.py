@@ -15,7 +15,7 @@ from experiments.data import digits
 from experiments.methods import METHODS
 from experiments.nets import Convnet
 from experiments.nets import autoencoder as mirrored
-from experiments.records import by_name, kept
+from experiments.records import grouped, kept
 from experiments.study import Limits
 
 RESULTS = Path(study.__file__).parent / "results"
@@ -101,7 +101,7 @@ def test_the_committed_runs_are_those_of_a_study_and_shown(index):
     whole = (*autoencoder.STUDIES[:2], *classify.STUDIES[:2])[index]
     rows, trials = whole.known(RESULTS), tune.of(whole).known(RESULTS)
     assert {row["name"] for row in rows} <= {*whole.entries} and {*rows[0]["config"]} == {*whole.key}
-    assert whole.table(rows).row_count == len(by_name(rows)) and tune.of(whole).table(trials).row_count >= 5
+    assert whole.table(rows).row_count == len(grouped(rows)) and tune.of(whole).table(trials).row_count >= 5
     path = RESULTS / f"{whole.name}.jsonl"
     for name in ("Adam", "K-FAC"):  # a run finds its trials again, in as many steps as these had
         key = {**{entry: rows[0][entry] for entry in ("problem", "data")}, "name": name}
@@ -160,7 +160,7 @@ def test_how_soon_a_run_is_as_low_as_adam_at_its_end_and_off_the_plateau():
     ]
     columns = [list(column.cells) for column in autoencoder.CURVES.table(rows).columns]
     assert columns[-2:] == [["2 (1.00)", "1 (0.75)"], ["6 (1.00)", "2 (0.33)"]]
-    runs = by_name(rows)
+    runs = grouped(rows)
     assert autoencoder.overtaken({"K-FAC": rows[1:]}, "K-FAC") == (np.inf, np.inf)
     assert autoencoder.overtaken(runs, "Adam", 1) == (1, 1)
     assert autoencoder.steps_below(runs["K-FAC"], 50.0) == np.inf

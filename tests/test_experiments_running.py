@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments.data import Data, Part, batches, digits, shifted_and_flipped
+from experiments.data import Data, Part, batches, digits, endless, shifted_and_flipped
 from experiments.nets import Block, Convnet, Perceptron, ResNet, autoencoder
 from experiments.problems import CIFAR10, CURVES, FACES, MNIST, convnet
 from experiments.running import Runner, Task
@@ -116,14 +116,14 @@ def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_sa
     task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4), {"train": True})
     runner = Runner(lambda numbers, layers: ng.kfac(numbers["rate"], layers, damping=1.0), {"rate": 0.1}, task)
     before = jax.tree.map(np.array, runner.variables["batch_stats"])
-    runner.run(islice(chosen.stream(given, 0), 3))
+    runner.run(islice(endless(given, 4, 0, True), 3))
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, runner.variables["batch_stats"])
     assert all(jax.tree.leaves(moved))
     saved = [np.array(leaf) for leaf in jax.tree.leaves(runner.carry)]
-    losses, _ = runner.run(islice(chosen.stream(given, 0), 3, 6))
+    losses, _ = runner.run(islice(endless(given, 4, 0, True), 3, 6))
     runner.begin({"rate": 0.1})
     assert runner.restore(saved, 3)
-    again, _ = runner.run(islice(chosen.stream(given, 0), 3, 6))
+    again, _ = runner.run(islice(endless(given, 4, 0, True), 3, 6))
     np.testing.assert_array_equal(losses, again)
     assert not runner.restore(saved[1:], 3)
 
