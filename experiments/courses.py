@@ -171,8 +171,9 @@ class Course:
         self._look(now["steps"] + count, now["seconds"] + seconds, losses)
 
     def save(self, path: Path) -> None:
-        """Write down where it stands."""
-        save(path, State(jax.tree.leaves(self._runner.carry), self.looks))
+        """Write down where it stands, unless it ends by its seconds: then its numbers are of its pace today."""
+        if isinstance(self._runner, Runner) and np.isinf(self._limits.seconds):
+            save(path, State(jax.tree.leaves(self._runner.carry), self.looks))
 
     def go_on(self, path: Path) -> None:
         """Go to where it stood, if that was written down and is of the same shape."""
