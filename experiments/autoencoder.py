@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import figures, problems, study
-from experiments.figures import spread
-from experiments.methods import ALL, Numbers
-from experiments.problems import Problem, series
+from experiments.figures import seconds, series, setting, spread
+from experiments.methods import ALL, BASELINE
+from experiments.problems import Problem
 from experiments.records import Records, grouped
 from experiments.study import Entry, Limits
 
@@ -70,15 +70,10 @@ def of_authors() -> dict[str, Entry]:
     return found
 
 
-def named(numbers: Numbers) -> str:
-    """What was chosen, for people."""
-    return ", ".join(f"{number:g}" for number in numbers.values() if number) or "its own"
-
-
 def table(rows: Records, problem: Problem) -> Table:
     """Losses beside what the authors logged, what a step costs, and how soon Adam is overtaken."""
-    runs, epochs, lines = grouped(rows), problems.shown_epochs(rows, 1, 3, 5, 10, 20, 50), []
-    costs, plateau = problems.over_baseline(runs), PLATEAU if problem.name == "curves" else None
+    runs, epochs, lines = grouped(rows), figures.epochs_of(rows, 1, 3, 5, 10, 20, 50), []
+    costs, plateau = figures.costs(runs, BASELINE), PLATEAU if problem.name == "curves" else None
     for name, own in runs.items():
         losses, test, logged = series(own), series(own, "test_loss"), AUTHORS.get(name)
         log = logged.losses if logged else {}
@@ -86,7 +81,8 @@ def table(rows: Records, problem: Problem) -> Table:
         cells += [spread(test[:, -1], 1), costs[name] + (f" ({logged.cost:.2f})" if logged and logged.cost else "")]
         epoch, share = overtaken(runs, name)
         cells += [f"{seconds(own)[-1]:.0f}", f"{epoch:.0f} ({share:.2f})" if np.isfinite(epoch) else "-"]
-        lines.append((name, named(own[0]["numbers"]), f"{len(own)}", *cells, *([left(runs, name)] if plateau else [])))
+        cells += [left(runs, name)] if plateau else []
+        lines.append((name, setting(own[0]["numbers"]), f"{len(own)}", *cells))
     last = [f"below {plateau:g}: steps (of Adam's)"] if plateau else []
     headings = ("test", "a step / SGD-m's", "s", "Adam's last", *last)
     return figures.table(
@@ -97,11 +93,6 @@ def table(rows: Records, problem: Problem) -> Table:
         "all methods in turn in one process. s: of all epochs at that cost. Adam's last: the first epoch at the end of "
         "which the loss is no more than tuned Adam's last, and at which share of all its seconds.",
     )
-
-
-def seconds(runs: Records) -> np.ndarray:
-    """Until the end of every epoch, medians."""
-    return np.median(series(runs, "seconds"), axis=0)
 
 
 def overtaken(runs: Mapping[str, Records], name: str, last: int | None = None) -> tuple[float, float]:

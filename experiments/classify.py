@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import figures, problems, study
-from experiments.autoencoder import named, seconds
-from experiments.figures import spread
-from experiments.methods import KL_CLIP, METHODS, PERIODS, STATISTICS_EVERY, WEIGHT_DECAY
-from experiments.problems import Problem, series
+from experiments.figures import seconds, series, setting, spread
+from experiments.methods import BASELINE, KL_CLIP, METHODS, PERIODS, STATISTICS_EVERY, WEIGHT_DECAY
+from experiments.problems import Problem
 from experiments.records import Records, grouped
 from experiments.study import Entry, Limits
 
@@ -30,12 +29,12 @@ BUDGET, TRIAL = 8, 200
 
 def table(rows: Records, problem: Problem) -> Table:
     """Loss and accuracy after some epochs, and what a step costs."""
-    runs, epochs, lines = grouped(rows), problems.shown_epochs(rows, 1, 2, 3, 5, 10, 20), []
-    costs = problems.over_baseline(runs)
+    runs, epochs, lines = grouped(rows), figures.epochs_of(rows, 1, 2, 3, 5, 10, 20), []
+    costs = figures.costs(runs, BASELINE)
     for name, own in runs.items():
         losses, right, between = series(own), series(own, "test_accuracy"), "  " if len(own) == 1 else "\n"
         cells = (spread(losses[:, epoch], 4) + between + spread(100 * right[:, epoch], 2) for epoch in epochs)
-        lines.append((name, named(own[0]["numbers"]), *cells, costs[name], f"{seconds(own)[-1]:.0f}"))
+        lines.append((name, setting(own[0]["numbers"]), *cells, costs[name], f"{seconds(own)[-1]:.0f}"))
     return figures.table(
         f"Training loss, and test accuracy in %; {problem.title}",
         ("method", "rate, damping", *(f"epoch {epoch}" for epoch in epochs), "a step / SGD-m's", "s"),

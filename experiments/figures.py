@@ -219,6 +219,46 @@ def end_and_steps(runs: Records, form: str = ".2g") -> str:
     return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
 
 
+def series(runs: Records, entry: str = "losses") -> np.ndarray:
+    """An entry of runs at every look [seeds, looks]; infinite where a run has diverged, and after."""
+    found = np.full((len(runs), max(len(run["steps"]) for run in runs)), np.inf)
+    for line, run in zip(found, runs, strict=True):
+        line[: len(run[entry])] = [np.inf if number is None else number for number in run[entry]]
+    return found
+
+
+def seconds(runs: Records) -> np.ndarray:
+    """Until every look, medians of the runs that came there."""
+    found = series(runs, "seconds")
+    return np.nanmedian(np.where(np.isfinite(found), found, np.nan), axis=0)
+
+
+def costs(runs: Mapping[str, Records], baseline: str) -> dict[str, str]:
+    """What a step of every method takes after the first look, in units of a baseline's; dashes if that did not run."""
+
+    def cost(own: Records) -> float:
+        found = []
+        for run in own:
+            first = min(1, len(run["steps"]) - 2)  # 0 if there is one look alone
+            times, steps = (run[entry][-1] - run[entry][first] for entry in ("seconds", "steps"))
+            found.append(times / steps)
+        return float(np.median(found))
+
+    unit = cost(runs[baseline]) if baseline in runs else np.nan
+    return {name: f"{cost(own) / unit:.2f}" if np.isfinite(unit) else "-" for name, own in runs.items()}
+
+
+def epochs_of(runs: Records, *epochs: int) -> list[int]:
+    """Those of some looks that there are, and the last."""
+    last = max(len(run["steps"]) for run in runs) - 1
+    return [epoch for epoch in epochs if epoch < last] + [last]
+
+
+def setting(numbers: Mapping[str, float]) -> str:
+    """What was chosen, for people."""
+    return ", ".join(f"{number:g}" for number in numbers.values() if number) or "its own"
+
+
 def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
     """Steps and seconds at which a run is first at a loss; infinite if never."""
     found = (look for look, loss in enumerate(row["losses"]) if loss is not None and loss <= level)

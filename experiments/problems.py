@@ -1,4 +1,4 @@
-"""The problems of the long experiments: data, a net, a loss, how well the net does, and what its steps cost.
+"""The problems of the long experiments: data, a net, a loss, and how well the net does.
 
 fashion     Fashion-MNIST, and the convnet of TENGraD
 cifar10     CIFAR-10, and a ResNet-20: batch norm, random crops, mirrored images
@@ -24,9 +24,8 @@ import natgrad_jax as ng
 from experiments import data
 from experiments.courses import Case, Entry
 from experiments.data import Data, digits, endless, folder
-from experiments.methods import BASELINE, METHODS, Kind
+from experiments.methods import METHODS, Kind
 from experiments.nets import ResNet, ThreeConvolutions, autoencoder
-from experiments.records import Records
 from experiments.running import Task
 
 PIXELS, CLASSES = ng.losses.sigmoid_binary_cross_entropy, ng.losses.softmax_cross_entropy
@@ -140,34 +139,3 @@ def entries(problem: Problem, budget: int) -> dict[str, Entry]:
         )
         for name, method in METHODS.items()
     }
-
-
-def series(runs: Records, entry: str = "losses") -> np.ndarray:
-    """An entry of runs at every look [seeds, looks]; infinite where a run has diverged, and after."""
-    found = np.full((len(runs), max(len(run["steps"]) for run in runs)), np.inf)
-    for line, run in zip(found, runs, strict=True):
-        line[: len(run[entry])] = [np.inf if number is None else number for number in run[entry]]
-    return found
-
-
-def cost(runs: Records) -> float:
-    """Seconds of a step after the first epoch, the median of runs."""
-    found = []
-    for run in runs:
-        first = min(1, len(run["steps"]) - 2)
-        found.append(
-            np.diff([run["seconds"][first], run["seconds"][-1]]) / np.diff([run["steps"][first], run["steps"][-1]])
-        )
-    return float(np.median(found))
-
-
-def over_baseline(runs: Mapping[str, Records]) -> dict[str, str]:
-    """What a step of every method costs in units of SGD-m's, for reading; a dash where that did not run."""
-    unit = cost(runs[BASELINE]) if BASELINE in runs else np.nan
-    return {name: f"{cost(own) / unit:.2f}" if np.isfinite(unit) else "-" for name, own in runs.items()}
-
-
-def shown_epochs(runs: Records, *epochs: int) -> list[int]:
-    """Those of some epochs that were run, and the last."""
-    last = max(len(run["steps"]) for run in runs) - 1
-    return [epoch for epoch in epochs if epoch < last] + [last]

@@ -32,8 +32,7 @@ from experiments import (
     text,
     tune,
 )
-from experiments.figures import markdown
-from experiments.problems import series
+from experiments.figures import markdown, series
 from experiments.records import Records, grouped
 
 LONG = (*autoencoder.STUDIES, *classify.STUDIES)

@@ -22,8 +22,7 @@ from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 from experiments import autoencoder, classify, figures, study
-from experiments.autoencoder import named
-from experiments.figures import ends
+from experiments.figures import ends, setting
 from experiments.records import Records, grouped
 
 
@@ -45,7 +44,7 @@ def table(rows: Records, title: str) -> Table:
 
 def starred(index: int, rows: Records) -> str:
     """The numbers of a trial; with a star if one of them is the least or the largest that was tried."""
-    text = named(rows[index]["numbers"])
+    text = setting(rows[index]["numbers"])
     for name, number in rows[index]["numbers"].items():
         tried = [row["numbers"][name] for row in rows]
         if min(tried) < max(tried) and number in (min(tried), max(tried)):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import autoencoder, classify, problems, study, tune
+from experiments import autoencoder, classify, figures, problems, study, tune
 from experiments.data import digits
 from experiments.methods import METHODS
 from experiments.nets import Convnet
@@ -167,8 +167,14 @@ def test_how_soon_a_run_is_as_low_as_adam_at_its_end_and_off_the_plateau():
 
 
 def test_a_run_that_ended_early_is_infinite_where_others_went_on():
-    rows = [{"steps": [0, 1, 2], "losses": [3.0, 2.0, 1.0]}, {"steps": [0, 1], "losses": [3.0, None]}]
-    np.testing.assert_array_equal(problems.series(rows), [[3.0, 2.0, 1.0], [3.0, np.inf, np.inf]])
+    rows = [
+        {"steps": [0, 1, 2], "losses": [3.0, 2.0, 1.0], "seconds": [0.0, 3.0, 7.0]},
+        {"steps": [0, 1], "losses": [3.0, None], "seconds": [0.0, 4.0]},
+    ]
+    np.testing.assert_array_equal(figures.series(rows), [[3.0, 2.0, 1.0], [3.0, np.inf, np.inf]])
+    np.testing.assert_array_equal(figures.seconds(rows), [0.0, 3.5, 7.0])
+    assert figures.costs({"a": rows[:1], "b": rows[1:], "c": rows}, "a") == {"a": "1.00", "b": "1.00", "c": "1.00"}
+    assert figures.costs({"b": rows}, "a") == {"b": "-"}
 
 
 def trials_of(losses):
