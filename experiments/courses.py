@@ -220,10 +220,9 @@ class Compiled:
     @cached_property
     def pace(self) -> float:
         """Seconds of a step, from a few."""
-        few = 3 * max(self.entry.stretch, min(self.limits.look, 7))
-        course = self.course(self.entry.tried[0], 0, self.limits._replace(steps=few, look=few, seconds=np.inf))
-        course.advance()
-        return course.looks[-1]["seconds"] / few
+        few, runner = 3 * max(self.entry.stretch, min(self.limits.look, 7)), self._runners[0]
+        runner.begin(self.entry.tried[0] | {"horizon": float(few)})
+        return runner.run(list(islice(self._case.stream(0), few)))[1] / few
 
     def course(self, numbers: Numbers, seed: int, limits: Limits | None = None) -> Course:
         """A run at its start."""
