@@ -24,11 +24,10 @@ import natgrad_jax as ng
 from experiments import data
 from experiments.courses import Case, Entry
 from experiments.data import Data, digits, endless, folder
+from experiments.digits import CLASSES, PIXELS
 from experiments.methods import METHODS, Kind
 from experiments.nets import ResNet, ThreeConvolutions, autoencoder
 from experiments.running import Task
-
-PIXELS, CLASSES = ng.losses.sigmoid_binary_cross_entropy, ng.losses.softmax_cross_entropy
 
 
 class Problem(NamedTuple):

@@ -19,14 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures, study
 from experiments.data import Part, folder, shakespeare
 from experiments.methods import Range, tuned
 from experiments.nets import Transformer
-from experiments.records import Records
 from experiments.running import Labels, Task
 from experiments.study import Entry, Limits, Numbers
 
@@ -92,11 +90,6 @@ def soap(rate: Any, damping: Any, layers: Any) -> Any:
     return ng.soap(rate, layers, statistics="gradient", momentum=0.95, damping=damping)
 
 
-def table(rows: Records) -> Table:
-    """Where every method ends, and when it is where Adam ends."""
-    return figures.outcome(rows, "Loss of letters not trained on, in nats", ("Adam",))
-
-
 STUDY = study.Study(
     "text",
     "A transformer on letters",
@@ -110,7 +103,7 @@ STUDY = study.Study(
         "K-FAC, nothing said": Entry(lambda numbers, layers: ng.kfac(layers=layers)),
     },
     Limits(500, EVERY),
-    table,
+    partial(figures.outcome, title="Loss of letters not trained on, in nats", rivals=("Adam",)),
     partial(figures.curves, label="loss of letters not trained on, nats", across="linear", up="linear"),
     {"budget": BUDGET, "every": EVERY, "seed": 0} | SIZES,
     trial=Limits(100, EVERY),

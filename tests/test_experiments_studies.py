@@ -74,7 +74,7 @@ def test_the_demo_has_every_method_on_both_problems():
             layers = entry.labels and case.task.capture(entry.labels).layers(shapes, case.task.batch.images)
             jax.eval_shape(entry.make({"horizon": 10.0}, layers).init, shapes["params"])
     rows = [row("classifier", "Adam", [2.0, 1.0, 0.5]), row("classifier", "K-FAC", [2.0, 0.4, 0.1])]
-    shown = demo.table(rows)
+    shown = demo.STUDY.table(rows)
     assert [list(column.cells) for column in shown.columns[2:]] == [
         ["0.5", "0.1"],
         ["100", "100"],
@@ -192,7 +192,7 @@ def test_passages_are_followed_by_the_letters_that_come_next():
 def test_the_transformer_learns_letters(letters, tmp_path):
     (found,) = study.run(letters, tmp_path)
     assert abs(found["losses"][0] - np.log(4)) < 1 and len(found["losses"]) == 3  # nats a letter
-    assert text.table([found]).row_count == 1
+    assert text.STUDY.table([found]).row_count == 1
 
 
 def test_the_table_of_equations_has_the_errors_and_the_ratio():
