@@ -101,10 +101,9 @@ def overtaken(runs: Mapping[str, Records], name: str, last: int | None = None) -
         return np.inf, np.inf
     adam, own = (np.median(series(runs[each]), axis=0) for each in (ADAM, name))
     last = len(adam) - 1 if last is None else last
-    reached = np.flatnonzero(own[: last + 1] <= adam[last])
-    return (
-        (reached[0], seconds(runs[name])[reached[0]] / seconds(runs[ADAM])[last]) if len(reached) else (np.inf, np.inf)
-    )
+    for epoch in np.flatnonzero(own[: last + 1] <= adam[last]):
+        return float(epoch), seconds(runs[name])[epoch] / seconds(runs[ADAM])[last]
+    return np.inf, np.inf
 
 
 def left(runs: Mapping[str, Records], name: str) -> str:
@@ -148,7 +147,7 @@ def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[st
         Limits(epochs * problem.epoch, problem.epoch, parts=10),
         partial(table, problem=problem),
         partial(picture, problem=problem),
-        {"batch": problem.batch},
+        {"net": problem.title, "batch": problem.batch},
         trial=Limits(steps, steps),
         command=f"make autoencoder{option}",
     )

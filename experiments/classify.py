@@ -63,7 +63,7 @@ def of(problem: Problem, label: str, name: str, entries: Mapping[str, Entry]) ->
         Limits(3 * problem.epoch, problem.epoch, parts=10),
         partial(table, problem=problem),
         partial(picture, problem=problem),
-        {"batch": problem.batch, **shared},
+        {"net": problem.title, "batch": problem.batch, **shared},
         trial=Limits(TRIAL, TRIAL),
         command=f"make classify{option}",
     )
