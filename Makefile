@@ -52,10 +52,10 @@ findings: ## what surprised us in JAX and Flax, each shown again in an environme
 #: Experiments; ARGS=--help shows the options of each
 
 autoencoder: $(VENV)/test.stamp ## the papers' autoencoders at their authors' settings and tuned; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.train $(GIVEN)
+	$(KEEP) $(BIN)/python -m experiments.autoencoder $(GIVEN)
 
 classify: $(VENV)/test.stamp ## the convnet of TENGraD on Fashion-MNIST, every method at the best of its trials by `make tune`; one table, one picture
-	$(KEEP) $(BIN)/python -m experiments.train --problem fashion $(GIVEN)
+	$(KEEP) $(BIN)/python -m experiments.classify $(GIVEN)
 
 tune: $(VENV)/test.stamp ## the same number of trials for every method on a problem, MNIST's autoencoder by default; one table
 	$(KEEP) $(BIN)/python -m experiments.tune $(GIVEN)

@@ -15,7 +15,7 @@ long for the others, and a damping that is tested on the 16 images that the step
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optax
@@ -26,7 +26,7 @@ import natgrad_jax as ng
 from experiments import digits, figures, study
 from experiments.figures import ends
 from experiments.nets import Perceptron
-from experiments.records import Records
+from experiments.records import Records, grouped
 from experiments.study import Entry, Limits, Numbers, grid
 
 KFAC: dict[str, Any] = {"statistics_every": 2, "refresh_every": 10}
@@ -37,16 +37,17 @@ LEAST = 1e-6
 """Losses below it are rounding in float32."""
 
 
-class Control(NamedTuple):
-    """A way of choosing the step.
+NOTHING = "nothing said"
 
-    Attributes:
-        make: the layers, the learning rate as a schedule, and one number for each of the others -> the optimizer.
-        tried: of which the best are taken; "rate" is the first learning rate.
-    """
 
-    make: Callable[..., Any]
-    tried: tuple[Numbers, ...]
+def control(make: Callable[..., Any], tried: tuple[Numbers, ...]) -> Entry:
+    """A way of choosing the step: layers, a rate that falls from the one tried, and the other numbers -> optimizer."""
+
+    def made(numbers: Numbers, layers: Any) -> Any:
+        others = {name: number for name, number in numbers.items() if name not in ("rate", "horizon")}
+        return make(layers, study.cosine(numbers.get("rate", 0.0), numbers["horizon"]), **others)
+
+    return Entry(made, tried, stretch=STEPS // LOOKS)
 
 
 def given(layers: Any, rate: Any, damping: Any, bound: Any = None) -> Any:
@@ -75,35 +76,18 @@ def adaptive(layers: Any, rate: Any, least: Any) -> Any:
     return of_model(layers, rate, replace(ng.adaptive_damping(), least=least))
 
 
-def nothing(layers: Any, rate: Any) -> Any:
-    """Periods alone are given."""
-    return ng.kfac(layers=layers, **KFAC)
-
-
-CLIPPED, GRAFTED = grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)), (0.003, 0.01, 0.03, 0.1)
-NOTHING = "nothing said"
 CONTROLS = {
-    "learning rate": Control(given, grid(rate=RATES, damping=DAMPINGS)),
-    "learning rate, KL clip": Control(given, CLIPPED),
-    "learning rate, Adam's length": Control(grafted, grid(rate=GRAFTED, damping=DAMPINGS)),
-    "quadratic rate": Control(of_model, grid(damping=MORE, momentum=(0.0,))),
-    "quadratic rate, momentum 0.9": Control(of_model, grid(damping=MORE, momentum=(0.9,))),
-    "quadratic rate and momentum": Control(of_model, grid(damping=MORE)),
-    "adaptive damping, learning rate": Control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9))),
-    "everything adaptive": Control(adaptive, grid(least=(1e-8,))),
-    "everything adaptive, bounded": Control(adaptive, grid(least=MORE)),
-    NOTHING: Control(nothing, ({},)),
+    "learning rate": control(given, grid(rate=RATES, damping=DAMPINGS)),
+    "learning rate, KL clip": control(given, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
+    "learning rate, Adam's length": control(grafted, grid(rate=(0.003, 0.01, 0.03, 0.1), damping=DAMPINGS)),
+    "quadratic rate": control(of_model, grid(damping=MORE, momentum=(0.0,))),
+    "quadratic rate, momentum 0.9": control(of_model, grid(damping=MORE, momentum=(0.9,))),
+    "quadratic rate and momentum": control(of_model, grid(damping=MORE)),
+    "adaptive damping, learning rate": control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9))),
+    "everything adaptive": control(adaptive, grid(least=(1e-8,))),
+    "everything adaptive, bounded": control(adaptive, grid(least=MORE)),
+    NOTHING: control(lambda layers, rate: ng.kfac(layers=layers, **KFAC), ({},)),
 }
-
-
-def entry(control: Control) -> Entry:
-    """A control as an entry of the study."""
-
-    def make(numbers: Numbers, layers: Any) -> Any:
-        others = {name: number for name, number in numbers.items() if name not in ("rate", "horizon")}
-        return control.make(layers, study.cosine(numbers.get("rate", 0.0), numbers["horizon"]), **others)
-
-    return Entry(make, control.tried, stretch=STEPS // LOOKS)
 
 
 def case(problem: str, batch: int) -> study.Case:
@@ -140,24 +124,15 @@ def cell(rows: Records) -> str:
 
 def picture(rows: Records) -> Figure:
     """Where every control ends against the size of the batch, a panel for each problem: medians, and the seeds."""
-    problems = [*dict.fromkeys(row["problem"] for row in rows)]
+    problems = grouped(rows, "problem")
     figure, axes = figures.panels(1, len(problems), figsize=(5.5 * len(problems), 5.5))
-    for axis, problem in zip(axes[0], problems, strict=True):
-        some = [row for row in rows if row["problem"] == problem]
+    for axis, (problem, some) in zip(axes[0], problems.items(), strict=True):
         start = float(np.median([row["losses"][0] for row in some]))
-        for index, name in enumerate(dict.fromkeys(row["name"] for row in some)):
-            runs = [[row for row in some if (row["name"], row["batch"]) == (name, batch)] for batch in BATCHES]
-            there = {
-                batch: np.clip(ends(own), LEAST, 3 * start) for batch, own in zip(BATCHES, runs, strict=True) if own
-            }
-            line = {
-                "color": f"C{index % 10}" if name != NOTHING else "black",
-                "linewidth": 2 if name == NOTHING else 1.4,
-            }
-            axis.plot(
-                [*there], [np.median(found) for found in there.values()], marker="o", markersize=4, label=name, **line
-            )
-            axis.vlines([*there], *np.array([(f.min(), f.max()) for f in there.values()]).T, alpha=0.5, **line)
+        for index, (name, runs) in enumerate(grouped(some).items()):
+            found = {size: np.clip(ends(own), LEAST, 3 * start) for size, own in grouped(runs, "batch").items()}
+            line = {"color": "black", "linewidth": 2} if name == NOTHING else {"color": f"C{index}", "linewidth": 1.4}
+            axis.plot([*found], [*map(np.median, found.values())], marker="o", markersize=4, label=name, **line)
+            axis.vlines([*found], [*map(np.min, found.values())], [*map(np.max, found.values())], alpha=0.5, **line)
         axis.axhline(start, color="grey", linewidth=0.8, linestyle="--", zorder=0)
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="loss of all images, above the least")
         axis.set_xticks(BATCHES, map(str, BATCHES))
@@ -172,7 +147,7 @@ STUDY = study.Study(
     "control",
     "Which ways of choosing the step survive a small batch",
     {f"{name}, {size}": partial(case, name, size) for name in ("autoencoder", "classifier") for size in BATCHES},
-    {name: entry(control) for name, control in CONTROLS.items()},
+    CONTROLS,
     Limits(STEPS, STEPS // LOOKS),
     table,
     picture,

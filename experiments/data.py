@@ -21,10 +21,10 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from http.client import HTTPException
-from itertools import pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,6 @@ from rich import print as say
 from scipy.io import loadmat
 from scipy.ndimage import map_coordinates, zoom
 from sklearn.datasets import fetch_olivetti_faces, fetch_openml, get_data_home, load_digits
-
-Report = Callable[[str], None]
 
 
 class Part(NamedTuple):
@@ -50,31 +48,17 @@ class Part(NamedTuple):
         return Part(self.images[:count], self.labels[:count])
 
 
-class Rows(NamedTuple):
-    """What an autoencoder is trained and tested on: rows of pixels [N, D], float32."""
-
-    name: str
-    train: np.ndarray
-    test: np.ndarray
-
-
 class Data(NamedTuple):
-    """What a classifier is trained and tested on."""
+    """What is trained and tested on."""
 
     name: str
     train: Part
     test: Part
 
-    def rows(self) -> Rows:
-        """The images alone, flat."""
-        return Rows(self.name, *(part.images.reshape(len(part.images), -1) for part in (self.train, self.test)))
-
-
-def blank(records: Iterable[Mapping[str, Any]]) -> Data:
-    """What records of runs say of their data: the name and the number of the images, and nothing of them."""
-    largest = max(records, key=lambda record: record["images"])
-    nothing = Part(np.empty((largest["images"], 0)), np.empty(largest["images"]))
-    return Data(largest["data"], nothing, nothing.first(0))
+    def mirrored(self) -> "Data":
+        """The images, flat, as inputs and as what is to come out."""
+        flat = (part.images.reshape(len(part.images), -1) for part in (self.train, self.test))
+        return Data(self.name, *(Part(rows, rows) for rows in flat))
 
 
 def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
@@ -93,6 +77,16 @@ def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
     for first in range(0, len(order) - size + 1, size):
         chosen = order[first : first + size]
         yield jax.tree.map(lambda array, chosen=chosen: array[chosen], part)
+
+
+def endless(part: Any, size: int, seed: int, moved: bool = False) -> Iterator[Any]:
+    """The batches of one epoch after the other, moved if that is asked for, each `shifted_and_flipped`."""
+
+    def of(epoch: int) -> Iterable[Any]:
+        found = batches(part, size, seed, epoch)
+        return shifted_and_flipped(found, seed, epoch) if moved else found
+
+    return chain.from_iterable(map(of, count()))
 
 
 def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int = 4) -> Iterator[Part]:
@@ -139,23 +133,23 @@ def folder() -> Path | None:
     return Path(named) if (named := os.environ.get("NATGRAD_DATA")) else None
 
 
-def mnist(given: Path | None, report: Report = say) -> Data:
+def mnist(given: Path | None) -> Data:
     """MNIST, from mnist/ in a folder or from openml.org."""
-    return _idx("mnist", "mnist_784", given, report)
+    return _idx("mnist", "mnist_784", given)
 
 
-def fashion_mnist(given: Path | None, report: Report = say) -> Data:
+def fashion_mnist(given: Path | None) -> Data:
     """Fashion-MNIST, from fashion_mnist/ in a folder or from openml.org; called "fashion"."""
-    return _idx("fashion_mnist", "Fashion-MNIST", given, report)._replace(name="fashion")
+    return _idx("fashion_mnist", "Fashion-MNIST", given)._replace(name="fashion")
 
 
-def cifar10(given: Path | None, report: Report = say) -> Data:
+def cifar10(given: Path | None) -> Data:
     """CIFAR-10: as JPEG of quality 75 from cifar10/ in a folder, or from openml.org."""
     if given is None:
-        name, (pixels, labels) = "cifar10", _openml("CIFAR_10", report)
+        name, (pixels, labels) = "cifar10", _openml("CIFAR_10")
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     else:
-        report("Unpacking the images of CIFAR-10 (JPEG of quality 75)")
+        say("Unpacking the images of CIFAR-10 (JPEG of quality 75)")
         name, packed = "cifar10_jpeg75", np.load(io.BytesIO(content(given, "cifar10/cifar10_jpeg75_full.npz")))
         header, bodies, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
         images, labels = np.empty((len(ends) - 1, 32, 32, 3), np.uint8), packed["labels"]
@@ -172,13 +166,13 @@ def digits(size: int = 8, channels: int = 1) -> Data:
     return Data("digits", Part(images[:1500], labels[:1500]), Part(images[1500:], labels[1500:]))
 
 
-def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Rows:
+def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Data:
     """Images of curves, in the manner of CURVES: called "curves-like"; rows of 28x28 pixels in 256 grey levels.
 
     Three points uniform in [3, 24]^2, the quadratic curve through them at 64 values of its parameter, and a pen that
     falls off as a Gaussian of deviation 0.7 pixels around the nearest of these. Those for testing have the next seed.
     """
-    return Rows("curves-like", _drawn(train, seed), _drawn(test, seed + 1))
+    return Data("curves-like", *(Part(drawn, drawn) for drawn in (_drawn(train, seed), _drawn(test, seed + 1))))
 
 
 def _drawn(count: int, seed: int) -> np.ndarray:
@@ -195,7 +189,7 @@ def _drawn(count: int, seed: int) -> np.ndarray:
     return pixels
 
 
-def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = say) -> Rows:
+def faces(given: Path | None, pieces: int = 40, seed: int = 0) -> Data:
     """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; rows of 25x25 pixels.
 
     A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
@@ -203,7 +197,7 @@ def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = 
     mean over the training set, and all are divided by their standard deviation. The first 25 people are for training,
     the last 10 for testing.
     """
-    rng, images = np.random.default_rng(seed), olivetti(given, report)
+    rng, images = np.random.default_rng(seed), olivetti(given)
     angles = np.radians(rng.uniform(-90, 90, (len(images), pieces, 1, 1)))
     factors = rng.uniform(1.4, 1.8, angles.shape)
     found = np.empty((len(images), pieces * 625), np.float32)
@@ -214,13 +208,13 @@ def faces(given: Path | None, pieces: int = 40, seed: int = 0, report: Report = 
     train, test = found[:250].reshape(-1, 625), found[300:].reshape(-1, 625)
     mean = train.mean(axis=0)
     scale = (train - mean).std()
-    return Rows("faces-like", (train - mean) / scale, (test - mean) / scale)
+    return Data("faces-like", *(Part(x, x) for x in ((train - mean) / scale, (test - mean) / scale)))
 
 
-def olivetti(given: Path | None, report: Report = say) -> np.ndarray:
+def olivetti(given: Path | None) -> np.ndarray:
     """The Olivetti faces [400, 64, 64], ten of each person in turn, from olivetti/ in a folder or by scikit-learn."""
     if given is None:
-        return _fetched("the Olivetti faces", report, fetch_olivetti_faces).images
+        return _fetched("the Olivetti faces", fetch_olivetti_faces).images
     pixels = loadmat(io.BytesIO(content(given, "olivetti/olivettifaces.mat")))["faces"]
     return (pixels.T.reshape(400, 64, 64).transpose(0, 2, 1) / np.float32(pixels.max())).astype(np.float32)
 
@@ -258,10 +252,10 @@ def content(given: Path, file: str) -> bytes:
     return found
 
 
-def _idx(name: str, online: str, given: Path | None, report: Report) -> Data:
+def _idx(name: str, online: str, given: Path | None) -> Data:
     """A data set in four files of the format IDX, or as openml.org has it; scikit-learn checks what it downloads."""
     if given is None:
-        pixels, classes = _openml(online, report)
+        pixels, classes = _openml(online)
         pixels = pixels.reshape(-1, 28, 28, 1)
         return Data(name, _part(pixels[:60000], classes[:60000]), _part(pixels[60000:], classes[60000:]))
     parts = []
@@ -276,15 +270,15 @@ def _part(pixels: np.ndarray, labels: np.ndarray) -> Part:
     return Part((pixels / np.float32(255)).astype(np.float32), labels.astype(np.int32))
 
 
-def _openml(name: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
+def _openml(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [N, D] and labels [N] of openml.org, uint8."""
     options = {"name": name, "version": 1, "as_frame": False, "parser": "liac-arff"}  # the other one needs pandas
-    found = _fetched(f"{name} of openml.org", report, fetch_openml, **options)
+    found = _fetched(f"{name} of openml.org", fetch_openml, **options)
     return found.data.astype(np.uint8), found.target.astype(np.uint8)
 
 
-def _fetched(what: str, report: Report, fetch: Callable[..., Any], **options: Any) -> Any:
-    report(f"Reading {what} from {get_data_home()}; if it is not there it is downloaded first, which takes minutes")
+def _fetched(what: str, fetch: Callable[..., Any], **options: Any) -> Any:
+    say(f"Reading {what} from {get_data_home()}; if it is not there it is downloaded first, which takes minutes")
     try:
         return fetch(**options)
     except (OSError, HTTPException) as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import chain, count
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax import linen as nn
 from scipy.special import xlogy
 
 import natgrad_jax as ng
-from experiments.data import Part, batches, digits
+from experiments.data import Part, digits, endless
 from experiments.running import Task
 from experiments.study import Case
 
@@ -46,7 +45,4 @@ def case(net: nn.Module, data: Part, batch: int, fields: Mapping[str, Any]) -> C
     def loss(variables: Any) -> float:
         return float(of(variables, *whole)) - floor
 
-    def stream(seed: int) -> Any:
-        return chain.from_iterable(map(partial(batches, data, batch, seed), count()))
-
-    return Case(fields, task, stream, loss)
+    return Case(fields, task, partial(endless, data, batch), loss)

@@ -22,7 +22,6 @@ than K-FAC's in most layers; larger errors after training; cosines in the order 
 The images are MNIST's, scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +42,8 @@ from experiments import figures
 from experiments.data import Part, digits, folder, mnist
 from experiments.directions import DIRECTIONS, LIKELIHOOD, Batches, angles, best, natural_gradient
 from experiments.nets import Convnet, Perceptron
-from experiments.records import Records, keep, numbers
-from experiments.running import Runner, Setting, Task
+from experiments.records import Records, grouped, keep, numbers
+from experiments.running import Runner, Task
 from natgrad_jax.algebra import averages
 from natgrad_jax.layers.rows import input_rows, output_rows, total
 from natgrad_jax.methods.ekfac import EKFAC
@@ -52,30 +51,13 @@ from natgrad_jax.methods.kfac import KFAC
 from natgrad_jax.methods.tekfac import TEKFAC
 from natgrad_jax.methods.tkfac import TKFAC
 
-
-class Entry(NamedTuple):
-    """A method that keeps nothing of the past, and how to read a basis (U, V) and a scale from its operator."""
-
-    method: ng.Method
-    read: Callable[[Any], tuple[Any, jax.Array]]
-
-
-def product(operator: Any) -> tuple[Any, jax.Array]:
-    """The eigenvectors of a Kronecker product, and the products of its eigenvalues, as yet undamped."""
-    return operator
-
-
-def rescaled(operator: Any) -> tuple[Any, jax.Array]:
-    """A basis, and what was measured in it."""
-    return operator.basis, averages.mean(operator.scale)
-
-
-METHODS = {
-    "K-FAC": Entry(KFAC(damping=0.0, split="exact").method(0.0), product),
-    "EKFAC": Entry(EKFAC(damping=0.0).method(0.0, 0.0), rescaled),
-    "TKFAC": Entry(TKFAC(damping=0.0, split="exact").method(0.0), product),
-    "TEKFAC": Entry(TEKFAC(damping=0.0).method(0.0, 0.0), rescaled),
+METHODS: dict[str, ng.Method] = {
+    "K-FAC": KFAC(damping=0.0, split="exact").method(0.0),
+    "EKFAC": EKFAC(damping=0.0).method(0.0, 0.0),
+    "TKFAC": TKFAC(damping=0.0, split="exact").method(0.0),
+    "TEKFAC": TEKFAC(damping=0.0).method(0.0, 0.0),
 }
+"""Methods that keep nothing of the past."""
 BEST = "best A ⊗ G"
 NAMES = (*METHODS, BEST)
 NO_WORSE = {"EKFAC": ("K-FAC",), "TEKFAC": ("TKFAC",), BEST: ("K-FAC", "TKFAC")}
@@ -84,18 +66,15 @@ COLOURS = {"K-FAC": "#9ecae1", "EKFAC": "#2171b5", "TKFAC": "#fdbe85", "TEKFAC":
 
 
 class Sizes(NamedTuple):
-    """The numbers of the experiment.
+    """How much is measured.
 
     Attributes:
-        images: how many images to train on; all of them where there are fewer.
+        images: to train on; all of them where there are fewer.
         examples: how many of these the blocks are of.
         few: how many the directions are of: F is dense, and TENGraD has ten rows of each.
         draws: of labels, for the methods that see sampled ones.
         batches: for those that see minibatches: how many, of 100 images.
         steps: of Adam between the two measurements, at batches of 250 and a rate of 0.003.
-        widths: outputs of the hidden layers of the dense net.
-        channels: outputs of the convolutions.
-        hidden: outputs of the dense layer behind them.
     """
 
     images: int = 10_000
@@ -104,32 +83,31 @@ class Sizes(NamedTuple):
     draws: int = 100
     batches: int = 100
     steps: int = 500
-    widths: tuple[int, ...] = (20, 20, 20, 20, 20)
-    channels: tuple[int, ...] = (8, 16, 32)
-    hidden: int = 32
 
 
-DAMPING, BATCH = 0.01, 250
-"""Damping of d*, and images per step of Adam."""
+DENSE, DAMPING, BATCH = "dense net", 0.01, 250
+"""The net of the directions, the damping of d*, and images per step of Adam."""
+NETS: dict[str, nn.Module] = {
+    DENSE: Perceptron((20, 20, 20, 20, 20), 10),
+    "CNN": Convnet((8, 16, 32), (2, 2, 2), (32,)),
+}
 
 
-def run(given: Path | None, sizes: Sizes = Sizes()) -> Records:  # noqa: B008 (a tuple)
-    """Measure both models at the start, train them, measure again: records of blocks, and of the dense net's angles."""
+def run(given: Path | None, sizes: Sizes = Sizes(), nets: dict[str, nn.Module] = NETS) -> Records:  # noqa: B008
+    """Measure the nets at the start, train them, measure again: records of blocks, and of the dense net's angles."""
     data, found = load(given, sizes.images), []
-    dense, strides = Perceptron(sizes.widths, 10), (2,) * len(sizes.channels)
-    models = {"dense net": dense, "CNN": Convnet(sizes.channels, strides, (sizes.hidden,))}
     key = {"data": "scikit-learn's digits" if given is None else "MNIST", "seed": 0}
-    for name, model in track(models.items(), "measuring"):
-        task = Task(model, LIKELIHOOD, data.first(BATCH))
-        runner = Runner(lambda setting, _: optax.adam(setting.rate), Setting(3e-3), task, None)
+    for name, net in track(nets.items(), "measuring"):
+        task = Task(net, LIKELIHOOD, data.first(BATCH))
+        runner = Runner(lambda numbers, _: optax.adam(numbers["rate"]), {"rate": 3e-3}, task, None)
         for stage in ("start", "trained"):
             if stage == "trained":
                 chosen = np.random.default_rng(0).integers(len(data.images), size=(sizes.steps, BATCH))
                 runner.run(Part(data.images[rows], data.labels[rows]) for rows in chosen)
             params = runner.variables["params"]
-            found += [key | {"model": name, "stage": stage} | row for row in measured(model, params, data, sizes)]
-            if model is dense:
-                found += [key | {"stage": stage} | row for row in turned(model, params, data, sizes)]
+            found += [key | {"model": name, "stage": stage} | row for row in measured(net, params, data, sizes)]
+            if name == DENSE:
+                found += [key | {"stage": stage} | row for row in turned(net, params, data, sizes)]
     return found
 
 
@@ -166,7 +144,7 @@ def watched(capture: Any, params: Any, images: jax.Array, labels: jax.Array) -> 
 def errors(layer: ng.Layer, evidence: ng.Evidence) -> dict[str, jax.Array]:
     """{method: |F - F~| / |F|} of a layer without stack axes, and that of the best Kronecker product."""
     block = exact(layer, evidence)
-    others = {name: implied(entry, layer, evidence) for name, entry in METHODS.items()} | {BEST: nearest(block)}
+    others = {name: implied(method, layer, evidence) for name, method in METHODS.items()} | {BEST: nearest(block)}
     return {name: jnp.linalg.norm(block - other) / jnp.linalg.norm(block) for name, other in others.items()}
 
 
@@ -179,14 +157,16 @@ def exact(layer: ng.Layer, evidence: ng.Evidence) -> jax.Array:
     return block.reshape(layer.shape[0] ** 2, layer.shape[1] ** 2)
 
 
-def implied(entry: Entry, layer: ng.Layer, evidence: ng.Evidence) -> jax.Array:
+def implied(method: ng.Method, layer: ng.Layer, evidence: ng.Evidence) -> jax.Array:
     """F~ of a method that has seen this batch alone, arranged like F."""
-    statistics, operator = entry.method.init(layer)
-    statistics = entry.method.observe(layer, statistics, evidence)
-    operator = entry.method.refresh(layer, statistics, operator, 0.0)
-    if entry.method.rescale:
-        operator = entry.method.rescale(layer, operator, evidence)
-    basis, scale = entry.read(operator)
+    statistics, operator = method.init(layer)
+    statistics = method.observe(layer, statistics, evidence)
+    operator = method.refresh(layer, statistics, operator, 0.0)
+    if method.rescale:
+        operator = method.rescale(layer, operator, evidence)
+        basis, scale = operator.basis, averages.mean(operator.scale)  # what was measured in a basis
+    else:
+        basis, scale = operator  # of a product, as yet undamped
     u, v = (side[:, None, :] * side[None, :, :] for side in basis)
     block = jnp.einsum("ijk,kl,opl->ijop", u, scale, v)  # 2
     return block.reshape(layer.shape[0] ** 2, layer.shape[1] ** 2)
@@ -216,16 +196,15 @@ def holds(row: dict[str, Any], name: str) -> bool:
     return all(row[name] <= row[other] + 1e-9 for other in NO_WORSE[name])
 
 
-def grouped(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]]]:
+def parted(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]]]:
     """{(model, stage): its layers}, and {stage: {method: its angles}}."""
-    blocks: dict[tuple[str, str], Records] = {}
-    directions: dict[str, dict[str, Records]] = {}
-    for row in records:
-        if "layer" in row:
-            blocks.setdefault((row["model"], row["stage"]), []).append(row)
-        else:
-            directions.setdefault(row["stage"], {}).setdefault(row["method"], []).append(row)
-    return blocks, directions
+    layers, angles = ([row for row in records if ("layer" in row) == of_layer] for of_layer in (True, False))
+    blocks = {
+        (model, stage): rows
+        for model, own in grouped(layers, "model").items()
+        for stage, rows in grouped(own, "stage").items()
+    }
+    return blocks, {stage: grouped(rows, "method") for stage, rows in grouped(angles, "stage").items()}
 
 
 def title(records: Records) -> str:
@@ -235,7 +214,7 @@ def title(records: Records) -> str:
 
 def table(records: Records) -> Table:
     """The mean errors of the blocks, the directions, and in how many layers the theorems hold."""
-    blocks, directions = grouped(records)
+    blocks, directions = parted(records)
     layers = [row for group in blocks.values() for row in group]
     held = {name: sum(holds(row, name) for row in layers) for name in NO_WORSE}
     theorems = "; ".join(f"{name} <= {', '.join(NO_WORSE[name])} in {count}" for name, count in held.items())
@@ -271,7 +250,7 @@ def number(error: float | None) -> str:
 
 def picture(records: Records) -> Figure:
     """Errors of blocks: a panel for each model and stage; cosines of directions: a panel for each stage."""
-    blocks, directions = grouped(records)
+    blocks, directions = parted(records)
     figure, axes = figures.panels(3, 2, figsize=(11, 11), sharey="row", height_ratios=(1, 1, 1.15))
     width = 0.8 / len(METHODS)
     for axis, ((model, stage), group) in zip(axes[:2].flat, blocks.items(), strict=True):

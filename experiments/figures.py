@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import Records, kept, numbers
+from experiments.records import Records, grouped, kept, numbers
 
 
 class Shown(NamedTuple):
@@ -23,6 +23,7 @@ class Shown(NamedTuple):
         table: records -> table.
         picture: records -> picture.
         select: those of its records that are shown.
+        command: that makes its records, if not `make` and its name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Shown(NamedTuple):
     table: Callable[[Records], Table]
     picture: Callable[[Records], Figure]
     select: Callable[[Records], Records] = list
+    command: str = ""
 
     def known(self, folder: Path) -> Records:
         """Its records in a folder."""
@@ -169,13 +171,11 @@ def curves(
     least: float = 0.0,
 ) -> Figure:
     """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
-    problems, before = [*dict.fromkeys(row["problem"] for row in rows)], []
+    problems, before = grouped(rows, "problem"), []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
-    for pair, problem in zip(axes, problems, strict=True):
-        some = [row for row in rows if row["problem"] == problem]
-        names = [*dict.fromkeys(row["name"] for row in some)]
-        for index, name in enumerate(names):
-            runs = [row for row in some if row["name"] == name]
+    for pair, (problem, some) in zip(axes, problems.items(), strict=True):
+        methods = grouped(some)
+        for index, (name, runs) in enumerate(methods.items()):
             for run in runs:
                 thick = run is middle(runs)
                 style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
@@ -191,10 +191,21 @@ def curves(
                 axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
-        if names != before:
+        if [*methods] != before:
             pair[1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        before = names
+        before = [*methods]
     clean(axes.flat)
+    return figure
+
+
+def of_epochs(rows: Records, label: str) -> Figure:
+    """Losses against seconds and epochs, the looks of long runs."""
+    units = ("seconds", "epochs")
+    rows = [row | {"steps": [*range(len(row["steps"]))]} for row in rows]
+    rows = [row | {name: row[name][1:] for name in ("steps", "seconds", "losses")} for row in rows]
+    figure = curves(rows, label, across="linear", units=units)
+    for axis in figure.axes:
+        plain(axis.yaxis)
     return figure
 
 
@@ -206,6 +217,46 @@ def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def end_and_steps(runs: Records, form: str = ".2g") -> str:
     """The last loss of runs and, in brackets, their steps: medians."""
     return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
+
+
+def series(runs: Records, entry: str = "losses") -> np.ndarray:
+    """An entry of runs at every look [seeds, looks]; infinite where a run has diverged, and after."""
+    found = np.full((len(runs), max(len(run["steps"]) for run in runs)), np.inf)
+    for line, run in zip(found, runs, strict=True):
+        line[: len(run[entry])] = [np.inf if number is None else number for number in run[entry]]
+    return found
+
+
+def seconds(runs: Records) -> np.ndarray:
+    """Until every look, medians of the runs that came there."""
+    found = series(runs, "seconds")
+    return np.nanmedian(np.where(np.isfinite(found), found, np.nan), axis=0)
+
+
+def costs(runs: Mapping[str, Records], baseline: str) -> dict[str, str]:
+    """What a step of every method takes after the first look, in units of a baseline's; dashes if that did not run."""
+
+    def cost(own: Records) -> float:
+        found = []
+        for run in own:
+            first = min(1, len(run["steps"]) - 2)  # 0 if there is one look alone
+            times, steps = (run[entry][-1] - run[entry][first] for entry in ("seconds", "steps"))
+            found.append(times / steps)
+        return float(np.median(found))
+
+    unit = cost(runs[baseline]) if baseline in runs else np.nan
+    return {name: f"{cost(own) / unit:.2f}" if np.isfinite(unit) else "-" for name, own in runs.items()}
+
+
+def epochs_of(runs: Records, *epochs: int) -> list[int]:
+    """Those of some looks that there are, and the last."""
+    last = max(len(run["steps"]) for run in runs) - 1
+    return [epoch for epoch in epochs if epoch < last] + [last]
+
+
+def setting(numbers: Mapping[str, float]) -> str:
+    """What was chosen, for people."""
+    return ", ".join(f"{number:g}" for number in numbers.values() if number) or "its own"
 
 
 def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
@@ -227,9 +278,8 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
     """
     lines, heads = [], [f"to {level:g}" for level in levels] or [f"to {rivals[0]}'s end"]
     there = [name for name in rivals if any(row["name"] == name for row in rows)]
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        some = [row for row in rows if row["problem"] == problem]
-        runs = {name: [row for row in some if row["name"] == name] for name in dict.fromkeys(r["name"] for r in some)}
+    for problem, some in grouped(rows, "problem").items():
+        runs = grouped(some)
         goals = levels or (float(np.median(ends(runs[there[0]]))) if there else -np.inf,)
         for own in runs.values():
             cells = []
@@ -239,14 +289,7 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
             cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
             pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
             lines.append((problem, named(own[0]), f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
-    headings = (
-        "problem",
-        "method",
-        "loss",
-        "ms / step",
-        *heads,
-        *(f"x {name}" for name in there),
-    )
+    headings = ("problem", "method", "loss", "ms / step", *heads, *(f"x {name}" for name in there))
     caption = (
         "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
         "last columns: seconds to the last loss over those of another, their range over the runs in brackets; < if it "

@@ -1,6 +1,6 @@
 """The methods of the comparisons: how each is made on an autoencoder and on a classifier, and what of it is tuned.
 
-A setting is a learning rate and a damping; the rest is fixed here, for a kind of problems. On the autoencoders it is
+Tuned are a learning rate and a damping; the rest is fixed here, for a kind of problems. On the autoencoders it is
 what the authors of TNT and of K-BFGS have: a constant learning rate, no weight decay (but for K-BFGS), momentum in
 front of every second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th; other
 periods stand below. On the classifiers it is what the authors of TENGraD have: periods, decoupled weight decay and a
@@ -19,16 +19,17 @@ grafted Shampoo have a learning rate alone; "adaptive" has nothing.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import optax
 
 import natgrad_jax as ng
-from experiments.problems import Kind
-from experiments.running import Labels, Make, Setting
+from experiments.running import Labels, Make, Numbers
 
+Kind = Literal["autoencoder", "classifier"]
 OFTEN: Mapping[str, Any] = {"statistics_every": 1, "refresh_every": 20}
 """As in the experiments of TNT."""
 PERIODS: Mapping[Kind, int] = {"autoencoder": 20, "classifier": 100}
@@ -38,21 +39,22 @@ STATISTICS_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 1e-3, 1e-2
 
 
 class Range(NamedTuple):
-    """What is tried: between `least` and `most`, where these differ; `usual` is what runs without trials."""
+    """What is tried of a learning rate and a damping: between `least` and `most`, where these differ."""
 
-    usual: Setting
-    least: Setting
-    most: Setting
+    usual: tuple[float, float]
+    least: tuple[float, float]
+    most: tuple[float, float]
 
-    def drawn(self, budget: int, seed: Iterable[int]) -> list[Setting]:
-        """So many settings to three digits, drawn log-uniformly, one in each stratum; one if nothing is tuned."""
+    def tried(self, name: str, budget: int) -> tuple[Numbers, ...]:
+        """The usual numbers, and so many drawn log-uniformly to three digits, one in each stratum, by a name's seed."""
         if self.least == self.most:
-            return [self.usual]
-        rng, numbers = np.random.default_rng([*seed]), []
+            return ({},)
+        rng, columns = np.random.default_rng([0, crc32(name.encode())]), []
         for low, high in zip(self.least, self.most, strict=True):
             places = (rng.permutation(budget) + rng.random(budget)) / budget if low < high else np.zeros(budget)
-            numbers.append([float(f"{number:.3g}") for number in low * (high / (low or 1.0)) ** places])
-        return sorted(map(Setting, *numbers))
+            columns.append([float(f"{number:.3g}") for number in low * (high / (low or 1.0)) ** places])
+        pairs = dict.fromkeys((self.usual, *sorted(zip(*columns, strict=True))))
+        return tuple({"rate": rate, "damping": damping} for rate, damping in pairs)
 
 
 class Method(NamedTuple):
@@ -86,34 +88,26 @@ class Method(NamedTuple):
 
     def make(self, kind: Kind, refresh_every: int = PERIODS["classifier"]) -> Make:
         """How it is made on problems of a kind; on a classifier with that period."""
-        decay = WEIGHT_DECAY if kind == "classifier" else 0.0
-        if callable(self.of):
-            return lambda setting, layers: self.of(setting.rate, setting.damping, decay)
+        decay, of = WEIGHT_DECAY if kind == "classifier" else 0.0, self.of
+        if callable(of):
+            return lambda numbers, layers: of(numbers["rate"], numbers["damping"], decay)
         options = {**self.both, **(self.reconstructs if kind == "autoencoder" else self.classifies)}
         if self.adaptive:
             options |= ADAPTIVE | {"weight_decay": decay or None}
-            return lambda setting, layers: getattr(ng, self.of)(layers=layers, **options)
+            return lambda numbers, layers: getattr(ng, of)(layers=layers, **options)
         if kind == "autoencoder" and self.in_front:
-            direction = getattr(ng, f"scale_by_{self.of}")
-            return lambda setting, layers: optax.chain(
+            direction = getattr(ng, f"scale_by_{of}")
+            return lambda numbers, layers: optax.chain(
                 optax.trace(0.9),
-                direction(layers, damping=setting.damping, **options),
-                optax.scale_by_learning_rate(setting.rate),
+                direction(layers, damping=numbers["damping"], **options),
+                optax.scale_by_learning_rate(numbers["rate"]),
             )
-        method, given = getattr(ng, self.of), {"kl_clip": None}
+        given: dict[str, Any] = {"kl_clip": None}
         if kind == "classifier":
             given |= {"momentum": 0.9, "weight_decay": decay, "kl_clip": KL_CLIP if self.clips else None}
-            given |= {} if self.has_own_periods else periods(self.of, STATISTICS_EVERY, refresh_every)
-        return lambda setting, layers: method(setting.rate, layers, damping=setting.damping, **given | options)
-
-    def warms(self, kind: Kind) -> bool:
-        """Whether a run on problems of a kind begins with a pass that fills the statistics."""
-        return self.warm and kind == "autoencoder"
-
-    @property
-    def tuned(self) -> bool:
-        """Whether anything of it is."""
-        return any(found.least != found.most for found in self.ranges.values())
+            given |= {} if self.has_own_periods else periods(of, STATISTICS_EVERY, refresh_every)
+        options = given | options
+        return lambda numbers, layers: getattr(ng, of)(numbers["rate"], layers, damping=numbers["damping"], **options)
 
 
 def periods(of: Any, statistics: int, refresh: int) -> dict[str, int]:
@@ -151,10 +145,11 @@ def adam_of_tnt(rate: Any, damping: Any, decay: float) -> optax.GradientTransfor
     return optax.chain(optax.ema(0.9), rms, decayed, optax.scale_by_learning_rate(rate))
 
 
-def tuned(usual: Any, rates: tuple[float, float], dampings: tuple[float, float] | None = None) -> Range:
+def tuned(usual: tuple[float, ...], rates: tuple[float, float], dampings: tuple[float, float] | None = None) -> Range:
     """A range; without `dampings` the damping stays what it is."""
-    usual = Setting(*usual)
-    return Range(usual, *map(Setting, rates, dampings or (usual.damping, usual.damping)))
+    rate, damping = (*usual, 0.0)[:2]
+    least, most = zip(rates, dampings or (damping, damping), strict=True)
+    return Range((rate, damping), least, most)
 
 
 def ranges(autoencoder: Range, classifier: Range) -> dict[Kind, Range]:

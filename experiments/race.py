@@ -56,7 +56,7 @@ def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
 
 def peer(task: Any) -> Peer:
     """That of kfac-jax."""
-    return Peer(task, adaptive=True, damping=CONFIG["peer_damping"], inverse_update_period=5)
+    return Peer(task, CONFIG["peer_damping"], inverse_update_period=5)
 
 
 def case() -> study.Case:

@@ -84,9 +84,12 @@ def numbers(records: Iterable[Mapping[str, Any]], entry: str) -> np.ndarray:
     return np.array([np.inf if record[entry] is None else record[entry] for record in records], float)
 
 
-def by_seed(seeds: list[Records], entry: str) -> np.ndarray:
-    """An entry of the records of a run by seed [seeds, epochs + 1]."""
-    return np.stack([numbers(records, entry) for records in seeds])
+def grouped(rows: Records, entry: str = "name") -> dict[Any, Records]:
+    """The rows of every method, or with the same of another entry."""
+    found: dict[Any, Records] = {}
+    for row in rows:
+        found.setdefault(row[entry], []).append(row)
+    return found
 
 
 class State(NamedTuple):

@@ -7,7 +7,7 @@ It trains nothing: it reads the records of a folder, draws the pictures of the r
     make report ARGS="--folder experiments/results"   (of the committed results)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,31 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.table import Table
 
-from experiments import control, crossover, defaults, demo, fidelity, pinn, race, regression, speed, text, train, tune
-from experiments.figures import markdown
-from experiments.methods import METHODS
-from experiments.problems import RECONSTRUCTED
-from experiments.records import Records, kept
+from experiments import (
+    autoencoder,
+    classify,
+    control,
+    crossover,
+    defaults,
+    demo,
+    fidelity,
+    pinn,
+    race,
+    regression,
+    speed,
+    text,
+    tune,
+)
+from experiments.figures import markdown, series
+from experiments.records import Records, grouped
 
-MEASURED = (fidelity.SHOWN, speed.SHOWN, crossover.SHOWN)
-STUDIES = (pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY, control.STUDY, demo.STUDY)
-ALONE = (defaults.WITH_RATES, defaults.WITHOUT)
-"""Studies of tables without a picture."""
+LONG = (*autoencoder.STUDIES, *classify.STUDIES)
+OTHERS = (
+    *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY),
+    *(control.STUDY, demo.STUDY, defaults.WITH_RATES, defaults.WITHOUT),
+)
+PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in LONG), *((each,) for each in OTHERS)]
+"""What shares a part of the page: runs and their trials, or one experiment."""
 
 
 class Section(NamedTuple):
@@ -54,55 +69,19 @@ class Section(NamedTuple):
         return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
 
 
-def of_training(config: train.Config, found: train.Found) -> Section:
-    """The runs on a problem, and the trials."""
-    what, size = config.what, ""
-    path, shown = config.path(f"_{what.stem}").with_suffix(".png"), f"{what.title}, {config.problem}: losses"
-    pictures = {drawn(train.picture(found, config), path): f"{shown} against epochs and seconds"}
-    tables = [train.table(found, config)]
-    if trials := newest_trials(config.output, what.fields):
-        tables.append(tune.table(trials, what.title))
-        name = f"tune_{config.problem}{f'_{config.channels}' * config.is_classifier}.png"
-        pictures[drawn(tune.picture(trials, what.title), config.output / name)] = f"{shown} of the trials"
-        size = f" --images {trials[0]['images']} --epochs {trials[0]['epochs']}" * config.is_classifier
-    commands = [
-        made("tune", config.option + size),
-        made("classify" if config.is_classifier else "autoencoder", config.option),
-    ]
-    runs = [row for seeds in found.records.values() for rows in seeds for row in rows]
-    heading = what.title if config.is_classifier else "The papers' autoencoder"
-    records = runs + kept(config.path("_paces"), what.fields)
-    return Section(f"{heading}: {runs[0]['data']}", commands, records, tables, pictures)
-
-
-def of_others(folder: Path) -> Iterator[Section]:
-    """What was measured, the short studies, and pictures of those without records in the folder.
-
-    Args:
-        folder: of the records.
-
-    Yields:
-        What there is.
-    """
-    for each in (*MEASURED, *STUDIES, *ALONE):
-        command, picture = made({"speed": "bench"}.get(each.name, each.name)), folder / f"{each.name}.png"
+def section(parts: tuple[Any, ...], folder: Path) -> Section:
+    """What a folder has of some experiments: tables and pictures of their records, or a picture without any."""
+    commands = [each.command or f"make {each.name}" for each in parts[::-1]]  # the trials come first
+    found = Section(parts[0].title, commands, [], [], {})
+    for each in parts:
+        picture = folder / f"{getattr(each, 'image', '') or each.name}.png"
         if records := each.known(folder):
-            pictures = {drawn(each.picture(records), picture): each.title} if each.picture else {}
-            yield Section(each.title, [command], records, [each.table(records)], pictures)
+            shown = {drawn(each.picture(records), picture): each.title} if each.picture else {}
+            tables = [*found.tables, each.table(records)]
+            found = found._replace(records=found.records + records, tables=tables, pictures={**found.pictures, **shown})
         elif picture.exists():
-            yield Section(each.title, [command], [], [], {picture.name: each.title})
-
-
-def newest_trials(folder: Path, fields: Mapping[str, Any]) -> Records:
-    """The trials with most epochs on a problem, in the order of the methods."""
-    found = kept(folder / "tune.jsonl", fields)
-    most = max((record["epochs"] for record in found), default=0)
-    return [record for name in METHODS for record in found if record["name"] == name and record["epochs"] == most]
-
-
-def made(target: str, options: str = "") -> str:
-    """The command that makes some records."""
-    return f'make {target} ARGS="{options}"' if options else f"make {target}"
+            found = found._replace(pictures={**found.pictures, picture.name: each.title})
+    return found
 
 
 def drawn(figure: Figure, path: Path) -> str:
@@ -119,31 +98,27 @@ def shrink(path: Path) -> None:
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def goals(runs: Mapping[str, train.Found]) -> Table | None:
+def goals(folder: Path) -> Table | None:
     """What this package wants to reach, and what was measured; None if there is nothing to say it from."""
     table = Table(caption="Ours: tuned runs of this package's methods, without SGD-m and Adam.")
     for heading in ("goal", "asked", "measured", "by", "reached"):
         table.add_column(heading)
-    if mnist := runs.get("mnist"):
-        shares = {run.name: train.overtaken(mnist, run, 10)[1] for run in ours(mnist)}
-        row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
-        asked = ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")
-        ends = {
-            run.name: mnist.numbers(run, "train_loss", 10)[:, 10].max() for run in mnist.runs if run.method in asked
-        }
-        row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
-    if curves := runs.get("curves"):
-        level = train.PLATEAUS["curves"]
-        until = {name: train.epochs_below(seeds, level) for name, seeds in curves.records.items()}
-        adam = until.get(train.ADAM)
-        shares = {run.name: until[run.name] / adam for run in ours(curves)} if adam else {}
-        row(table, f"curves: below {level:g}, off the plateau, in so much of tuned Adam's steps", 0.2, shares, ".2f")
+    mnist, curves = (grouped(study.known(folder)) for study in autoencoder.STUDIES[:2])
+    shares = {name: autoencoder.overtaken(mnist, name, 10)[1] for name in ours(mnist)}
+    row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
+    asked = [name for name in ours(mnist) if name in ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")]
+    ends = {name: series(mnist[name])[:, 10].max() for name in asked}
+    row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
+    until = {name: autoencoder.steps_below(runs, autoencoder.PLATEAU) for name, runs in curves.items()}
+    shares = {name: until[name] / until[autoencoder.ADAM] for name in ours(curves) if autoencoder.ADAM in until}
+    goal = f"curves: below {autoencoder.PLATEAU:g}, off the plateau, in so much of tuned Adam's steps"
+    row(table, goal, 0.2, shares, ".2f")
     return table if table.row_count else None
 
 
-def ours(found: train.Found) -> list[train.Run]:
+def ours(runs: Mapping[str, Records]) -> list[str]:
     """The tuned runs of the methods of this package."""
-    return [run for run in found.runs if not run.logged and run.name not in ("SGD-m", train.ADAM)]
+    return [name for name in runs if name not in (*autoencoder.AUTHORS, "SGD-m", autoencoder.ADAM)]
 
 
 def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], form: str) -> None:
@@ -156,25 +131,22 @@ def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], fo
 
 def page(folder: Path) -> str:
     """The page, as Markdown; a `ValueError` if the folder has no records."""
-    options: list[dict[str, Any]] = [{"problem": name} for name in RECONSTRUCTED]
-    options += [{"problem": name, "channels": size} for name in ("fashion", "cifar10") for size in (16, 32, 128)]
-    configs = [train.Config(output=folder, **option) for option in options]
-    runs = [(config, found) for config in configs if (found := train.found_in(config))]
-    sections = [*(of_training(*pair) for pair in runs), *of_others(folder)]
+    sections = [found for parts in PARTS if (found := section(parts, folder)).tables or found.pictures]
     if not sections:
         raise ValueError(f"{folder} has no records; `make` lists the experiments that write some, or name a --folder.")
-    for name in (name for section in sections for name in section.pictures):
+    for name in (name for found in sections for name in found.pictures):
         shrink(folder / name)
     overview = Table("part", "made by", "records", "run on", title="What was run where")
-    for section in sections:
-        commands = ", ".join(f"`{command}`" for command in section.commands)
-        overview.add_row(section.title, commands, f"{len(section.records)}", section.where if section.records else "")
-    asked = goals({config.problem: found for config, found in runs})
+    for found in sections:
+        commands = ", ".join(f"`{command}`" for command in found.commands)
+        where = found.where if found.records else ""
+        overview.add_row(found.title, commands, f"{len(found.records)}", where)
+    asked = goals(folder)
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []
-    for section in sections:
-        parts += [f"## {section.title}", *(f"![{shown}]({name})" for name, shown in section.pictures.items())]
-        parts += map(markdown, section.tables)
+    for found in sections:
+        parts += [f"## {found.title}", *(f"![{shown}]({name})" for name, shown in found.pictures.items())]
+        parts += map(markdown, found.tables)
     return "\n\n".join(parts) + "\n"
 
 

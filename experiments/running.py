@@ -1,16 +1,14 @@
-"""The engine of the experiments: a method compiled on a task, steps, costs measured in turn.
+"""A method compiled on a task, and its steps.
 
-`Runner` compiles one method for all its settings, and kfac-jax has the same face (`Peer`). `timed` measures what a step
-costs, with all methods in turn in one process, so that a busy machine slows all alike.
+`Runner` compiles one method for all the numbers that are tried of it, and kfac-jax has the same face (`Peer`).
 """
 
 import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,25 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rich.progress import track
 
 import natgrad_jax as ng
 from experiments.data import Part
-from experiments.records import kept
 
-
-class Setting(NamedTuple):
-    """What is tuned: the learning rate and, for a second-order method, the damping."""
-
-    rate: Any
-    damping: Any = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.rate:g}" + (f", {self.damping:g}" if self.damping else "")
-
-
+Numbers = dict[str, Any]
+"""What is tried of a method by name, such as its learning rate; on the device they are arrays."""
 Make = Callable[[Any, Any], optax.GradientTransformation]
-"""Setting, or other numbers, and layers -> the optimizer."""
+"""Numbers and layers -> the optimizer."""
 Labels = Literal["exact", "sampled", "true"]
 
 
@@ -47,19 +34,17 @@ class Task(NamedTuple):
         model: its `__call__` takes inputs and, as keywords, `options`.
         likelihood: of its outputs.
         batch: for shapes, with as many examples as a step has; one of them draws the parameters.
-        seed: of the initial parameters and of the labels drawn.
         options: of the model while it trains, such as `train`.
     """
 
     model: nn.Module
     likelihood: ng.losses.Likelihood
     batch: Any
-    seed: int = 0
     options: Mapping[str, Any] = {}
 
     def init(self, key: jax.Array) -> Any:
         """The first variables."""
-        return self.model.init(key, self.batch.images[:1])
+        return _init(self.model, key, self.batch.images[:1])
 
     def loss(self, variables: Any, x: Any, y: Any) -> Any:
         """The loss of a batch, without any capture."""
@@ -71,6 +56,12 @@ class Task(NamedTuple):
         return ng.linen.capture(self.model, self.likelihood, labels=labels)
 
 
+@partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, key: jax.Array, x: Any) -> Any:
+    """Compiled once for all methods."""
+    return model.init(key, x)
+
+
 class Seen(NamedTuple):
     """What a warm start reads of one batch."""
 
@@ -79,7 +70,7 @@ class Seen(NamedTuple):
 
 
 class Runner:
-    """One method on a task, compiled once for all settings.
+    """One method on a task, compiled once for all its numbers.
 
     Attributes:
         carry: parameters, state of the optimizer, and the other collections of the model.
@@ -90,45 +81,43 @@ class Runner:
     def __init__(
         self,
         make: Make,
-        setting: Any,
+        numbers: Numbers,
         task: Any,
         labels: Labels | None = "sampled",
         *,
         stretch: int = 1,
         clock: Callable[[], float] = time.perf_counter,
-        cold: bool = False,
+        compiler: Mapping[str, Any] = {},
     ):
-        """Watch the model, and stand at the start with a setting.
+        """Watch the model, and stand at the start.
 
         Args:
-            make: setting, layers -> optimizer.
-            setting: numbers; others of the same structure need no compilation.
+            make: numbers, layers -> optimizer.
+            numbers: others with the same names need no compilation.
             task: what is trained.
             labels: of the curvature; None for plain gradients and values, without any capture.
             stretch: steps that are compiled into one program.
             clock: seconds.
-            cold: whether JAX is to forget what it has traced before.
+            compiler: options of XLA, as far as this release has them.
         """
-        self._task, self._init = task, jax.jit(task.init)
-        self._stretch, self._clock = stretch, clock
+        self._task, self._stretch, self._clock, self._compiler = task, stretch, clock, compiler
         self._capture, layers = None, None
         if labels:
-            variables = jax.eval_shape(self._init, jax.random.key(task.seed))
+            variables = jax.eval_shape(task.init, jax.random.key(0))
             self._capture = task.capture(labels)
             layers = self._capture.layers(variables, task.batch.images, **task.options)
-        self._optimizer = lambda setting: optax.with_extra_args_support(make(setting, layers))
-        self.begin(setting)
-        self._cold = cold
+        self._optimizer = lambda numbers: optax.with_extra_args_support(make(numbers, layers))
+        self._start = jax.jit(lambda numbers, params: self._optimizer(numbers).init(params))
         self.compile_seconds: float | None = None
+        self.begin(numbers)
 
     @cached_property
     def program(self) -> Any:
         """The compiled step, or so many of them."""
-        if self._cold:
-            jax.clear_caches()
         before = time.perf_counter()
         arguments = next(self._stretches([self._task.batch] * self._stretch))
-        program = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._setting).compile()
+        lowered = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._numbers)
+        program = lowered.compile({name: value for name, value in self._compiler.items() if has_option(name, value)})
         self.compile_seconds = time.perf_counter() - before
         return program
 
@@ -136,9 +125,9 @@ class Runner:
         assert self._capture is not None
         return self._capture.value_and_grad({"params": params, **others}, x, y, key=key, **self._task.options)
 
-    def _step(self, carry: Any, x: Any, y: Any, key: jax.Array, setting: Any) -> Any:
+    def _step(self, carry: Any, x: Any, y: Any, key: jax.Array, numbers: Any) -> Any:
         params, state, others = carry
-        optimizer = self._optimizer(setting)
+        optimizer = self._optimizer(numbers)
         if self._capture is None:
 
             def loss(params):
@@ -155,10 +144,10 @@ class Runner:
             updates, state = optimizer.update(out.grad, state, params, curvature=out.curvature)
         return (optax.apply_updates(params, updates), state, others), value
 
-    def _steps(self, carry: Any, x: Any, y: Any, key: jax.Array, setting: Any) -> Any:
+    def _steps(self, carry: Any, x: Any, y: Any, key: jax.Array, numbers: Any) -> Any:
         if self._stretch == 1:
-            return self._step(carry, x, y, key, setting)
-        return jax.lax.scan(lambda carry, now: self._step(carry, *now, setting), carry, (x, y, key))
+            return self._step(carry, x, y, key, numbers)
+        return jax.lax.scan(lambda carry, now: self._step(carry, *now, numbers), carry, (x, y, key))
 
     def _stretches(self, stream: Iterable[Part]) -> Iterator[Any]:
         """Batches and keys, for so many steps at a time; what is left over is dropped.
@@ -183,27 +172,22 @@ class Runner:
         """The model's variables where it stands."""
         return {"params": self.carry[0], **self.carry[2]}
 
-    @property
-    def held(self) -> int:
-        """Bytes of the parameters and of the state."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry) if hasattr(leaf, "nbytes"))
-
-    def begin(self, setting: Any, seed: int | None = None) -> None:
-        """Go back to the start, with a setting; of the parameters and labels of another seed, if it is given."""
-        self._key = jax.random.key(self._task.seed if seed is None else seed)
-        others = dict(self._init(self._key))
+    def begin(self, numbers: Numbers, seed: int = 0) -> None:
+        """Go back to the start; the seed is that of the parameters and of the labels drawn."""
+        self._key, self.steps = jax.random.key(seed), 0
+        self._numbers = jax.tree.map(jnp.float32, numbers)
+        others = dict(self._task.init(self._key))
         params = others.pop("params")
-        carry = params, self._optimizer(setting).init(params), others
+        carry = params, self._start(self._numbers, params), others
         self.carry: tuple[Any, Any, Any] = jax.tree.map(jnp.array, carry)  # which is donated, each array once
-        self.steps, self._setting = 0, jax.tree.map(jnp.float32, setting)
 
     def warm(self, stream: Iterable[Part]) -> None:
-        """Fill the statistics with the batches of a pass at the first parameters."""
+        """Fill the statistics with some batches at the first parameters."""
         params, state, others = self.carry
         seen = jax.jit(lambda *given: Seen((out := self._evaluate(*given)).grad, out.curvature()))
         keys = (jax.random.fold_in(self._key, (-1 - index) % 2**31) for index in range(2**31))
         passed = (seen(params, others, x, y, key) for (x, y), key in zip(stream, keys, strict=False))
-        self.carry = params, ng.warm_start(self._optimizer(self._setting), state, passed, params), others
+        self.carry = params, ng.warm_start(self._optimizer(self._numbers), state, passed, params), others
 
     def restore(self, leaves: list[np.ndarray], steps: int) -> bool:
         """Go on from what was saved of `carry`; false if that is of another shape."""
@@ -217,11 +201,21 @@ class Runner:
         """A step for every batch; the losses of the batches, and the seconds that the steps took together."""
         program, losses, before = self.program, [], self._clock()
         for x, y, key in self._stretches(stream):
-            self.carry, loss = program(self.carry, x, y, key, self._setting)
+            self.carry, loss = program(self.carry, x, y, key, self._numbers)
             losses.append(loss)
             self.steps += self._stretch
         jax.block_until_ready(self.carry)
         return np.ravel(losses), self._clock() - before
+
+
+@cache
+def has_option(name: str, value: Any) -> bool:
+    """Whether XLA has an option."""
+    try:
+        jax.jit(lambda: 0).lower().compile({name: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def has_peer() -> bool:
@@ -234,8 +228,15 @@ class Peer:
 
     compile_seconds = program = None
 
-    def __init__(self, task: Task, adaptive: bool, damping: float, **options: Any):
-        """Compile every branch, and stand at the start; `damping` is the first, if not adaptive that of all steps."""
+    def __init__(self, task: Task, damping: float, fixed: Numbers | None = None, **options: Any):
+        """Compile every branch, and stand at the start.
+
+        Args:
+            task: what is trained.
+            damping: the first, if nothing is fixed.
+            fixed: learning rate, momentum and damping of all steps; None where they adapt themselves.
+            options: of kfac-jax.
+        """
         kfac_jax = importlib.import_module("kfac_jax")
 
         def loss(params, batch):
@@ -246,89 +247,39 @@ class Peer:
                 kfac_jax.register_multi_bernoulli_predictive_distribution(outputs, batch[1])
             return task.likelihood(outputs, batch[1])
 
-        names = ("learning_rate", "momentum", "damping")
         self._optimizer = kfac_jax.Optimizer(
             jax.value_and_grad(loss),
             l2_reg=0.0,
             num_burnin_steps=0,
             multi_device=False,
-            **{f"use_adaptive_{name}": adaptive for name in names},
-            **({"initial_damping": damping} if adaptive else {}),
+            **{f"use_adaptive_{name}": fixed is None for name in ("learning_rate", "momentum", "damping")},
+            **({"initial_damping": damping} if fixed is None else {}),
             **options,
         )
-        self._task, self._adaptive, self._damping = task, adaptive, damping
-        self.begin(Setting(0.0))
+        self._task, self._fixed = task, jax.tree.map(jnp.asarray, fixed or {})
+        self.begin({})
         self.run([task.batch] * 6)
-        self.begin(Setting(0.0))
+        self.begin({})
 
     @property
     def variables(self) -> dict[str, Any]:
         """The model's variables where it stands."""
         return {"params": self.carry[0]}
 
-    held = Runner.held
-
-    def begin(self, setting: Any, seed: int | None = None) -> None:
+    def begin(self, numbers: Numbers, seed: int = 0) -> None:
         """Go back to the start."""
-        self._key, self.steps = jax.random.key(self._task.seed if seed is None else seed), 0
-        params = jax.jit(self._task.init)(self._key)["params"]
+        del numbers
+        self._key, self.steps = jax.random.key(seed), 0
+        params = self._task.init(self._key)["params"]
         self.carry = params, self._optimizer.init(params, self._key, tuple(self._task.batch))
-        given = {"learning_rate": getattr(setting, "rate", 0.0), "momentum": 0.9, "damping": self._damping}
-        self._given = {} if self._adaptive else {name: jnp.asarray(number) for name, number in given.items()}
 
     def run(self, stream: Iterable[Part]) -> tuple[np.ndarray, float]:
         """As that of a `Runner`; the losses are not read."""
         before = time.perf_counter()
         for x, y in stream:
             key = jax.random.fold_in(self._key, self.steps)
-            given: dict[str, Any] = {"batch": (x, y), "global_step_int": self.steps, **self._given}
+            given: dict[str, Any] = {"batch": (x, y), "global_step_int": self.steps, **self._fixed}
             self.carry = self._optimizer.step(*self.carry, key, **given)[:2]
             self.steps += 1
         jax.block_until_ready(self.carry)
         return np.zeros(0), time.perf_counter() - before
-
-
-class Pace(NamedTuple):
-    """What a step costs, measured in turn.
-
-    Attributes:
-        idle: seconds a step of the baseline where it was least disturbed.
-        first: {method: steps of the first refresh period, over those of the baseline}.
-        later: {method: steps of later periods, over those of the baseline}.
-    """
-
-    idle: float
-    first: Mapping[str, float]
-    later: Mapping[str, float]
-
-    def seconds(self, name: str, steps: float, period: int) -> float:
-        """Of so many steps from the start, with refreshes in such periods."""
-        early = min(steps, period)
-        return self.idle * (early * self.first[name] + (steps - early) * self.later[name])
-
-
-def timed(runners: Mapping[str, Any], stream: list[Part], period: int, rounds: int, baseline: str) -> Pace:
-    """The first refresh period, and so many later ones, of all methods in turn, a fifth of a period at a time.
-
-    The runners stand at their start, the baseline, whose steps are the unit, among them; batches are taken again and
-    again.
-    """
-    stretch = -(-period // 5)
-    stream = (stream * (stretch // len(stream) + 1))[:stretch]
-    taken: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in track(range(5 * (rounds + 1)), description="timing"):
-        for name, runner in runners.items():
-            taken[name].append(runner.run(stream)[1])
-    periods = {name: np.reshape(seconds, (-1, 5)).sum(axis=1) for name, seconds in taken.items()}
-    ratios = {name: seconds / periods[baseline] for name, seconds in periods.items()}
-    return Pace(
-        round(min(taken[baseline]) / stretch, 6),
-        {name: round(float(ratio[0]), 3) for name, ratio in ratios.items()},
-        {name: round(float(np.median(ratio[1:])), 3) for name, ratio in ratios.items()},
-    )
-
-
-def known_pace(path: Path, key: Mapping[str, Any], names: Iterable[str]) -> Pace | None:
-    """The last cost of steps in a file that has all these methods, if any."""
-    known = [record for record in kept(path, key) if set(names) <= set(record["first"])]
-    return Pace(*(known[-1][entry] for entry in Pace._fields)) if known else None

@@ -25,9 +25,8 @@ scratch memory to the system after every step, which takes more than half of Ada
 A record is kept as soon as a method is measured; table and picture show the newest of each that this machine made.
 """
 
-import math
-import statistics
 from collections.abc import Callable
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ from experiments.figures import shown
 from experiments.methods import ADAPTIVE, periods
 from experiments.programs import Program
 from experiments.records import Records, chosen, finite, keep, kept, machine
-from experiments.running import Labels, Make, Peer, Runner, Setting, Task, has_peer
+from experiments.running import Labels, Make, Numbers, Peer, Runner, Task, has_peer
 
 
 class Method(NamedTuple):
@@ -75,7 +74,7 @@ class Method(NamedTuple):
     @property
     def period(self) -> int:
         """Steps after which everything has come round."""
-        return math.lcm(self.statistics_every or 1, self.refresh_every or 1)
+        return lcm(self.statistics_every or 1, self.refresh_every or 1)
 
 
 FREQUENT, RARE = (1, 10), (10, 100)
@@ -87,22 +86,20 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
     for often in (FREQUENT, *between, RARE):
         given = periods(of, *often) | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False})
 
-        def make(setting: Setting, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
-            return method(
-                layers=layers, **{"learning_rate": setting.rate, "damping": setting.damping} | given | options
-            )
+        def make(numbers: Numbers, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
+            return method(layers=layers, **numbers | given | options)
 
         found.append(Method(name, of, make, given.get("statistics_every"), given.get("refresh_every"), labels))
     return found
 
 
-ADAM = Method("Adam", "adam", lambda setting, _: optax.adam(setting.rate))
+ADAM = Method("Adam", "adam", lambda numbers, _: optax.adam(numbers["learning_rate"]))
 STEADY: dict[str, Any] = {name: ADAPTIVE[name] for name in ("learning_rate", "momentum")} | {
     "damping": ng.adaptive_damping(calibration=0)  # which would test each of the first steps
 }
 METHODS = (
     ADAM,
-    Method("SGD-m", "sgd", lambda setting, _: optax.sgd(setting.rate, 0.9)),
+    Method("SGD-m", "sgd", lambda numbers, _: optax.sgd(numbers["learning_rate"], 0.9)),
     *ours("K-FAC", ng.kfac, (10, 10)),
     *ours("K-FAC, adaptive", ng.kfac, **STEADY),
     *ours("TKFAC", ng.tkfac),
@@ -121,7 +118,7 @@ METHODS = (
     *([Method("kfac-jax", "kfac-jax", None, *FREQUENT)] if has_peer() else ()),
 )
 
-ROUNDS, BLOCK, SETTING = 3, 20, Setting(1e-6, 1.0)
+ROUNDS, BLOCK, FIXED = 3, 20, {"learning_rate": 1e-6, "damping": 1.0}
 """Pairs of blocks, least steps of a block, and a rate so small that the parameters stay where they are."""
 TOKENS = 8192
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -149,21 +146,41 @@ def noise(name: str) -> Task:
 def made(method: Method, task: Task) -> Any:
     """A method compiled on a task, after its first step."""
     if method.make:
-        runner: Any = Runner(method.make, SETTING, task, method.labels, cold=True)
+        runner: Any = Runner(method.make, FIXED, task, method.labels)
+        jax.clear_caches()  # compilation is measured with empty ones
     else:
         options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
-        runner = Peer(task, False, SETTING.damping, **options)
-        runner.begin(SETTING)
+        runner = Peer(task, 1.0, FIXED | {"momentum": 0.9}, **options)
     runner.run([task.batch])
     return runner
 
 
-def peak(found: Any) -> int | None:
-    """Bytes that a program needs at once, by what XLA says of it; None if it says nothing."""
-    if found is None:
-        return None
-    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
-    return sum(sizes) - found.alias_size_in_bytes
+def sizes(runner: Any) -> dict[str, Any]:
+    """Seconds of compilation, bytes and lines; None where nothing is known."""
+    found, memory = runner.program, runner.program and runner.program.memory_analysis()
+    return {
+        "compile_seconds": runner.compile_seconds,
+        "held_bytes": sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(runner.carry)),
+        "peak_bytes": memory and peak(memory),
+        "program_lines": found and (found.as_text() or "").count("\n"),
+    }
+
+
+def peak(memory: Any) -> int:
+    """Bytes that a program needs at once, by what XLA says of it."""
+    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return together - memory.alias_size_in_bytes
+
+
+def flops(method: Method, runner: Any, base: Any) -> dict[str, Any]:
+    """Those of the compiled step over Adam's, the least and the most, and their mean over a period."""
+    if runner.program is None:
+        return {}
+    adam = Program(base.program.as_text()).flops()
+    least, most = (Program(runner.program.as_text(), dearest).flops() / adam for dearest in (False, True))
+    every, refresh = method.statistics_every or 1, method.refresh_every or 1
+    mean = least + (most - least) / refresh if every in (1, refresh) else None
+    return {"least_flops": finite(least, 3), "most_flops": finite(most, 3), "bound": mean and finite(mean, 3)}
 
 
 def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
@@ -174,47 +191,26 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
     def block(runner: Any, steps: int) -> float:
         return runner.run([task.batch] * steps)[1] / steps
 
-    steps, mine, adams = BLOCK + -BLOCK % method.period, [], []
+    steps, pairs = BLOCK + -BLOCK % method.period, []
     for _ in range(ROUNDS):
-        adams.append(block(base, BLOCK))
-        mine.append(adams[-1] if runner is base else block(runner, steps))
-    ratios = [one / other for one, other in zip(mine, adams, strict=True)]
-    singles = sorted(block(runner, 1) for _ in range(max(40, 2 * method.period)))
-    sizes = {
-        "compile_seconds": lambda each: each.compile_seconds,
-        "held_bytes": lambda each: each.held,
-        "peak_bytes": lambda each: each.program and peak(each.program.memory_analysis()),
-        "program_lines": lambda each: each.program and (each.program.as_text() or "").count("\n"),
-    }
-    found = counted(method, runner, base)
-    for entry, size in sizes.items():
-        one, other = size(runner), size(base)
+        adams = block(base, BLOCK)
+        pairs.append((adams if runner is base else block(runner, steps), adams))
+    ratios = [mine / adams for mine, adams in pairs]
+    singles = [block(runner, 1) for _ in range(max(40, 2 * method.period))]
+    found: dict[str, Any] = flops(method, runner, base)
+    for (entry, one), other in zip(sizes(runner).items(), sizes(base).values(), strict=True):
         found[entry] = one and finite(one, 3)
         found[entry.split("_")[0]] = finite(one / other, 3) if one and other else None
-    return {
-        "model": name,
-        "method": method.name,
-        "statistics_every": method.statistics_every,
-        "refresh_every": method.refresh_every,
-        **machine(),
-        "milliseconds": finite(1000 * statistics.median(mine), 3),
-        "step": finite(statistics.median(ratios), 3),
-        "least": finite(min(ratios), 3),
-        "most": finite(max(ratios), 3),
-        "p95": finite(np.percentile(singles, 95) / statistics.median(singles), 3),
-        **found,
+    periods = {name: getattr(method, name) for name in ("statistics_every", "refresh_every")}
+    times = {
+        "milliseconds": 1000 * np.median([mine for mine, _ in pairs]),
+        "step": np.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "p95": np.percentile(singles, 95) / np.median(singles),
     }
-
-
-def counted(method: Method, runner: Any, base: Any) -> dict[str, Any]:
-    """Flops of the compiled step over Adam's, the least and the most, and their mean over a period."""
-    if runner.program is None:
-        return {}
-    adam = Program(base.program.as_text(), 1).flops()
-    least, most = (Program(runner.program.as_text(), 1, dearest).flops() / adam for dearest in (False, True))
-    every, refresh = method.statistics_every or 1, method.refresh_every or 1
-    mean = least + (most - least) / refresh if every in (1, refresh) else None
-    return {"least_flops": finite(least, 3), "most_flops": finite(most, 3), "bound": mean and finite(mean, 3)}
+    times = {entry: finite(number, 3) for entry, number in times.items()}
+    return {"model": name, "method": method.name, **periods, **machine(), **times, **found}
 
 
 def run(output: Path, models: tuple[str, ...], methods: tuple[str, ...] = ()) -> Records:
@@ -243,32 +239,39 @@ FIGURES = {
     "memory": ("memory: held between steps (dark) / peak (light)", ("held", "peak")),
 }
 """Panels: their titles, and the ratios in each."""
-LATER = {"p95": "p95 / median", "program_lines": "program lines", "program": "x Adam"}
-LATER |= {"least_flops": "flops x Adam, nothing due", "most_flops": "all due", "bound": "bound"}
-"""Columns of figures that older records do not have."""
+COLUMNS = (
+    *(("statistics", "statistics_every"), ("refresh", "refresh_every"), ("ms", "milliseconds"), ("x Adam", "step")),
+    *(("range", "range"), ("compile s", "compile_seconds"), ("x Adam", "compile"), ("held MB", "held_bytes")),
+    *(("x Adam", "held"), ("peak MB", "peak_bytes"), ("x Adam", "peak")),
+)
+LATER = (
+    *(("p95 / median", "p95"), ("program lines", "program_lines"), ("x Adam", "program")),
+    *(("flops x Adam, nothing due", "least_flops"), ("all due", "most_flops"), ("bound", "bound")),
+)
+"""Headings and figures; older records do not have the later ones."""
 COLORS = ("#1f5f99", "#a9c4de")
 
 
 def table(records: Records) -> Table:
     """Every figure, with its ratio to Adam's."""
-    later, rows = [name for name in LATER if any(record.get(name) for record in records)], []
-    for record in records:
-        held, peak = ((record[f"{name}_bytes"] or np.nan) / 1e6 for name in ("held", "peak"))
-        spread = "-".join(shown(record[name]) for name in ("least", "most"))
-        times = shown(record["milliseconds"]), shown(record["step"]), spread, shown(record["compile_seconds"])
-        sizes = shown(record["compile"]), shown(held), shown(record["held"]), shown(peak), shown(record["peak"])
-        every = (str(record[name] or "") for name in ("statistics_every", "refresh_every"))
-        others = (shown(record.get(name)) for name in later)
-        rows.append((record["model"], record["method"], *every, *times, *sizes, *others))
-    ratio, periods = "x Adam", ("statistics", "refresh")
+    columns = COLUMNS + tuple(pair for pair in LATER if any(record.get(pair[1]) for record in records))
     return figures.table(
         "A step, its compilation and its memory, over those of Adam (x Adam)",
-        ("model", "method", *periods, "ms", ratio, "range", "compile s", ratio, "held MB", ratio, "peak MB", ratio)
-        + tuple(LATER[name] for name in later),
-        rows,
+        ("model", "method", *(heading for heading, _ in columns)),
+        [(record["model"], record["method"], *(cell(record, entry) for _, entry in columns)) for record in records],
         "A step: median over rounds, and their range; held: parameters and state; MB are a million bytes.",
         names=2,
     )
+
+
+def cell(record: dict[str, Any], entry: str) -> str:
+    """A figure, for reading."""
+    if entry == "range":
+        return f"{shown(record['least'])}-{shown(record['most'])}"
+    if entry.endswith("_every"):
+        return str(record[entry] or "")
+    number = record.get(entry)
+    return shown(number / 1e6 if number and entry.endswith("_bytes") else number)
 
 
 def label(record: dict[str, Any]) -> str:
@@ -322,7 +325,7 @@ def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
     figures.clean([axis], axis="x", alpha=0.25)
 
 
-SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest)
+SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest, "make bench")
 
 
 def main(

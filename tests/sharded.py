@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from collectives import Program
 from devices import on_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.progress import track
@@ -24,7 +25,6 @@ from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
-from experiments.programs import Program
 
 STATISTICS_EVERY, REFRESH_EVERY = 10, 100
 """Of the mean step."""

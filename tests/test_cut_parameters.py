@@ -15,7 +15,7 @@ import jax, jax.numpy as jnp, optax
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import natgrad_jax as ng
-from experiments.programs import Program
+from collectives import Program
 
 how, policy = sys.argv[1:]
 

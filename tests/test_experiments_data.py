@@ -43,8 +43,9 @@ def test_the_published_files_are_read(fashion):
     assert found.train.images.dtype == np.float32 and found.train.images.max() == 1
     assert found.train.images[0, 0, 5, 0] == np.float32(5) / np.float32(255)
     assert list(found.train.labels) == [0, 1, 2] and found.train.labels.dtype == np.int32
-    assert found.rows().test.shape == (2, 784)
-    np.testing.assert_array_equal(found.rows().train[1], found.train.images[1].ravel())
+    rows = found.mirrored()
+    assert rows.test.images.shape == (2, 784) and rows.train.labels is rows.train.images
+    np.testing.assert_array_equal(rows.train.images[1], found.train.images[1].ravel())
 
 
 def test_a_missing_file_is_named_with_what_to_do(fashion):
@@ -85,7 +86,7 @@ def test_the_same_file_may_be_packed_in_another_way(fashion):
     assert len(data.fashion_mnist(fashion).train.labels) == 3
 
 
-def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch):
+def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch, capsys):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     bodies = []
     for colour in colours:
@@ -97,16 +98,15 @@ def test_images_of_cifar_are_unpacked_in_their_order(tmp_path, monkeypatch):
     arrays = {"data": np.concatenate([body[20:] for body in bodies]), "offsets": offsets, "labels": np.arange(3)}
     np.savez(file, header=bodies[0][:20], **arrays)
     write(tmp_path, "cifar10/cifar10_jpeg75_full.npz", file.getvalue(), monkeypatch)
-    said = []
-    found = data.cifar10(tmp_path, said.append)
-    assert found.name == "cifar10_jpeg75" and len(said) == 1
+    found = data.cifar10(tmp_path)
+    assert found.name == "cifar10_jpeg75" and "Unpacking" in capsys.readouterr().out
     np.testing.assert_allclose(found.train.images[:, 7, 9], np.array(colours) / 255, atol=0.01)  # JPEG
     assert list(found.train.labels) == [0, 1, 2] and found.test.images.shape == (0, 32, 32, 3)
 
 
-def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch):
+def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch, capsys):
     pixels, labels = np.zeros((60002, 784), np.int64), np.arange(60002) % 10
-    asked, said = [], []
+    asked = []
 
     def fetch(**options):
         asked.append(options["name"])
@@ -114,8 +114,8 @@ def test_without_a_folder_the_data_are_downloaded_and_it_is_said(monkeypatch):
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
-    found = data.mnist(None, said.append)
-    assert asked == ["mnist_784"] and "mnist_784 of openml.org" in said[0] and len(said) == 1
+    found = data.mnist(None)
+    assert asked == ["mnist_784"] and capsys.readouterr().out.count("mnist_784 of openml.org") == 1
     assert found.train.images.shape == (60000, 28, 28, 1) and list(found.test.labels) == list(labels[60000:])
 
 
@@ -128,21 +128,20 @@ def test_offline_it_is_said_what_to_do(load, monkeypatch):
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
     monkeypatch.setattr(data, "get_data_home", lambda: "home")
     with pytest.raises(ConnectionError, match=r"could not be downloaded \(no route to host\). Let NATGRAD_DATA"):
-        load(None, report=lambda line: None)
+        load(None)
 
 
-@pytest.mark.parametrize("name", ["mnist", "faces", "fashion", "cifar10"])
+@pytest.mark.parametrize("what", [problems.MNIST, problems.FACES, problems.convnet(16), problems.CIFAR10])
 def test_offline_an_experiment_goes_on_with_the_digits_under_their_own_name_unless_a_folder_is_named(
-    name, monkeypatch, tmp_path, capsys
+    what, monkeypatch, tmp_path, capsys
 ):
     def fetch(**options):
         raise ConnectionResetError("no route to host")
 
     monkeypatch.setattr(data, "fetch_openml", fetch)
     monkeypatch.setattr(data, "fetch_olivetti_faces", fetch)
-    what = problems.problem(name)
     found = what.data(None)
-    size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[name]
+    size = {"mnist": (784,), "faces": (625,), "fashion": (28, 28, 1), "cifar10": (32, 32, 3)}[what.name]
     assert found.name == "digits" and found.train.images.shape == (1500, *size)
     assert "Going on with the digits" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(FileNotFoundError, match="is missing"):
@@ -165,22 +164,23 @@ def entropy(target, guess):
 
 def test_curves_have_the_statistics_of_their_recipe_and_come_from_their_seed():
     found = data.curves(1500, 30)
-    assert found.name == "curves-like" and found.train.shape == (1500, 784) and found.test.shape == (30, 784)
-    assert found.train.dtype == np.float32 and found.train.min() >= 0 and found.train.max() == 1
-    np.testing.assert_array_equal(np.round(255 * found.train) / np.float32(255), found.train)
-    pixels = found.train.astype(np.float64)
+    train, test = found.train.images, found.test.images
+    assert found.name == "curves-like" and train.shape == (1500, 784) and test.shape == (30, 784)
+    assert train.dtype == np.float32 and train.min() >= 0 and train.max() == 1
+    np.testing.assert_array_equal(np.round(255 * train) / np.float32(255), train)
+    pixels = train.astype(np.float64)
     # of all 20,000: 0.051, 134.3 and 40.5; the deviations of the means of 1,500 are below 1.5%
     assert pixels.mean() == pytest.approx(0.0514, rel=0.045)
     assert entropy(pixels, pixels.mean(axis=0)) == pytest.approx(134.3, rel=0.045)
     assert entropy(pixels, pixels) == pytest.approx(40.5, rel=0.045)
-    np.testing.assert_array_equal(data.curves(40, 30).train, found.train[:40])  # a shorter set is its beginning
-    np.testing.assert_array_equal(data.curves(30, 1, seed=1).train, found.test)
-    assert not np.array_equal(found.train[:30], found.test)
+    np.testing.assert_array_equal(data.curves(40, 30).train.images, train[:40])  # a shorter set is its beginning
+    np.testing.assert_array_equal(data.curves(30, 1, seed=1).train.images, test)
+    assert not np.array_equal(train[:30], test)
 
 
 def test_a_curve_is_near_its_three_points():
     points = np.random.default_rng(0).uniform(3, 24, (5, 3, 2))
-    images = data.curves(5, 1).train.reshape(5, 28, 28)
+    images = data.curves(5, 1).train.images.reshape(5, 28, 28)
     for image, three in zip(images, points, strict=True):
         for x, y in three:  # a pixel is at most 0.71 away, and its value there exp(-0.5 (0.71 / 0.7)^2)
             assert image[round(y), round(x)] > 0.59
@@ -205,12 +205,13 @@ def test_olivetti_faces_stand_upright(olivetti):
 def test_faces_are_centred_and_scaled_by_the_training_set_and_come_from_their_seed(olivetti):
     folder, _ = olivetti
     found = data.faces(folder, pieces=3)
-    assert found.name == "faces-like" and found.train.shape == (750, 625) and found.test.shape == (300, 625)
-    assert found.train.dtype == found.test.dtype == np.float32
-    np.testing.assert_allclose(found.train.mean(axis=0), 0, atol=1e-4)  # float32
-    assert found.train.std() == pytest.approx(1, rel=1e-4)
-    np.testing.assert_array_equal(data.faces(folder, pieces=3).test, found.test)
-    assert not np.array_equal(data.faces(folder, pieces=3, seed=1).test, found.test)
+    train, test = found.train.images, found.test.images
+    assert found.name == "faces-like" and train.shape == (750, 625) and test.shape == (300, 625)
+    assert train.dtype == test.dtype == np.float32
+    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-4)  # float32
+    assert train.std() == pytest.approx(1, rel=1e-4)
+    np.testing.assert_array_equal(data.faces(folder, pieces=3).test.images, test)
+    assert not np.array_equal(data.faces(folder, pieces=3, seed=1).test.images, test)
 
 
 def test_a_piece_of_a_face_is_turned_and_enlarged_as_drawn(olivetti, monkeypatch):
@@ -221,8 +222,8 @@ def test_a_piece_of_a_face_is_turned_and_enlarged_as_drawn(olivetti, monkeypatch
             return np.full(shape, 90.0 if low < 0 else 1.6)
 
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Drawn())
-    found = data.faces(folder, pieces=1)
-    piece = (found.train[10] - found.train[0]).reshape(25, 25)
+    found = data.faces(folder, pieces=1).train.images
+    piece = (found[10] - found[0]).reshape(25, 25)
     down, across = np.mgrid[-24:25:2, -24:25:2] / 1.6
     expected = 2 * (31.5 + down) + (31.5 - across)  # right has become down, down has become left
     np.testing.assert_allclose(piece / piece[12, 12], expected / expected[12, 12], rtol=1e-5)

@@ -4,7 +4,6 @@ import numpy as np
 from rich.table import Table
 
 from experiments.figures import curves, ends, markdown, middle, spread, table
-from experiments.records import by_seed
 
 
 def test_numbers_of_seeds_are_a_median_with_a_range_and_one_is_a_number():
@@ -13,11 +12,6 @@ def test_numbers_of_seeds_are_a_median_with_a_range_and_one_is_a_number():
     assert spread(np.array([1.0, np.inf, np.inf]), 1) == "1.0, 2 of 3 diverged"
     assert spread(np.array([1.0, np.nan, 3.0]), 0) == "2 [1, 3], 1 of 3 diverged"
     assert spread(np.array([np.inf]), 1) == "-"
-
-
-def test_an_entry_by_seed_is_infinite_where_the_run_diverged():
-    seeds = [[{"loss": 2.0}, {"loss": 1.0}], [{"loss": 3.0}, {"loss": None}]]
-    np.testing.assert_array_equal(by_seed(seeds, "loss"), [[2.0, 1.0], [3.0, np.inf]])
 
 
 def test_a_table_as_markdown_has_its_title_its_caption_and_a_cell_on_one_line():

@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import natgrad_jax as ng
 from experiments.methods import ALL, METHODS
 from experiments.nets import Convnet, autoencoder
-from experiments.problems import problem
-from experiments.running import Setting
+from experiments.problems import MNIST, convnet
 
 
 def missing(names):
@@ -38,7 +38,7 @@ def test_the_usual_setting_is_within_what_is_tried():
 def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind):
     method = ALL[name]
     net = autoencoder((6, 3)) if kind == "autoencoder" else Convnet((2, 4), (1, 2))
-    chosen = problem("mnist" if kind == "autoencoder" else "fashion")._replace(net=net)
+    chosen = (MNIST if kind == "autoencoder" else convnet(16))._replace(net=net)
     x = jnp.zeros((6, 9) if kind == "autoencoder" else (6, 8, 8, 1))
     y = x if kind == "autoencoder" else jnp.zeros(6, jnp.int32)
     capture = ng.linen.capture(chosen.net, chosen.likelihood, labels=method.labels)
@@ -47,7 +47,7 @@ def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind
     make = method.make(kind, 4)
 
     def step(params, rate, damping):
-        tx = optax.with_extra_args_support(make(Setting(rate, damping), layers))
+        tx = optax.with_extra_args_support(make({"rate": rate, "damping": damping}, layers))
         state = tx.init(params)
         out = capture.value_and_grad({"params": params}, x, y, key=jax.random.key(0))
         return optax.apply_updates(params, tx.update(out.grad, state, params, curvature=out.curvature)[0]), state
@@ -56,3 +56,25 @@ def test_every_method_steps_with_a_setting_that_only_the_device_knows(name, kind
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
     clipped = bool(optax.tree.get_all_with_path(state, "clip_factor"))
     assert clipped == (method.clips and kind == "classifier")
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
+def test_every_method_has_the_budget_within_its_range_unless_nothing_of_it_is_tuned(kind):
+    for name, method in METHODS.items():
+        within = method.ranges[kind]
+        usual, *drawn = within.tried(name, 6)
+        assert not usual and not drawn if method.adaptive else len(drawn) == 6, name
+        for numbers in drawn:
+            for least, number, most in zip(within.least, numbers.values(), within.most, strict=True):
+                assert 0.99 * least <= number <= 1.01 * most  # three digits
+    assert METHODS["SOAP"].ranges[kind].tried("SOAP", 3)[1]["damping"] == 1e-16
+
+
+def test_draws_fill_every_stratum_and_are_those_of_a_name():
+    within = METHODS["K-FAC"].ranges["classifier"]
+    _, *drawn = within.tried("K-FAC", 50)
+    columns = zip(*(numbers.values() for numbers in drawn), strict=True)
+    for numbers, least, most in zip(columns, within.least, within.most, strict=True):
+        places = 50 * np.log(np.sort(numbers) / least) / np.log(most / least)
+        assert np.all(np.abs(places - np.arange(50) - 0.5) < 0.7)  # half a stratum, and three digits
+    assert within.tried("K-FAC", 50) == within.tried("K-FAC", 50) != within.tried("EKFAC", 50)

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
-from experiments.programs import Program
+from collectives import Program
 
 TEXT = """
 HloModule step, entry_computation_layout={(f32[4,8]{1,0})->f32[4,8]{1,0}}

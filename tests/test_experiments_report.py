@@ -9,7 +9,7 @@ from PIL import Image
 from rich.table import Table
 
 from experiments import report
-from experiments.records import keep, kept
+from experiments.records import kept
 
 RESULTS = Path(report.__file__).parent / "results"
 
@@ -48,7 +48,7 @@ def test_the_page_has_every_experiment_of_the_committed_records_with_its_picture
     linked = [line.split("](")[1][:-1] for line in page.splitlines() if line.startswith("![")]
     assert len(linked) == len(set(linked)) >= len(headings) - 1
     assert all((folder / name).exists() for name in linked)
-    ran = {record["name"] for record in kept(folder / "autoencoder.jsonl")}
+    ran = {record["name"] for record in kept(folder / "autoencoder_mnist.jsonl")}
     assert all(f"| {name} |" in page for name in ran - {"Adam of TNT", "Shampoo"})
     assert "| K-FAC (K-BFGS authors) | 0.1, 3 |" in page
 
@@ -91,13 +91,6 @@ def test_where_records_are_from_and_that_some_do_not_say():
     assert section.where == "2 CPU cores, jax 0.9; a GPU, jax 0.9"
     assert section._replace(records=[*rows[:1], {}]).where.endswith("; some before this was recorded")
     assert section._replace(records=[{}]).where == "not recorded"
-
-
-def test_only_the_longest_trials_of_a_problem_are_shown_in_the_order_of_the_methods(tmp_path):
-    told = (("mnist", "Adam", 1), ("mnist", "Adam", 2), ("mnist", "SGD-m", 2), ("curves", "Adam", 9))
-    rows = [dict(zip(("problem", "name", "epochs"), row, strict=True)) for row in told]
-    keep(tmp_path / "tune.jsonl", rows)
-    assert report.newest_trials(tmp_path, {"problem": "mnist"}) == [rows[2], rows[1]]
 
 
 def test_a_folder_without_records_says_what_to_do(tmp_path):

@@ -1,5 +1,7 @@
 """What the experiments train with: batches, crops, runs that go on, a net with batch norm."""
 
+from itertools import islice
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments.data import Data, Part, batches, digits, shifted_and_flipped
+from experiments.data import Data, Part, batches, digits, endless, shifted_and_flipped
 from experiments.nets import Block, Convnet, Perceptron, ResNet, autoencoder
-from experiments.problems import problem
-from experiments.running import Runner, Setting, Task, timed
+from experiments.problems import CIFAR10, CURVES, FACES, MNIST, convnet
+from experiments.running import Runner, Task
 
 
 def part(count, size=32, channels=3):
@@ -76,7 +78,7 @@ def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
 
 @pytest.mark.full
 def test_a_classifier_is_measured_by_loss_and_accuracy():
-    chosen, data = problem("fashion")._replace(net=Convnet((4,), (2,))), digits()
+    chosen, data = convnet(16)._replace(net=Convnet((4,), (2,))), digits()
     variables = chosen.net.init(jax.random.key(0), data.test.images[:1])
     found = chosen.measured(variables, data, size=100)
     logits = chosen.net.apply(variables, data.test.images)
@@ -86,28 +88,13 @@ def test_a_classifier_is_measured_by_loss_and_accuracy():
     assert found["test_loss"] == pytest.approx(float(own), abs=1e-4)  # float32, in another order
 
 
-def test_all_take_their_turn():
-    said = []
-
-    class Clock:
-        def __init__(self, name):
-            self.name = name
-
-        def run(self, stream):
-            said.append(self.name)
-            return None, 1.0
-
-    timed({"a": Clock("a"), "b": Clock("b")}, [None], 5, 1, "a")
-    assert said == ["a", "b"] * 10
-
-
 @pytest.mark.full
 def test_several_steps_in_one_program_are_those_of_several_programs():
     net, given = Perceptron((3,), 10), part(12, 2, 1)
     task, ends = Task(net, ng.losses.softmax_cross_entropy, given.first(4)), []
-    for labels, make in ((None, sgd), ("sampled", sgd), ("sampled", lambda setting, layers: ng.kfac(0.1, layers))):
+    for labels, make in ((None, sgd), ("sampled", sgd), ("sampled", lambda numbers, layers: ng.kfac(0.1, layers))):
         for stretch in (1, 3):
-            runner = Runner(make, Setting(0.1), task, labels, stretch=stretch)
+            runner = Runner(make, {"rate": 0.1}, task, labels, stretch=stretch)
             losses, _ = runner.run(batches(given, 4, 0, 0))
             assert losses.shape == (3,) and runner.steps == 3
             ends.append(jax.tree.leaves(runner.variables))
@@ -117,41 +104,26 @@ def test_several_steps_in_one_program_are_those_of_several_programs():
     assert not np.allclose(ends[0][0], ends[4][0])
 
 
-def sgd(setting, layers):
-    return optax.sgd(setting.rate)
-
-
-def test_a_pace_is_in_units_of_the_baseline_by_periods():
-    class Clock:
-        def __init__(self, early, late):
-            self.turn, self.costs = 0, [early] * 5 + [late] * 10
-
-        def run(self, stream):
-            self.turn += 1
-            return None, self.costs[self.turn - 1] * len(stream)
-
-    pace = timed({"a": Clock(6.0, 3.0), "b": Clock(2.0, 2.0)}, [None, None], 25, 2, "b")
-    assert pace == (2.0, {"a": 3.0, "b": 1.0}, {"a": 1.5, "b": 1.0})
-    assert pace.seconds("a", 20, 25) == 2 * 20 * 3
-    assert pace.seconds("a", 35, 25) == 2 * (25 * 3 + 10 * 1.5)
+def sgd(numbers, layers):
+    return optax.sgd(numbers["rate"])
 
 
 @pytest.mark.slow
 @pytest.mark.full  # a minute of compilation
 def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_saved():
-    chosen = problem("cifar10", 2)._replace(net=ResNet(8, 2), batch=4)
+    chosen = CIFAR10._replace(net=ResNet(8, 2), batch=4)
     given = part(12)
-    task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4), 0, {"train": True})
-    runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
+    task = Task(chosen.net, ng.losses.softmax_cross_entropy, given.first(4), {"train": True})
+    runner = Runner(lambda numbers, layers: ng.kfac(numbers["rate"], layers, damping=1.0), {"rate": 0.1}, task)
     before = jax.tree.map(np.array, runner.variables["batch_stats"])
-    runner.run(chosen.stream(given, 0, 0))
+    runner.run(islice(endless(given, 4, 0, True), 3))
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, runner.variables["batch_stats"])
     assert all(jax.tree.leaves(moved))
     saved = [np.array(leaf) for leaf in jax.tree.leaves(runner.carry)]
-    losses, _ = runner.run(chosen.stream(given, 0, 1))
-    runner.begin(Setting(0.1))
+    losses, _ = runner.run(islice(endless(given, 4, 0, True), 3, 6))
+    runner.begin({"rate": 0.1})
     assert runner.restore(saved, 3)
-    again, _ = runner.run(chosen.stream(given, 0, 1))
+    again, _ = runner.run(islice(endless(given, 4, 0, True), 3, 6))
     np.testing.assert_array_equal(losses, again)
     assert not runner.restore(saved[1:], 3)
 
@@ -160,7 +132,7 @@ def test_a_run_with_batch_norm_updates_its_averages_and_goes_on_from_what_was_sa
 def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
     given = part(8, 8, 1)
     task = Task(Convnet((2,), (2,)), ng.losses.softmax_cross_entropy, given.first(4))
-    runner = Runner(lambda setting, layers: ng.kfac(setting.rate, layers, damping=1.0), Setting(0.1), task)
+    runner = Runner(lambda numbers, layers: ng.kfac(numbers["rate"], layers, damping=1.0), {"rate": 0.1}, task)
     before = jax.tree.map(np.array, runner.carry)
     runner.warm(batches(given, 4, 0, 0))
     jax.tree.map(np.testing.assert_array_equal, before[0], runner.carry[0])
@@ -170,20 +142,19 @@ def test_a_warm_start_fills_the_statistics_and_leaves_the_parameters():
 
 
 @pytest.mark.parametrize(
-    ("name", "pixels", "count"),
-    [("mnist", 784, 2_837_314), ("curves", 784, 842_340), ("faces", 625, 7_537_655)],  # as counted in their code
+    ("chosen", "pixels", "count"),
+    [(MNIST, 784, 2_837_314), (CURVES, 784, 842_340), (FACES, 625, 7_537_655)],  # as counted in their code
 )
-def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(name, pixels, count):
-    chosen = problem(name)
+def test_the_autoencoders_have_the_parameters_of_the_papers_and_their_start(chosen, pixels, count):
     shapes = jax.eval_shape(chosen.net.init, jax.random.key(0), jnp.zeros((1, pixels)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
     assert str(pixels) in chosen.title
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["mnist", "faces"])
-def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(name):
-    chosen, x = problem(name)._replace(net=autoencoder((6, 3))), np.random.default_rng(0).random((5, 7), np.float32)
+@pytest.mark.parametrize("whole", [MNIST, FACES])
+def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels(whole):
+    chosen, x = whole._replace(net=autoencoder((6, 3))), np.random.default_rng(0).random((5, 7), np.float32)
     params = chosen.net.init(jax.random.key(0), x)["params"]
     y = x
     for index, active in enumerate((True, False, True, False)):
@@ -194,7 +165,7 @@ def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels
         y = np.maximum(y, 0) if active else y
     y = np.array(y)
     p = 1 / (1 + np.exp(-y))
-    terms = 0.5 * (y - x) ** 2 if name == "faces" else -x * np.log(p) - (1 - x) * np.log(1 - p)
+    terms = 0.5 * (y - x) ** 2 if whole is FACES else -x * np.log(p) - (1 - x) * np.log(1 - p)
     found = chosen.measured({"params": params}, Data("", Part(x, x), Part(x[:1], x[:1])), size=2)
-    assert found["train_loss"] == pytest.approx(np.mean(np.sum(terms, axis=1)), abs=1e-4)
+    assert found["losses"] == pytest.approx(np.mean(np.sum(terms, axis=1)), abs=1e-4)
     assert found["test_loss"] == pytest.approx(np.sum(terms[0]), abs=1e-4)

@@ -90,7 +90,10 @@ def test_the_picture_has_a_bar_for_every_number_and_a_log_axis_where_ratios_spre
 
 
 def test_a_backend_that_says_nothing_of_memory_leaves_no_peak():
-    assert speed.peak(None) is None
+    silent = SimpleNamespace(memory_analysis=lambda: None, as_text=lambda: "a\nb\n")
+    for program, lines in ((None, None), (silent, 2)):
+        found = speed.sizes(SimpleNamespace(program=program, compile_seconds=None, carry=np.zeros(3)))
+        assert found == {"compile_seconds": None, "held_bytes": 24, "peak_bytes": None, "program_lines": lines}
     names = ("argument", "temp", "output", "alias")
     found = SimpleNamespace(**{f"{name}_size_in_bytes": 10**power for power, name in enumerate(names)})
     assert speed.peak(found) == 1 + 10 + 100 - 1000
@@ -109,9 +112,9 @@ def test_every_method_of_the_package_occurs_often_and_rarely():
 def test_a_step_of_every_method_leaves_a_state_of_the_same_shapes(name):
     task = speed.noise("tiny")
     method = next(method for method in speed.METHODS if method.name == name)
-    runner = Runner(method.make, speed.SETTING, task, method.labels)
+    runner = Runner(method.make, speed.FIXED, task, method.labels)
     before = jax.eval_shape(lambda: runner.carry)
-    after, _ = jax.eval_shape(runner._steps, before, *task.batch, jax.random.key(0), speed.SETTING)
+    after, _ = jax.eval_shape(runner._steps, before, *task.batch, jax.random.key(0), speed.FIXED)
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (before, after)]
     assert shapes[0] == shapes[1]
 

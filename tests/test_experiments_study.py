@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import defaults, figures, study
+from experiments import courses, defaults, figures, study
 from experiments.data import Part
 from experiments.nets import Perceptron
 from experiments.records import kept
@@ -70,6 +70,32 @@ def test_every_entry_runs_at_the_best_of_its_trials_from_every_seed_and_is_not_r
         study.run(whole._replace(config={"a": 2}), tmp_path)
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was_saved(made, tmp_path, monkeypatch):
+    whole, advance, seen = made({"one": ENTRY._replace(tried=({"rate": 0.1},))}), courses.Course.advance, []
+    (straight,) = study.run(whole, tmp_path / "straight")
+    monkeypatch.setattr(courses, "SAVE_EVERY", -1.0)
+
+    def stopped(course):
+        seen.append(course.looks[-1]["steps"])
+        if seen == [0, 2, 4]:
+            raise KeyboardInterrupt
+        advance(course)
+
+    monkeypatch.setattr(courses.Course, "advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(whole, tmp_path)
+    (state,) = (tmp_path / "study_states").iterdir()
+    (again,) = study.run(whole, tmp_path)
+    assert seen == [0, 2, 4, 4] and not state.exists()
+    for entry in ("steps", "losses", "numbers"):
+        assert again[entry] == straight[entry]
+
+
+def test_an_estimate_runs_nothing_and_says_how_long_it_will_take(made, tmp_path, capsys):
+    assert study.run(made({"one": ENTRY}), tmp_path, is_estimate=True) == [] and not any(tmp_path.iterdir())
+    assert "line: 1 methods, 0.0 minutes of steps are left" in capsys.readouterr().out
+
+
 def test_a_run_ends_at_a_level_in_time_and_trials_alone_are_all_shown(made, tmp_path):
     entry, level = ENTRY._replace(tried=study.grid(rate=(0.1, 0.5))), 0.5
     (row,) = study.run(made({"one": entry}, study.Limits(400, 1, level=level)), tmp_path / "level")
@@ -129,7 +155,7 @@ def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
             return np.zeros(0), 1.0
 
     runner, case = Listening(), study.Case({}, None, lambda seed: iter(range(9)), lambda variables: 1.0)
-    course = study.Course(runner, case, {}, 0, LIMITS, stays)
+    course = courses.Course(runner, case, {}, 0, LIMITS, stays)
     while not course.is_over:
         course.advance()
     assert [*runner.batches] == seen

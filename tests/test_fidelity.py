@@ -45,7 +45,7 @@ def found(layer):
 @cache
 def implied_blocks(method):
     """What a method stands for, by the matrix that it multiplies gradients with."""
-    return watching.implied_blocks(Walk(METHODS[method].method), net())
+    return watching.implied_blocks(Walk(METHODS[method]), net())
 
 
 @pytest.mark.full
@@ -73,13 +73,13 @@ def test_a_broken_theorem_is_counted_as_broken(name):
 
 
 def test_a_scale_measured_in_another_basis_breaks_the_theorem():
-    ekfac, evidence, layer = METHODS["EKFAC"].method, net().evidence["Conv_0"], net().layers["Conv_0"]
+    ekfac, evidence, layer = METHODS["EKFAC"], net().evidence["Conv_0"], net().layers["Conv_0"]
 
     def rescale(layer, operator, evidence):
         _, start = ekfac.init(layer)  # whose basis is the identity
         return operator._replace(scale=ekfac.rescale(layer, start, evidence).scale)
 
-    wrong = METHODS["EKFAC"]._replace(method=ekfac._replace(rescale=rescale))
+    wrong = ekfac._replace(rescale=rescale)
     implied = jax.jit(lambda evidence: fidelity.implied(wrong, layer, evidence))(evidence)
     error = reference.error(implied, fidelity.exact(layer, evidence))
     assert_differs(error, found("Conv_0")["EKFAC"])
@@ -143,9 +143,10 @@ def test_what_sees_minibatches_has_another_direction_after_others():
 @pytest.mark.slow
 @pytest.mark.full  # what it puts together is tested part by part below
 def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method_beside_the_exact_direction():
-    small = fidelity.Sizes(300, 20, 10, draws=5, batches=5, steps=5, widths=(4,), channels=(2,), hidden=3)
+    small = fidelity.Sizes(300, 20, 10, draws=5, batches=5, steps=5)
+    nets = {"dense net": Perceptron((4,), 10), "CNN": Convnet((2,), (2,), (3,))}
     with jax.enable_x64(False):
-        found = fidelity.run(None, small)
+        found = fidelity.run(None, small, nets)
     blocks = [row for row in found if "layer" in row]
     assert [row["layer"].split()[0] for row in blocks] == ["Dense_0", "Dense_1"] * 2 + [*LAYERS] * 2
     assert all(fidelity.holds(row, name) for row in blocks for name in NO_WORSE)

@@ -17,7 +17,7 @@ KERNELS = """
 import json
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
-from experiments.programs import Program
+from collectives import Program
 from natgrad_jax.algebra.devices import Devices
 from natgrad_jax.algebra.rows import OneHot
 from natgrad_jax.base import Layer
@@ -57,7 +57,7 @@ TRAINED = """
 import json, sys
 import jax, jax.numpy as jnp, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from experiments.programs import Program
+from collectives import Program
 from natgrad_jax.blocks import rings
 import natgrad_jax as ng
 

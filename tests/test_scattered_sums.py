@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from experiments.programs import Program
+from collectives import Program
 from sharded import apply
 import natgrad_jax as ng
 

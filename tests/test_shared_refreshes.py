@@ -27,7 +27,7 @@ import methods_table as table
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import natgrad_jax as ng
-from experiments.programs import Program
+from collectives import Program
 
 names, kinds, (outer, inner) = json.loads(sys.argv[1])
 devices = len(jax.devices())
@@ -196,7 +196,7 @@ import json
 import jax, jax.numpy as jnp, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import natgrad_jax as ng
-from experiments.programs import Program
+from collectives import Program
 
 keys = jax.random.split(jax.random.key(0), 4)
 params = {"a": jax.random.normal(keys[0], (20, 24)), "b": jax.random.normal(keys[1], (24, 12))}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import natgrad_jax as ng
-from experiments.programs import Program
+from collectives import Program
 
 def apply(params, x):  # a scanned layer of four copies, and one without a size that four devices divide
     h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jnp.tanh(x @ params["first"]), params["deep"])
