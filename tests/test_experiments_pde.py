@@ -47,6 +47,16 @@ def test_the_solution_of_burgers_satisfies_its_equation_and_begins_as_a_sine():
     np.testing.assert_allclose(u(np.stack([0 * x, x], axis=1)), -np.sin(np.pi * x), atol=1e-4)
 
 
+def test_half_of_the_points_lie_near_a_thin_layer_and_the_rest_anywhere():
+    equation = pde.EQUATIONS["burgers 1+1d"]
+    inside = np.asarray(pde.points(equation, 0)[0]["inside"])
+    near = np.abs(inside[:, 1]) < 0.1
+    assert 0.4 < np.mean(near) < 0.6  # of uniform ones a tenth
+    assert np.all(np.abs(inside[:, 1]) <= 1) and np.all((inside[:, 0] > 0) & (inside[:, 0] < 1))
+    uniform = np.asarray(pde.points(equation._replace(layer=None), 0)[0]["inside"])
+    assert np.mean(np.abs(uniform[:, 1]) < 0.1) < 0.2
+
+
 def test_points_of_the_edge_are_on_it_and_those_of_an_evolution_not_at_its_end():
     for equation in pde.EQUATIONS.values():
         points = pde.edge(equation, 40, np.random.default_rng(0))

@@ -1,5 +1,7 @@
 """Gradients of the examples of any function: `jacobian="examples"`, for parameters of every kind."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,16 @@ def apply(p, x):
     """A layer, a scale, a parameter that enters by a power and one by a sine: only the first is a layer."""
     h = jnp.tanh(x @ p["w"]) * p["scale"] + p["power"] ** 2
     return h @ jnp.sin(p["odd"])
+
+
+class Alike:
+    """The curvature of a batch in pieces, in whose Jacobian each piece has as much weight as any other."""
+
+    def __init__(self, curvature, space):
+        self.curvature, self.space, self.count = curvature, lambda: space, curvature.count
+
+    def __call__(self):
+        return self.curvature()
 
 
 def params():
@@ -175,6 +187,45 @@ def test_a_direction_of_which_nothing_is_kept_is_that_of_the_kept_jacobian_in_an
     assert not [leaf for leaf in jax.tree.leaves(tx.init(p)) if leaf.size > 1]
 
 
+@pytest.mark.parametrize(
+    ("labels", "workspace"),
+    [("exact", 500), *(pytest.param(*row, marks=pytest.mark.full) for row in (("exact", None), ("true", 1)))],
+)
+def test_a_direction_of_which_nothing_is_kept_is_that_of_the_batch_in_pieces(labels, workspace):
+    p, x, y = {key: params()[key] for key in ("odd", "w")}, normal(N, 4, seed=5), normal(N, 2, seed=6)
+    weights = jnp.array([1.0, 2.0, 0.1, 0.0, 0.5, 8.0])  # another sum in each piece
+    settings = {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
+    watched = {"labels": labels, "jacobian": "examples", "verify": False}
+
+    def odd(p, x):
+        return jnp.tanh(x @ p["w"]) @ jnp.sin(p["odd"])
+
+    whole, pieces = (ng.capture(odd, ng.losses.squared_error, microbatches=k, **watched) for k in (1, 3))
+    layers = whole.layers(p, x)
+    assert {layer.name for layer in layers.rest} == {"odd"}
+    kept, unkept = (
+        ng.scale_by_tengrad(layers, **settings, **more) for more in ({}, {"kept": False, "workspace": workspace})
+    )
+
+    @jax.jit
+    def found(p):
+        out, parts = (capture.value_and_grad(p, x, y, weights=weights) for capture in (whole, pieces))
+        alike = dataclasses.replace(parts.curvature.space(), scales=jnp.full(3, 3**-0.5))
+        directions = [
+            tx.update(out.grad, tx.init(p), curvature=curvature)[0]
+            for tx, curvature in (
+                (kept, out.curvature),
+                (unkept, parts.curvature),
+                (unkept, Alike(parts.curvature, alike)),
+            )
+        ]
+        return [ravel_pytree(each)[0] for each in directions]
+
+    expected, right, wrong = found(p)
+    assert_equal(right, expected, 1e-8)
+    assert_differs(wrong, expected)
+
+
 def test_a_direction_of_which_nothing_is_kept_needs_what_it_is_made_of():
     p, x = params(), normal(N, 4)
     layers = ng.capture(apply, ng.losses.squared_error).layers(p, x)
@@ -191,10 +242,10 @@ def test_no_array_of_examples_times_parameters_is_formed_where_nothing_is_kept()
 
     of = jax.ShapeDtypeStruct
     p, x, y = {"v": of((60, 1), float), "w": of((60, 60), float)}, of((200, 60), float), of((200, 1), float)
-    capture = ng.capture(odd, ng.losses.squared_error, jacobian="examples")
-    layers, settings = capture.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
+    whole, pieces = (ng.capture(odd, ng.losses.squared_error, jacobian="examples", microbatches=k) for k in (1, 4))
+    layers, settings = whole.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
 
-    def bytes_of(**others):
+    def bytes_of(capture=whole, **others):
         tx = ng.scale_by_tengrad(layers, **settings, **others)
 
         def step(p, x, y):
@@ -203,5 +254,6 @@ def test_no_array_of_examples_times_parameters_is_formed_where_nothing_is_kept()
 
         return jax.jit(step).lower(p, x, y).compile().memory_analysis().temp_size_in_bytes
 
-    whole = 8 * 200 * 60 * 60
-    assert bytes_of(kept=False, workspace=2**18) < whole / 2 < whole < bytes_of()
+    jacobian = 8 * 200 * 60 * 60
+    for capture in (whole, pieces):
+        assert bytes_of(capture, kept=False, workspace=2**18) < jacobian / 2 < jacobian < bytes_of(capture)

@@ -130,6 +130,23 @@ def test_loss_gradient_and_outputs_are_those_of_the_whole_batch():
     agree(*both(params))
 
 
+@pytest.mark.parametrize("pieces", [3, pytest.param(2, marks=pytest.mark.full)])
+def test_in_double_precision_the_shares_of_the_pieces_are_exact_too(pieces):
+    params, x, y = {"w": reference.normal(4, 2)}, reference.normal(6, 4, seed=1), reference.normal(6, 2, seed=2)
+    watched = {"labels": "true", "verify": False}
+    whole, cut = (
+        ng.capture(lambda p, x: jnp.tanh(x @ p["w"]), ng.losses.squared_error, microbatches=count, **watched)
+        for count in (1, pieces)
+    )
+
+    @jax.jit
+    def found(params):
+        outs = [capture.value_and_grad(params, x, y) for capture in (whole, cut)]
+        return [(out.value, out.curvature.value(params), out.grad, out.curvature.along(params)) for out in outs]
+
+    agree(*found(params), gate=1e-14)  # a third or the root of a half in float32 is off by 1e-8
+
+
 def test_every_piece_draws_labels_of_its_own():
     params, inputs, y, _ = problem()
     same = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 8, axis=0), inputs)

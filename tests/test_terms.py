@@ -238,26 +238,40 @@ def bent(p, x):
     return jnp.tanh(x @ jnp.sin(p["odd"])) @ p["last"]
 
 
-@pytest.mark.parametrize("workspace", [None, pytest.param(700, marks=pytest.mark.full)])
-def test_a_direction_of_which_nothing_is_kept_is_that_of_all_terms(workspace):
+@pytest.mark.parametrize(
+    ("workspace", "pieces"), [(None, 1), *(pytest.param(700, pieces, marks=pytest.mark.full) for pieces in (1, 2))]
+)
+def test_a_direction_of_which_nothing_is_kept_is_that_of_all_terms(workspace, pieces):
     p = {"odd": normal(2, 3), "last": normal(3, 2, seed=1)}
     functions = {"one": lambda p, x: bent(p, x)[:, :1], "two": bent}  # of one draw and of two
     y = {"one": normal(4, 1, seed=2), "two": normal(3, 2, seed=3)}
     x = {"one": normal(4, 2, seed=4), "two": normal(3, 2, seed=5)}
     options = {"labels": "exact", "jacobian": "examples"}
-    loss = ng.terms({n: ng.capture(f, ng.losses.squared_error, **options) for n, f in functions.items()}, {"two": 3.0})
+    cut = {"one": pieces, "two": 1}
+    loss, whole = (
+        ng.terms(
+            {n: ng.capture(f, ng.losses.squared_error, microbatches=k[n], **options) for n, f in functions.items()},
+            {"two": 3.0},
+        )
+        for k in (cut, dict.fromkeys(cut, 1))
+    )
     layers, settings = loss.layers(p, x), {"damping": DAMPING, "blocks": "joint", "refresh_every": 1}
     assert set(layers) == {"last"} and layers.draws == 2
     weights = {"two": jnp.array([1.0, 0.0, 2.0])}
 
     @jax.jit
     def directions():
-        out = loss.value_and_grad(p, x, y, key=jax.random.key(0), weights=weights)
+        out, all_at_once = (
+            each.value_and_grad(p, x, y, key=jax.random.key(0), weights=weights) for each in (loss, whole)
+        )
         txs = [
             ng.scale_by_tengrad(layers, **settings, **more) for more in ({}, {"kept": False, "workspace": workspace})
         ]
         halved = ng.terms(loss.captures, {"two": 1.5}).value_and_grad(p, x, y, key=jax.random.key(0), weights=weights)
-        found = [tx.update(out.grad, tx.init(p), curvature=out.curvature)[0] for tx in txs]
+        found = [
+            tx.update(out.grad, tx.init(p), curvature=curvature)[0]
+            for tx, curvature in zip(txs, (all_at_once.curvature, out.curvature), strict=True)
+        ]
         found.append(txs[1].update(out.grad, txs[1].init(p), curvature=halved.curvature)[0])
         return [ravel_pytree(each)[0] for each in found]
 

@@ -68,7 +68,7 @@ def unkept(layers: Layers, damping: ScalarOrSchedule | None, workspace: int) -> 
         if not hasattr(curvature, "space"):
             raise TypeError(
                 f"`curvature` is of type {type(curvature).__name__}; `kept=False` takes products with the Jacobian "
-                "from `out.curvature` itself, of captures without `microbatches` or `axis_name`."
+                "from `out.curvature` itself, of captures without `axis_name`."
             )
         there = evidences.present(layers, updates)
         space, evidence = curvature.space(), curvature()

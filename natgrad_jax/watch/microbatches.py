@@ -8,20 +8,22 @@ Nothing of a piece is kept beyond line 1, so line 2 evaluates each once more. Wh
 whole batch: every method and every controlled step works on it as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.stacks import HIGHEST
-from natgrad_jax.base import Array, Evidence, Layers
+from natgrad_jax.base import Array, Evidence, Layer, Layers
 from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
+from natgrad_jax.watch.space import Space, chunked, products
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 
@@ -53,8 +55,26 @@ class Pieces:
     def along(self, direction: Tree) -> Array:
         """J times a direction at the outputs of the batch; see `common.Curvature.along`."""
         found, counts = self._mapped(lambda curvature: (curvature.along(direction), curvature.count))
-        scale = jnp.sqrt(counts / jnp.maximum(jnp.sum(counts), 1e-30))  # each is divided by the root of its own count
+        scale = jnp.sqrt(_shares(counts))  # each is divided by the root of its own count
         return _flat(found * scale.reshape(-1, *(1,) * (found.ndim - 1)).astype(found.dtype))
+
+    def space(self) -> "PiecedSpace":
+        """The batch as the rows of the Jacobian, of which nothing is kept; see `common.Curvature.space`."""
+
+        def of(piece):
+            found = self._of_piece(self._params, *piece)[0].curvature
+            return found.space(), found.count
+
+        seen = []  # the numbers of draws and examples are static: the trace of the map leaves them here
+
+        def seeds(piece):
+            found, count = of(piece)
+            seen.append((found.draws, found.examples))
+            return list(found.seeds), count, found.root
+
+        found, counts, roots = jax.lax.map(seeds, self._pieces)
+        scales = jnp.sqrt(_shares(counts)).astype(roots.dtype)
+        return PiecedSpace(lambda piece: of(piece)[0], self._pieces, found, scales, self._params, *seen[-1])
 
     def value(self, params: Tree | None = None) -> Array:
         """The objective on the same batch at other parameters, a scalar."""
@@ -69,11 +89,82 @@ class Pieces:
     def _mean(self, function: Callable[[common.Curvature], Any]) -> Any:
         """The mean over the pieces, by their counts."""
         found, counts = self._mapped(lambda curvature: (function(curvature), curvature.count))
-        return jax.tree.map(lambda numbers: jnp.sum(numbers * counts) / jnp.maximum(jnp.sum(counts), 1e-30), found)
+        return jax.tree.map(lambda numbers: jnp.sum(numbers * _shares(counts).astype(numbers.dtype)), found)
 
     def _mapped(self, function: Callable[[common.Curvature], Any]) -> Any:
         """A function of the curvature of every piece, at the parameters of this step."""
         return jax.lax.map(lambda piece: function(self._of_piece(self._params, *piece)[0].curvature), self._pieces)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PiecedSpace:
+    """A batch in pieces as the rows of J: for each draw the examples of all pieces; asked like `space.Space`.
+
+    Attributes:
+        space_of: inputs of a piece -> it as the rows of its own J.
+        pieces: inputs of all.
+        seeds: cotangents of all [pieces, K, n, ...], so that no outputs are computed for a chunk of gradients.
+        scales: sqrt(W of the piece / W) of each, with which its rows are those of the whole.
+        params: where.
+        draws: K.
+        size: n, examples of a piece.
+    """
+
+    space_of: Callable[[Any], Space]
+    pieces: Any
+    seeds: Sequence[Array]
+    scales: Array
+    params: Tree
+    draws: int
+    size: int
+
+    @property
+    def examples(self) -> int:
+        """N of all pieces."""
+        return self.size * len(self.scales)
+
+    @property
+    def root(self) -> Array:
+        """A number of the dtype of the rows."""
+        return self.scales[0]
+
+    def project(self, direction: Tree) -> Array:
+        """J v [R] of a tree like the parameters."""
+
+        def shown(given):
+            piece, scale = given
+            return scale * self.space_of(piece).project(direction).reshape(self.draws, self.size)
+
+        return merged(jax.lax.map(shown, (self.pieces, self.scales)), 1).reshape(-1)
+
+    def back(self, weights: Array) -> Tree:
+        """J^T w, a tree like the parameters, of w [R]."""
+        shares = jnp.moveaxis(weights.reshape(self.draws, len(self.scales), self.size), 1, 0)
+
+        def add(before, given):
+            piece, scale, share = given
+            found = self.space_of(piece).back(scale * share.reshape(-1))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), before, found), None
+
+        zeros = jax.tree.map(jnp.zeros_like, self.params)
+        return jax.lax.scan(add, zeros, (self.pieces, self.scales, shares))[0]
+
+    def chunks(self, most: int) -> np.ndarray:
+        """The places of the examples, at most so many of one piece at a time; see `space.Space.chunks`."""
+        places, starts = chunked(self.size, most), self.size * np.arange(len(self.scales))
+        return np.where(places < 0, -1, places + starts[:, None, None]).reshape(-1, places.shape[1])
+
+    def rows(self, blocks: Sequence[Layer], places: Array) -> list[Array]:
+        """The rows of J of a chunk by the parameters of some blocks; see `space.Space.rows`."""
+        number = places[0] // self.size
+        piece, seeds, scale = jax.tree.map(lambda leaf: leaf[number], (self.pieces, self.seeds, self.scales))
+        space = replace(self.space_of(piece), seeds=seeds)
+        own = jnp.where(places < 0, -1, places - number * self.size)
+        return [scale.astype(leaf.dtype) * leaf for leaf in space.rows(blocks, own)]
+
+    def kernel(self, blocks: Sequence[Layer], workspace: int) -> Array:
+        """J J^T [R, R] of the parameters of some blocks; see `space.Space.kernel`."""
+        return products(self, self, blocks, workspace).reshape(self.draws * self.examples, -1)
 
 
 def in_pieces(
@@ -133,13 +224,19 @@ def in_pieces(
         return kept, (found.value, found.grad, weight, found.outputs, _without(found.updated, others))
 
     updated, (values, grads, totals, outputs, written) = jax.lax.scan(step, dict(others), pieces)
-    shares = totals / jnp.maximum(jnp.sum(totals), 1e-30)
-    value = jnp.sum(values * shares)
+    shares = _shares(totals)
+    value = jnp.sum(values * shares.astype(values.dtype))
     grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1, precision=HIGHEST), grads)
     layers = replace(seen[-1], examples=examples)
     curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, jnp.sum(totals), layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
     return Evaluation(value, grad, curvature, jax.tree.map(_flat, outputs), updated | last)
+
+
+def _shares(counts: Array) -> Array:
+    """Counts over their sum, in double precision where there is one: a third in float32 is off by 3e-8."""
+    counts = jnp.asarray(counts, float)
+    return counts / jnp.maximum(jnp.sum(counts), 1e-30)
 
 
 def _without(updated: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Replicas:
     def along(self, direction: Tree) -> Array:
         """J times a direction at the outputs of all replicas; see `common.Curvature.along`."""
         found = self._local.along(trees.own(direction, self._axis))
-        share = jnp.sqrt(self._local.count / jnp.where(self._count > 0, self._count, 1))  # each has its own count
+        share = jnp.sqrt(share_of(self._local.count, self._axis))  # each has its own count
         return self._gathered(found * share.astype(found.dtype), 0)
 
     def value(self, params: Tree | None = None) -> Array:
@@ -102,8 +102,8 @@ def averaged(tree: Any, count: Array, axis: Axis) -> Any:
 
 
 def share_of(count: Array, axis: Axis) -> Array:
-    """A replica's count over that of all; zero where that is."""
-    count = trees.own(count, axis)
+    """A replica's count over that of all, in double precision where there is one; zero where that is."""
+    count = trees.own(jnp.asarray(count, float), axis)
     total = jax.lax.psum(count, axis)
     return count / jnp.where(total > 0, total, 1)
 

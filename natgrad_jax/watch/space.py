@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations_with_replacement
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from natgrad_jax import addresses
@@ -78,12 +80,16 @@ class Space:
 
         return self.pullback([weighted(seed) for seed in self.seeds])
 
+    def chunks(self, most: int) -> np.ndarray:
+        """The places of the examples, at most so many at a time [chunks, n]; the last chunk is filled up with -1."""
+        return chunked(self.examples, most)
+
     def rows(self, blocks: Sequence[Layer], places: Array) -> list[Array]:
-        """Some rows of J by the parameters of some blocks, [n, K, entries] of each array; zeros behind the last."""
-        each, last = self.forward.each, self.examples - 1
+        """Some rows of J by the parameters of some blocks, [n, K, entries] of each array; zeros at places below 0."""
+        each = self.forward.each
         assert each is not None, "of `jacobian=examples`"
-        found = each(self.params, blocks, self.seeds, jnp.minimum(places, last)).values()
-        there = (places <= last)[:, None, None]
+        found = each(self.params, blocks, self.seeds, jnp.maximum(places, 0)).values()
+        there = (places >= 0)[:, None, None]
         return [jnp.where(there, leaf.reshape(len(places), self.draws, -1) / self.root, 0) for leaf in found]
 
     def kernel(self, blocks: Sequence[Layer], workspace: int) -> Array:
@@ -96,7 +102,7 @@ class Space:
         Returns:
             The kernel.
         """
-        whole = _products(self, self, blocks, workspace)
+        whole = products(self, self, blocks, workspace)
         return whole.reshape(self.draws * self.examples, -1)
 
 
@@ -105,11 +111,11 @@ class Spaces:
     """The batches of several terms as the rows of one J: all examples for each draw, zeros where a term has fewer.
 
     Attributes:
-        parts: the batch of each term.
+        parts: the batch of each term, a `Space` or what is asked like one.
         roots: of their weights, by which their rows are multiplied.
     """
 
-    parts: Sequence[Space]
+    parts: Sequence[Any]
     roots: Sequence[Array]
 
     @property
@@ -149,7 +155,7 @@ class Spaces:
         """J J^T [R, R] of the parameters of some blocks; see `Space.kernel`."""
         pairs: dict[tuple[int, int], Array] = {}
         for (i, one), (j, other) in combinations_with_replacement(enumerate(self.parts), 2):
-            found = self.roots[i] * self.roots[j] * _products(one, other, blocks, workspace)
+            found = self.roots[i] * self.roots[j] * products(one, other, blocks, workspace)
             room = [(0, self.draws - one.draws), (0, 0), (0, self.draws - other.draws), (0, 0)]
             pairs[i, j] = jnp.pad(found, room)
             pairs[j, i] = jnp.transpose(pairs[i, j], (2, 3, 0, 1))
@@ -158,23 +164,28 @@ class Spaces:
         return jnp.concatenate(lines, axis=1).reshape(self.draws * self.examples, -1)
 
 
-def _products(one: Space, other: Space, blocks: Sequence[Layer], workspace: int) -> Array:
-    """The products of the rows of two spaces [K, N, K', N'], some examples of each at a time."""
+def products(one: Any, other: Any, blocks: Sequence[Layer], workspace: int) -> Array:
+    """The products of the rows of two spaces [K, N, K', N'], some examples of each at a time.
+
+    Args:
+        one: a `Space`, or what has its `draws`, `examples`, `root`, `chunks` and `rows`.
+        other: another, or the same, of which half of the products are formed.
+        blocks: whose columns of J count.
+        workspace: bytes that the gradients of two chunks of examples may take, at least one example each.
+
+    Returns:
+        The products.
+    """
     columns = sum(prod(leaf.shape) for block in blocks for leaf in block.leaves)
     same, draws = one is other, max(one.draws, other.draws)
     most = max(1, workspace // max(2 * draws * columns * one.root.dtype.itemsize, 1))
-
-    def chunks(space):
-        chunk = min(space.examples, most)
-        return jnp.arange(-(-space.examples // chunk) * chunk).reshape(-1, chunk)
-
-    lines, cells = chunks(one), chunks(other)
+    lines, cells = one.chunks(most), other.chunks(most)
 
     def line(first):
-        mine = one.rows(blocks, lines[first])
+        mine = one.rows(blocks, jnp.asarray(lines)[first])
 
         def block(second):
-            theirs = other.rows(blocks, cells[second])
+            theirs = other.rows(blocks, jnp.asarray(cells)[second])
             return jnp.asarray(sum(einsum("nkp,mlp->nkml", a, b) for a, b in zip(mine, theirs, strict=True)))
 
         def cell(second):
@@ -189,11 +200,19 @@ def _products(one: Space, other: Space, blocks: Sequence[Layer], workspace: int)
         line, jnp.arange(len(lines))
     )  # [chunks, chunks', n, k, m, l]; of one space those above the diagonal
     whole = jnp.transpose(found, (3, 0, 2, 5, 1, 4)).reshape(one.draws, lines.size, other.draws, cells.size)
-    whole = whole[:, : one.examples, :, : other.examples]
+    here, there = (np.flatnonzero(places >= 0) for places in (lines, cells))
+    whole = whole[:, here][..., there]
     if not same:
         return whole
-    number = jnp.arange(one.examples) // lines.shape[1]
+    number = here // lines.shape[1]  # of the chunk of each example
     return jnp.where((number[:, None] <= number)[None, :, None, :], whole, jnp.transpose(whole, (2, 3, 0, 1)))
+
+
+def chunked(count: int, most: int) -> np.ndarray:
+    """The numbers below a count, at most so many in a line [lines, n]; the last line is filled up with -1."""
+    size = min(count, most)
+    places = np.arange(-(-count // size) * size).reshape(-1, size)
+    return np.where(places < count, places, -1)
 
 
 def _times(seed: Array, weights: Array) -> Array:

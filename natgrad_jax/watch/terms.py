@@ -237,7 +237,7 @@ class TermsCurvature:
         if plain := sorted(name for name, part in self._parts.items() if not hasattr(part, "space")):
             raise TypeError(
                 f"The terms {plain} give no products with the Jacobian, which `kept=False` takes: capture them without "
-                "`microbatches` and `axis_name`."
+                "`axis_name`."
             )
         roots = [jnp.sqrt(jnp.asarray(self._weights[name], float)) for name in self._parts]
         return Spaces([part.space() for part in self._parts.values()], roots)
