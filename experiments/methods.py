@@ -68,6 +68,7 @@ class Method(NamedTuple):
         both: its options on both.
         in_front: whether on an autoencoder the momentum stands in front of the direction.
         adaptive: whether everything comes from the quadratic model, and nothing is tuned.
+        said: whether it is given any setting; else it has the layers alone.
         labels: those of the curvature.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
         clips: whether `KL_CLIP` is for it.
@@ -81,6 +82,7 @@ class Method(NamedTuple):
     both: Mapping[str, Any] = {}
     in_front: bool = False
     adaptive: bool = False
+    said: bool = True
     labels: Labels = "sampled"
     warm: bool = False
     clips: bool = False
@@ -91,6 +93,8 @@ class Method(NamedTuple):
         decay, of = WEIGHT_DECAY if kind == "classifier" else 0.0, self.of
         if callable(of):
             return lambda numbers, layers: of(numbers["rate"], numbers["damping"], decay)
+        if not self.said:
+            return lambda numbers, layers: getattr(ng, of)(layers=layers)
         options = {**self.both, **(self.reconstructs if kind == "autoencoder" else self.classifies)}
         if self.adaptive:
             options |= ADAPTIVE | {"weight_decay": decay or None}
@@ -207,6 +211,7 @@ METHODS = {
     "K-BFGS": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, **OWN_MOMENTS),
     "K-BFGS(L)": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, both={"memory": 100}, **OWN_MOMENTS),
     "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, adaptive=True),
+    "K-FAC, nothing said": Method("kfac", NOTHING, said=False),
     "TNT, adaptive": Method("tnt", NOTHING, adaptive=True),
 }
 """What is compared, at its best."""
