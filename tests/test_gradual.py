@@ -129,6 +129,7 @@ METHODS = {
     "kfac bfloat16": (ng.scale_by_kfac, {"factor_dtype": "bfloat16"}),
     "tkfac": (ng.scale_by_tkfac, {}),
     "ekfac": (ng.scale_by_ekfac, {"rescale_every": 1}),
+    "ekfac qr": (ng.scale_by_ekfac, {"refresh": "qr", "estimator": "minibatch", "rescale_every": 1}),
     "tekfac": (ng.scale_by_tekfac, {"rescale_every": 1}),
     "soap": (ng.scale_by_soap, {"statistics": "curvature", "damping": 1e-2}),
 }
@@ -205,6 +206,39 @@ def test_updates_stay_near_those_of_whole_refreshes(method, all_in_parts):
 
     assert cosine(one, other) > 0.999 > cosine(gradient, other)
     assert rolled[-1][1].metrics.rejected_refreshes == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "early", "asked"),
+    [
+        pytest.param("kfac exact", False, 10, marks=pytest.mark.full),
+        pytest.param("ekfac", False, 10, marks=pytest.mark.full),
+        ("ekfac qr", True, None),
+    ],
+)
+def test_whole_refreshes_on_the_way_drop_what_is_underway(method, early, asked, all_in_parts):
+    """With statistics at rest every update is that of whole refreshes: no column has the moment of another."""
+
+    def updates(rolling):
+        tx, _ = stepping(method, rolling=rolling, early_refresh=early, damping=1e-2)
+        gradient, evidence = measured("mlp")
+        params = task("mlp").variables["params"]
+
+        def step(state, t):
+            def asked_for(state):
+                return ng.refresh(tx, state, evidence, params=params)
+
+            state = state if asked is None else jax.lax.cond(t == asked, asked_for, lambda state: state, state)
+            found, state = tx.update(gradient, state, curvature=evidence)
+            return state, (found, state.operators["Dense_1"].date)
+
+        return jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(STEPS + 4)))(tx.init(params))[1]
+
+    (rolled, date), (whole, _) = updates(True), updates(False)
+    for one, other in zip(jax.tree.leaves(rolled), jax.tree.leaves(whole), strict=True):
+        assert np.allclose(one, other, rtol=0.02, atol=0.02 * np.abs(other).max())
+    dropped = PERIOD if early else 12
+    assert int(date[dropped]) < dropped and int(date[-1]) == 4 * PERIOD
 
 
 def factorised(jaxpr, within=()):

@@ -66,8 +66,8 @@ def advance(
         return _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
     state, underway = gradual.taken_out(state)
     state, underway = gradual.proceeded(order.gradual, order.period, damping, state, underway)
-    state = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
-    return gradual.put_back(state, underway)
+    new = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
+    return gradual.put_back(new, gradual.still_valid(underway, state.operators, new.operators))
 
 
 def _advanced(
