@@ -295,6 +295,21 @@ def test_a_checkpoint_without_operators_begins_again(all_in_parts):
     assert all(int(old.date) == 12 for old in found.operators.values() if old.underway is not None)
 
 
+def test_a_state_of_whole_refreshes_is_refused_and_a_refresh_completes_it(all_in_parts):
+    (tx, _), (whole, _) = stepping("kfac"), stepping("kfac", rolling=False)
+    (gradient, evidence), params = measured("mlp"), task("mlp").variables["params"]
+
+    def step(state):
+        return tx.update(gradient, state, curvature=evidence)[1]
+
+    old = jax.eval_shape(whole.init, params)
+    for state in (old, ng.without_operators(jax.eval_shape(tx.init, params))):
+        with pytest.raises(ValueError, match=r"no `operators\['Dense_0'\].underway`.*ng.refresh"):
+            jax.eval_shape(step, state)
+    completed = jax.eval_shape(lambda state: step(ng.refresh(tx, state, evidence, params=params)), old)
+    assert jax.tree.structure(completed) == jax.tree.structure(jax.eval_shape(tx.init, params))
+
+
 def test_layers_within_their_share_take_turns_as_before():
     sizes = [(2000, 50), (300, 300), (300, 300), (40, 40)]
     layers = [ng.Layer(str(index), "dense", shape, ()) for index, shape in enumerate(sizes)]

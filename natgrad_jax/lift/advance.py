@@ -65,6 +65,7 @@ def advance(
     if order is None or not order.gradual:
         return _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
     state, underway = gradual.taken_out(state)
+    gradual.check(order.gradual, underway)
     state, underway = gradual.proceeded(order.gradual, order.period, damping, state, underway)
     new = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
     return gradual.put_back(new, gradual.still_valid(underway, state.operators, new.operators))

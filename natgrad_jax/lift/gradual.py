@@ -66,6 +66,23 @@ def taken_out(state: NaturalGradientState) -> tuple[NaturalGradientState, dict[s
     return state._replace(operators=operators), underway
 
 
+def check(blocks: Sequence[Block], underway: Mapping[str, Underway]) -> None:
+    """Refuse a state that was made without rolling refreshes.
+
+    Args:
+        blocks: the layers whose refresh is in parts.
+        underway: what the state has of them.
+
+    Raises:
+        ValueError: with the name of the first layer that has nothing.
+    """
+    if missing := [block.layer.name for block in blocks if block.layer.name not in underway]:
+        raise ValueError(
+            f"The state has no `operators[{missing[0]!r}].underway`: it was made without `rolling`, or by "
+            "`ng.without_operators`. `state = ng.refresh(tx, state, out.curvature, params=params)` adds it."
+        )
+
+
 def put_back(state: NaturalGradientState, underway: Mapping[str, Underway]) -> NaturalGradientState:
     """The state with what is being made."""
     operators = {name: old._replace(underway=underway.get(name)) for name, old in state.operators.items()}
