@@ -60,6 +60,18 @@ def test_sweeps_are_as_exact_as_cholesky():
     assert errors[0] < 3 * errors[1] and errors[0] < 0.1 * np.linalg.norm(expected)
 
 
+def test_a_block_that_has_all_of_the_rank_leaves_the_rest_positive():
+    """The block is ill-conditioned then, and what it leaves is the damping alone."""
+    size, rank, damping = 200, 20, jnp.zeros(1)
+    rows = np.random.default_rng(420).normal(size=(size, rank))
+    matrix = jnp.asarray(rows @ rows.T / rank, jnp.float32)[None]
+    damped = np.asarray(sweeps.begin(matrix, damping, 1), np.float64)
+    expected = np.linalg.inv(damped)
+    for parts in (10, 40):
+        found = jax.jit(partial(inverse_in_parts, parts=parts))(matrix, damping)
+        assert np.linalg.norm(np.asarray(found, np.float64) - expected) < 0.05 * np.linalg.norm(expected)
+
+
 def test_what_is_not_positive_definite_is_not_finite():
     matrix = jnp.diag(jnp.array([1.0, 2.0, -3.0, 4.0]))[None]
     assert not jnp.all(jnp.isfinite(inverse_in_parts(matrix, jnp.zeros(1), 2)))
