@@ -66,6 +66,15 @@ def test_a_step_is_taken_back_if_the_next_batch_says_that_it_raised_the_loss_fou
     assert not found(0.0) and not found(2.0, heard=False)
 
 
+def test_the_first_loss_is_that_of_the_first_batch_that_says_anything():
+    found = bounds.unbound()
+    batches = [(0.0, False), (np.inf, True), (np.nan, True), (-3.0, True), (5.0, True), (0.0, False)]
+    expected = [(0.0, 0.0), (np.inf, 0.0), (np.nan, 0.0), (-3.0, 3.0), (5.0, 3.0), (5.0, 3.0)]
+    for (value, heard), (last, first) in zip(batches, expected, strict=True):
+        found = bounds.seen(found, jnp.float32(value), jnp.array(heard))
+        assert np.array_equal(found.value, last, equal_nan=True) and found.first == first
+
+
 def regression():
     """A net, and a step of an optimizer: params, state -> loss, params, state."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)), jnp.float32)

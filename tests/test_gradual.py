@@ -60,6 +60,18 @@ def test_sweeps_are_as_exact_as_cholesky():
     assert errors[0] < 3 * errors[1] and errors[0] < 0.1 * np.linalg.norm(expected)
 
 
+def test_a_block_that_has_all_of_the_rank_leaves_the_rest_positive():
+    """The block is ill-conditioned then, and what it leaves is the damping alone."""
+    size, rank, damping = 200, 20, jnp.zeros(1)
+    rows = np.random.default_rng(420).normal(size=(size, rank))
+    matrix = jnp.asarray(rows @ rows.T / rank, jnp.float32)[None]
+    damped = np.asarray(sweeps.begin(matrix, damping, 1), np.float64)
+    expected = np.linalg.inv(damped)
+    for parts in (10, 40):
+        found = jax.jit(partial(inverse_in_parts, parts=parts))(matrix, damping)
+        assert np.linalg.norm(np.asarray(found, np.float64) - expected) < 0.05 * np.linalg.norm(expected)
+
+
 def test_what_is_not_positive_definite_is_not_finite():
     matrix = jnp.diag(jnp.array([1.0, 2.0, -3.0, 4.0]))[None]
     assert not jnp.all(jnp.isfinite(inverse_in_parts(matrix, jnp.zeros(1), 2)))
@@ -129,6 +141,7 @@ METHODS = {
     "kfac bfloat16": (ng.scale_by_kfac, {"factor_dtype": "bfloat16"}),
     "tkfac": (ng.scale_by_tkfac, {}),
     "ekfac": (ng.scale_by_ekfac, {"rescale_every": 1}),
+    "ekfac qr": (ng.scale_by_ekfac, {"refresh": "qr", "estimator": "minibatch", "rescale_every": 1}),
     "tekfac": (ng.scale_by_tekfac, {"rescale_every": 1}),
     "soap": (ng.scale_by_soap, {"statistics": "curvature", "damping": 1e-2}),
 }
@@ -207,6 +220,39 @@ def test_updates_stay_near_those_of_whole_refreshes(method, all_in_parts):
     assert rolled[-1][1].metrics.rejected_refreshes == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "early", "asked"),
+    [
+        pytest.param("kfac exact", False, 10, marks=pytest.mark.full),
+        pytest.param("ekfac", False, 10, marks=pytest.mark.full),
+        ("ekfac qr", True, None),
+    ],
+)
+def test_whole_refreshes_on_the_way_drop_what_is_underway(method, early, asked, all_in_parts):
+    """With statistics at rest every update is that of whole refreshes: no column has the moment of another."""
+
+    def updates(rolling):
+        tx, _ = stepping(method, rolling=rolling, early_refresh=early, damping=1e-2)
+        gradient, evidence = measured("mlp")
+        params = task("mlp").variables["params"]
+
+        def step(state, t):
+            def asked_for(state):
+                return ng.refresh(tx, state, evidence, params=params)
+
+            state = state if asked is None else jax.lax.cond(t == asked, asked_for, lambda state: state, state)
+            found, state = tx.update(gradient, state, curvature=evidence)
+            return state, (found, state.operators["Dense_1"].date)
+
+        return jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(STEPS + 4)))(tx.init(params))[1]
+
+    (rolled, date), (whole, _) = updates(True), updates(False)
+    for one, other in zip(jax.tree.leaves(rolled), jax.tree.leaves(whole), strict=True):
+        assert np.allclose(one, other, rtol=0.02, atol=0.02 * np.abs(other).max())
+    dropped = PERIOD if early else 12
+    assert int(date[dropped]) < dropped and int(date[-1]) == 4 * PERIOD
+
+
 def factorised(jaxpr, within=()):
     """Sizes of the matrices that are factorised, and how many branches deep."""
     found = []
@@ -259,6 +305,21 @@ def test_a_checkpoint_without_operators_begins_again(all_in_parts):
     assert {name: int(old.date) for name, old in found.operators.items()} == date  # nothing was begun: none is ended
     found = trained("kfac", 3, found, 4)[-1][1]
     assert all(int(old.date) == 12 for old in found.operators.values() if old.underway is not None)
+
+
+def test_a_state_of_whole_refreshes_is_refused_and_a_refresh_completes_it(all_in_parts):
+    (tx, _), (whole, _) = stepping("kfac"), stepping("kfac", rolling=False)
+    (gradient, evidence), params = measured("mlp"), task("mlp").variables["params"]
+
+    def step(state):
+        return tx.update(gradient, state, curvature=evidence)[1]
+
+    old = jax.eval_shape(whole.init, params)
+    for state in (old, ng.without_operators(jax.eval_shape(tx.init, params))):
+        with pytest.raises(ValueError, match=r"no `operators\['Dense_0'\].underway`.*ng.refresh"):
+            jax.eval_shape(step, state)
+    completed = jax.eval_shape(lambda state: step(ng.refresh(tx, state, evidence, params=params)), old)
+    assert jax.tree.structure(completed) == jax.tree.structure(jax.eval_shape(tx.init, params))
 
 
 def test_layers_within_their_share_take_turns_as_before():

@@ -25,7 +25,7 @@ class Bounds(NamedTuple):
     Attributes:
         length: of the last tested step that was taken.
         value: the loss of the last batch, at the start of its step.
-        first: the size of the first loss, in whose rounding a rise says nothing.
+        first: the size of the first loss that was finite and not zero, in whose rounding a rise says nothing.
     """
 
     length: Array
@@ -70,8 +70,8 @@ def is_to_be_taken_back(bounds: Bounds, curvature: Any, params: Any, last: Any, 
     return when(heard & moved & has_risen(bounds.value), test, jnp.array(False))
 
 
-def seen(bounds: Bounds, value: Array, count: Array, heard: Array) -> Bounds:
+def seen(bounds: Bounds, value: Array, heard: Array) -> Bounds:
     """The bounds with the loss of one more batch."""
     narrow = value.astype(jnp.float32)
-    first = jnp.where((count == 0) & jnp.isfinite(narrow), jnp.abs(narrow), bounds.first)
+    first = jnp.where((bounds.first == 0) & heard & jnp.isfinite(narrow), jnp.abs(narrow), bounds.first)
     return bounds._replace(value=jnp.where(heard, narrow, bounds.value), first=first)

@@ -185,7 +185,7 @@ def controlled(
             value = jnp.asarray(curvature.value())
             ruinous = is_to_be_taken_back(state.bounds, curvature, params, last, value, heard)
             step, new = when(~ruinous, lambda _: forward(), None, otherwise=lambda _: back(rule))
-            new = new._replace(bounds=seen(new.bounds, value, count, heard))
+            new = new._replace(bounds=seen(new.bounds, value, heard))
         return step, new._replace(count=jnp.asarray(optax.safe_increment(count)))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -65,9 +65,10 @@ def advance(
     if order is None or not order.gradual:
         return _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
     state, underway = gradual.taken_out(state)
+    gradual.check(order.gradual, underway)
     state, underway = gradual.proceeded(order.gradual, order.period, damping, state, underway)
-    state = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
-    return gradual.put_back(state, underway)
+    new = _advanced(blocks, schedule, damping, evidence_of, state, order, shared_by)
+    return gradual.put_back(new, gradual.still_valid(underway, state.operators, new.operators))
 
 
 def _advanced(

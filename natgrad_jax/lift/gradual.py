@@ -5,7 +5,9 @@
     3  operator <- end(statistics, operator, work)                   with the last part, where the next refresh is due
 
 So there is a new operator as often as without, of statistics that are up to a period older, and no step has more than
-its share of the work. What was not begun, as behind a checkpoint without operators, is not ended either.
+its share of the work. What was not begun, as behind a checkpoint without operators, is not ended either. Nor is what
+was begun from an operator that a whole refresh has replaced since: the new one is of later statistics, and its columns
+are in another order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,10 +66,52 @@ def taken_out(state: NaturalGradientState) -> tuple[NaturalGradientState, dict[s
     return state._replace(operators=operators), underway
 
 
+def check(blocks: Sequence[Block], underway: Mapping[str, Underway]) -> None:
+    """Refuse a state that was made without rolling refreshes.
+
+    Args:
+        blocks: the layers whose refresh is in parts.
+        underway: what the state has of them.
+
+    Raises:
+        ValueError: with the name of the first layer that has nothing.
+    """
+    if missing := [block.layer.name for block in blocks if block.layer.name not in underway]:
+        raise ValueError(
+            f"The state has no `operators[{missing[0]!r}].underway`: it was made without `rolling`, or by "
+            "`ng.without_operators`. `state = ng.refresh(tx, state, out.curvature, params=params)` adds it."
+        )
+
+
 def put_back(state: NaturalGradientState, underway: Mapping[str, Underway]) -> NaturalGradientState:
     """The state with what is being made."""
     operators = {name: old._replace(underway=underway.get(name)) for name, old in state.operators.items()}
     return state._replace(operators=operators)
+
+
+def dropped(underway: Mapping[str, Underway]) -> dict[str, Underway]:
+    """What is being made as if it had not been begun."""
+    return {name: each._replace(begun=jnp.full_like(each.begun, _NEVER)) for name, each in underway.items()}
+
+
+def still_valid(
+    underway: Mapping[str, Underway], before: Mapping[str, Dated], after: Mapping[str, Dated]
+) -> dict[str, Underway]:
+    """What is being made, as if not begun where whole refreshes have replaced the operator that it was begun from.
+
+    Args:
+        underway: of some layers.
+        before: the operators before these refreshes.
+        after: those after them.
+
+    Returns:
+        The same with other dates.
+    """
+
+    def of_layer(name: str, each: Underway) -> Underway:
+        return each._replace(begun=jnp.where(after[name].date == before[name].date, each.begun, _NEVER))
+
+    return {name: of_layer(name, each) for name, each in underway.items()}
 
 
 def proceeded(

@@ -123,6 +123,7 @@ def lift(
             known = None if curvature is None else evidence_of
             state, underway = gradual.taken_out(state)
             state = answer(request, blocks, known, strength_at, state, shared_by)
+            underway = gradual.dropped(underway) if optional else underway
             return updates, gradual.put_back(state, at_rest(blocks) | underway)
         if damping is None:
             raise ValueError(
