@@ -109,11 +109,15 @@ def test_a_reverse_rule_that_has_no_derivative_is_told():
 def test_a_state_made_with_another_momentum_is_refused():
     capture, out = evaluation(nn.tanh)
     layers, params = capture.layers(VARIABLES, X), VARIABLES["params"]
-    without, with_it = (ng.kfac("quadratic", layers, momentum=momentum) for momentum in (None, "quadratic"))
+    without, with_it = (
+        ng.kfac("quadratic", layers, momentum=momentum, damping=0.1) for momentum in (None, "quadratic")
+    )
     with pytest.raises(ValueError, match="`momentum` is 'quadratic', but the state has no last step"):
         with_it.update(out.grad, without.init(params), params, curvature=out.curvature)
     with pytest.raises(ValueError, match="`momentum` is None, but the state has a last step"):
         without.update(out.grad, with_it.init(params), params, curvature=out.curvature)
+    adaptive = (ng.kfac("quadratic", layers, momentum=momentum) for momentum in (None, "quadratic"))
+    assert len({jax.tree.structure(tx.init(params)) for tx in adaptive}) == 1  # it needs the last step in any case
 
 
 @pytest.mark.full
