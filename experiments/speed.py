@@ -107,6 +107,7 @@ METHODS = (
     *ours("K-FAC, rank", ng.kfac, rank="auto"),
     *ours("EKFAC, rank", ng.ekfac, rank="auto"),
     *ours("K-FAC, rolling", ng.kfac, rolling=True),
+    *ours("EKFAC, rolling", ng.ekfac, rolling=True),
     *ours("TEKFAC", ng.tekfac),
     *ours("TENGraD", ng.tengrad),
     *ours("K-BFGS", ng.kbfgs, labels="true"),
