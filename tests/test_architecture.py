@@ -209,6 +209,22 @@ def too_long(sources):
     return [name for name, text in sources.items() if text.count("\n") > LINES]
 
 
+def factorisations(sources):
+    """Calls of LAPACK through JAX, outside of the file that walks a stack one matrix at a time."""
+    found = []
+    for name, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Attribute)
+                and node.value.attr == "linalg"
+            ):
+                library = getattr(node.value.value, "id", None)
+                if library in ("lax", "jnp", "jax") and node.attr != "norm" and name != f"{PACKAGE}.algebra.stacks":
+                    found.append((name, node.attr))
+    return found
+
+
 def test_every_file_is_in_a_room_of_the_plan():
     assert {room(name) for name in sources()} - {None} == set(ROOMS)
     assert len(set(ROOMS)) == len(ROOMS)
@@ -240,6 +256,14 @@ def test_algebra_knows_no_layer():
 
 def test_nothing_private_of_another_library_is_imported():
     assert private_imports(sources()) == []
+
+
+def test_every_factorisation_goes_through_one_file():
+    """On a CPU a batched one inside of a branch may wait for ever."""
+    house = sources()
+    assert factorisations(house) == []
+    house[f"{PACKAGE}.algebra.sweeps"] += "\nroot = lax.linalg.cholesky(matrix)\n"
+    assert factorisations(house) == [(f"{PACKAGE}.algebra.sweeps", "cholesky")]
 
 
 def test_no_file_is_longer_than_a_reader_can_hold():

@@ -11,8 +11,6 @@ needs no pivots. All sweeps together take 2 n^3 flops, nearly all in products; t
 once.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,12 +18,14 @@ from jax import lax
 from natgrad_jax.algebra.branches import when
 from natgrad_jax.algebra.stacks import (
     Factor,
+    cholesky,
     damped_inverse,
     floored,
     frobenius,
     matmul,
     plus_identity,
     transpose,
+    triangular_inverse,
 )
 from natgrad_jax.base import Array
 
@@ -83,10 +83,9 @@ def sweep(work: Factor, size: int, part: Array, parts: int) -> Factor:
         identity = (places == start + jnp.arange(block)[:, None]).astype(work.dtype)
         rows = lax.dynamic_slice_in_dim(work, start, block, axis=-2)
         columns = lax.dynamic_slice_in_dim(work, start, block, axis=-1)
-        root = lax.linalg.cholesky(lax.dynamic_slice_in_dim(rows, start, block, axis=-1))
-        halved = partial(lax.linalg.triangular_solve, root, left_side=True, lower=True)
-        rows = halved(jnp.where(here, identity, rows))  # 1
-        columns = transpose(halved(transpose(jnp.where(here[:, None], -identity.T, columns))))
+        half = triangular_inverse(cholesky(lax.dynamic_slice_in_dim(rows, start, block, axis=-1)))
+        rows = matmul(half, jnp.where(here, identity, rows))  # 1
+        columns = matmul(jnp.where(here[:, None], -identity.T, columns), transpose(half))
         return jnp.where(here[:, None] | here, 0, work) - matmul(columns, rows)  # 2
 
     return when(part * block < size, swept, work)
