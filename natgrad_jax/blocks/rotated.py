@@ -87,11 +87,12 @@ def refreshed(inputs: Factor, outputs: Factor, old: Rotated, estimator: Estimato
     return old._replace(basis=basis, scale=scale)
 
 
-def gradual(means: Callable[[Any], tuple[Factor, Factor]]) -> Gradual:
+def gradual(means: Callable[[Any], tuple[Factor, ...]], basis_of: Callable[[Any], Any] = Basis._make) -> Gradual:
     """The basis in parts: one step of orthogonal iteration from the old one, whatever the refresh is otherwise.
 
     Args:
-        means: statistics -> A and G.
+        means: statistics -> M of each mode, A and G of a matrix.
+        basis_of: the sides of all modes -> the `basis` of an operator.
 
     Returns:
         The parts. The scale is kept, and moves with the columns.
@@ -108,7 +109,7 @@ def gradual(means: Callable[[Any], tuple[Factor, Factor]]) -> Gradual:
     def end(layer, statistics, operator, work):
         del layer
         basis, total = panels.end(work, operator.basis, means(statistics), operator.scale.total)
-        return operator._replace(basis=Basis(*basis), scale=operator.scale._replace(total=total))
+        return operator._replace(basis=basis_of(basis), scale=operator.scale._replace(total=total))
 
     return Gradual(begin, proceed, end)
 

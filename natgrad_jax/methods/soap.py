@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from natgrad_jax.algebra import averages, panels
+from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.branches import either
 from natgrad_jax.algebra.eigenbasis import columns, moved
@@ -32,8 +32,8 @@ from natgrad_jax.algebra.stacks import eigh
 from natgrad_jax.algebra.truncated import coordinates, filtered, squares, turn
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.around.control import Quadratic
-from natgrad_jax.base import Array, Gradual, Method, Scalar
-from natgrad_jax.blocks import tensor
+from natgrad_jax.base import Array, Method, Scalar
+from natgrad_jax.blocks import rotated, tensor
 from natgrad_jax.blocks.rotated import Refresh
 from natgrad_jax.lift.state import Period, Schedule
 from natgrad_jax.lift.tensors import Statistics
@@ -154,20 +154,7 @@ class SOAP(OfCutTensors):
             found = [off_diagonal(*each) for each in zip(operator.basis, means, strict=True)]
             return jnp.where(operator.scale.weight > 0, jnp.max(jnp.stack(found), axis=0), 1)
 
-        def begin(layer, factors, operator, damping, parts):
-            del layer, damping
-            return panels.begin(operator.basis, averages.mean(factors), operator.scale.total, parts)
-
-        def proceed(layer, factors, operator, work, part, parts):
-            del layer
-            return panels.proceed(work, operator.basis, averages.mean(factors), part, parts)
-
-        def end(layer, factors, operator, work):
-            del layer
-            basis, total = panels.end(work, operator.basis, averages.mean(factors), operator.scale.total)
-            return Turned(basis, operator.scale._replace(total=total))
-
-        parts = Gradual(begin, proceed, end)
+        parts = rotated.gradual(averages.mean, tuple)
         return Method(init, observe, refresh, apply, rescale, turned=turned, gradual=parts)
 
 
