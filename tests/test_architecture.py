@@ -66,6 +66,7 @@ ROOMS = (
     "watch/problem",
     "watch/scaled",
     "watch/space",
+    "watch/strides",
     "watch/common",
     "watch/masks",
     "watch/microbatches",

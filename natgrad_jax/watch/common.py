@@ -50,6 +50,7 @@ class Curvature:
     _batch: "_Batch"
     _value: Array
     _ordinary: tuple[Tree, Tree] | None
+    _few: Callable[[], Forward] | None = None
 
     dtype = no_argument
 
@@ -93,7 +94,7 @@ class Curvature:
         """J times a direction at the outputs of the batch, with R^T of the likelihood applied.
 
         The dot product of two such vectors is u^T F v, in the scale of F, with the exact Hessian of the likelihood
-        (weights included), whatever `labels` is.
+        (weights included), whatever `labels` is. Of a capture with a `product_stride` it is that of some examples.
 
         Args:
             direction: a tree like the parameters; it is zero where a mask took leaves away.
@@ -101,17 +102,25 @@ class Curvature:
         Returns:
             An array of the shape of the outputs that the likelihood reads.
         """
-        problem, weights = self._problem, self._batch.weights
+        problem, (forward, weights) = self._problem, self._of_products()
         direction = addresses.replace(jax.tree.map(jnp.zeros_like, self._params), self._known(direction))
 
         def outputs_at(params):
-            return problem.readout(self._forward.run(params, self._forward.probes)[0])
+            return problem.readout(forward.run(params, forward.probes)[0])
 
-        outputs, tangent = along(self._forward, outputs_at, self._params, direction)
+        outputs, tangent = along(forward, outputs_at, self._params, direction)
         outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
-        count = total_weight(weights, self._forward.examples).astype(outputs.dtype)
-        scale = self._root_weights(outputs) / jnp.sqrt(jnp.where(count > 0, count, 1))
+        count = total_weight(weights, forward.examples).astype(outputs.dtype)
+        scale = self._root_weights(outputs, weights) / jnp.sqrt(jnp.where(count > 0, count, 1))
         return scale * problem.likelihood.root_transpose(outputs, tangent)
+
+    def _of_products(self) -> tuple[Forward, Array | None]:
+        """The watched model on the examples that products are of, and their weights."""
+        weights = self._batch.weights
+        if self._few is None:
+            return self._forward, weights
+        weights = None if weights is None else weights[:: self._problem.product_stride]
+        return _harmless(self._few(), weights), weights
 
     def space(self) -> Space:
         """The batch as the rows of the Jacobian, of which nothing is kept; of a capture with `jacobian="examples"`."""
@@ -124,12 +133,12 @@ class Curvature:
 
         return Space(self._forward, self._params, outputs, lambda g: self._passed.pullback(g)[0], seeds, root)
 
-    def _root_weights(self, outputs: Array) -> Array:
+    def _root_weights(self, outputs: Array, weights: Array | None) -> Array:
         """The roots of the weights and of a position's share of the loss, as they go with the outputs."""
         share = jnp.asarray(self._problem.likelihood.share(outputs) ** 0.5, outputs.dtype)
-        if self._batch.weights is None:
+        if weights is None:
             return share
-        return share * jnp.sqrt(jnp.abs(spread(self._batch.weights, outputs.ndim))).astype(outputs.dtype)
+        return share * jnp.sqrt(jnp.abs(spread(weights, outputs.ndim))).astype(outputs.dtype)
 
     def _at(self, params: Tree) -> Tree:
         """Other parameters, those of this step where a mask took leaves away."""
@@ -175,7 +184,7 @@ class Curvature:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
         outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), precise(passed.floats))
         read, weights = present(wide(outputs), self._batch.weights), self._batch.weights
-        scale = self._root_weights(read)
+        scale = self._root_weights(read, weights)
         if self._problem.labels == "exact":
             seeds = self._exact_seeds(read)
         else:
@@ -303,6 +312,7 @@ def evaluate(
     weights: Array | None,
     key: Array | None,
     share: Callable[[Array], Array] | None = None,
+    few: Callable[[], Forward] | None = None,
 ) -> Evaluation:
     """Loss, gradient and lazy curvature of one batch, from one forward pass.
 
@@ -314,6 +324,7 @@ def evaluate(
         weights: of examples or positions, or None.
         key: for drawing labels.
         share: W -> by what the gradient is multiplied, where the batch is a part of one; None for nothing.
+        few: makes the watched model on the examples that products with F are of; None where these are all.
 
     Returns:
         The evaluation.
@@ -323,9 +334,7 @@ def evaluate(
     """
     problem = replace(problem, labels=forward.layers.labels or problem.labels)
     weights = None if weights is None else wide(jnp.asarray(weights))
-    if weights is not None and forward.masked is not None and weights.shape[:1] == (forward.examples,):
-        run, each = forward.masked(weights)
-        forward = forward._replace(run=run, each=each)
+    forward = _harmless(forward, weights)
     passed = _run(forward, params)  # 1
     _check(problem, passed.outputs, targets, weights, key)
     value, seed = jax.value_and_grad(lambda floats: problem.value(passed.whole(floats), targets, weights))(
@@ -339,10 +348,18 @@ def evaluate(
     alike = problem.labels == "true" and problem.likelihood.share(problem.readout(passed.outputs)) == 1
     reusable = alike and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
-    curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None)
+    curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None, few)
     if problem.devices is not None:
         grad = _scattered(curvature, problem.devices, *ordinary)
     return Evaluation(value, grad, curvature, passed.outputs, passed.updated)
+
+
+def _harmless(forward: Forward, weights: Array | None) -> Forward:
+    """The watched model with examples of weight zero made harmless."""
+    if weights is None or forward.masked is None or weights.shape[:1] != (forward.examples,):
+        return forward
+    run, each = forward.masked(weights)
+    return forward._replace(run=run, each=each)
 
 
 def _scattered(curvature: Curvature, devices: Devices, gradient: Tree, cotangents: Tree) -> Tree:

@@ -25,6 +25,7 @@ from natgrad_jax.watch.problem import Evaluation, Forward, Problem
 from natgrad_jax.watch.recognise import Exceptions
 from natgrad_jax.watch.replicas import Axis, Replicas, averaged, bound, refuse_unsaid, share_of
 from natgrad_jax.watch.segments import Segments
+from natgrad_jax.watch.strides import every
 from natgrad_jax.watch.traced import Function, watch
 from natgrad_jax.watch.verify import UNKNOWN, verdict
 
@@ -170,10 +171,17 @@ class Watch:
         self, model: Model, inputs: Inputs, targets: Any, key: Array | None, weights: Array | None
     ) -> Evaluation:
         """Those of the batch that is here."""
+        stride = self.problem.product_stride
         if self.microbatches == 1:
             forward = self._replica(self._forward(model, inputs.args, inputs.kwargs))
+
+            def few():
+                args = every(stride, inputs.args, forward.examples)
+                return self._replica(self._forward(model, args, inputs.kwargs))
+
             share = partial(share_of, axis=self.axis_name) if self.axis_name else None
-            return common.evaluate(self.problem, forward, model.params, targets, weights, key, share)
+            given = (targets, weights, key, share, few if stride > 1 else None)
+            return common.evaluate(self.problem, forward, model.params, *given)
 
         def forward_of(args, state, number):
             options = dict(inputs.kwargs)
@@ -209,16 +217,20 @@ def asked(
     axis_name: Axis | None,
     jacobian: JacobianOf,
     segments: Segments | None = None,
+    product_stride: int = 1,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
     checks.function("objective", objective, "a function of outputs, targets and weights that gives the mean loss")
     checks.function("readout", readout, "a function of the outputs that gives the array which the likelihood reads")
     readout = readout or (lambda outputs: outputs)
-    problem = Problem(likelihood, labels, draws, objective, readout, jacobian, segments)
-    if segments is not None and (microbatches > 1 or axis_name is not None or jacobian != "rows"):
+    checks.size("product_stride", product_stride)
+    problem = Problem(likelihood, labels, draws, objective, readout, jacobian, segments, product_stride=product_stride)
+    whole = microbatches == product_stride == 1 and axis_name is None and jacobian == "rows"
+    if segments is not None and not whole:
         raise ValueError(
             "`segments` says whose the parts of a batch are that is whole and here; it goes with none of "
-            f'`microbatches` ({microbatches}), `axis_name` ({axis_name!r}) and `jacobian="examples"` ({jacobian!r}).'
+            f"`microbatches` ({microbatches}), `product_stride` ({product_stride}), `axis_name` ({axis_name!r}) and "
+            f'`jacobian="examples"` ({jacobian!r}).'
         )
     checks.size("microbatches", microbatches)
     checks.flag("verify", verify)

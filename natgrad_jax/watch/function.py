@@ -26,6 +26,7 @@ def capture(
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
     segments: Segments | None = None,
+    product_stride: int = 1,
 ) -> "Capture":
     """Watch a function: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -53,6 +54,7 @@ def capture(
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
         jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
         segments: whose the parts of a batch are, such as the nodes of graphs, as `ng.linen.capture` takes it.
+        product_stride: of which examples products with F are, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -66,7 +68,7 @@ def capture(
             f"`apply` is a {type(apply).__name__}; expected a function of parameters and inputs. For a flax module use "
             "`ng.linen.capture(model, ...)` or `ng.nnx.capture(model, ...)`; of a model with an `apply`, pass that."
         )
-    how = (microbatches, verify, axis_name, jacobian, segments)
+    how = (microbatches, verify, axis_name, jacobian, segments, product_stride)
     watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(apply, watch)
 

@@ -36,6 +36,7 @@ def capture(
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
     segments: Segments | None = None,
+    product_stride: int = 1,
 ) -> "Capture":
     """Watch a linen model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -72,6 +73,10 @@ def capture(
             of the M nodes (or steps) the example that it belongs to, or a tuple of such for nodes and edges. Others
             than 0 to N - 1 belong to none, as what fills a batch up. Outputs have the N examples in front. Methods then
             see N times the rows, which is meant for small graphs.
+        product_stride: k, for steps that choose themselves (no learning rate, "quadratic", an adaptive damping) on
+            large batches: products with F are of every k-th example. Martens and Grosse (2015), section 8, have a
+            fourth of a batch. Gradient, statistics and tests stay those of the whole one. Positional inputs lead with
+            the examples. Batch normalisation has the moments of these examples then, and dropout another mask.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -88,7 +93,7 @@ def capture(
         elif isinstance(getattr(model, "module", None), nn.Module):
             advice = " It has one: pass that, its `module`, and its parameters as `{'params': ...}`."
         raise TypeError(f"`model` is {what}; expected a flax.linen.Module instance, such as nn.Dense(10).{advice}")
-    how = (microbatches, verify, axis_name, jacobian, segments)
+    how = (microbatches, verify, axis_name, jacobian, segments, product_stride)
     watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(model, watch)
 

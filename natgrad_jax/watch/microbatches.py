@@ -24,6 +24,7 @@ from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 from natgrad_jax.watch.space import Space, chunked, products
+from natgrad_jax.watch.strides import every
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 
@@ -210,8 +211,9 @@ def in_pieces(
     pieces = (*split, keys, jnp.arange(count))
 
     def of_piece(others, params, args, targets, weights, key, number):
-        forward = forward_of(args, others, number)
-        return common.evaluate(problem, forward, params, targets, weights, key), forward.layers
+        forward, stride = forward_of(args, others, number), problem.product_stride
+        few = None if stride == 1 else lambda: forward_of(every(stride, args, forward.examples), others, number)
+        return common.evaluate(problem, forward, params, targets, weights, key, few=few), forward.layers
 
     seen = []  # the layers are static: the trace of the scan leaves them here
 

@@ -36,6 +36,7 @@ def capture(
     axis_name: str | tuple[str, ...] | None = None,
     jacobian: JacobianOf = "rows",
     segments: Segments | None = None,
+    product_stride: int = 1,
 ) -> "Capture":
     """Watch an NNX model: its layers, and for each batch loss, gradient and curvature from one forward pass.
 
@@ -69,6 +70,7 @@ def capture(
         axis_name: of the axis over which a batch is spread by hand, as `ng.linen.capture` takes it.
         jacobian: "rows", or "examples" to watch one example at a time, as `ng.linen.capture` takes it.
         segments: whose the parts of a batch are, such as the nodes of graphs, as `ng.linen.capture` takes it.
+        product_stride: of which examples products with F are, as `ng.linen.capture` takes it.
 
     Returns:
         A `Capture`, with `layers` and `value_and_grad`.
@@ -85,7 +87,7 @@ def capture(
                 f"`model` is a {type(model).__name__}, which cannot be called; expected `call=`, a function of it and "
                 "the inputs, such as `call=lambda both, x: both[0](x, both[1])`."
             )
-    how = (microbatches, verify, axis_name, jacobian, segments)
+    how = (microbatches, verify, axis_name, jacobian, segments, product_stride)
     watch = asked(likelihood, labels, draws, objective, readout, exclude, *how)
     return Capture(call or _call, wrt, watch)
 

@@ -147,6 +147,7 @@ class Problem:
     segments: Segments | None = None
     norms: str = "channels"
     devices: Devices | None = None
+    product_stride: int = 1
 
     def __post_init__(self):
         if not isinstance(self.likelihood, Likelihood):
