@@ -1,7 +1,6 @@
-"""The nets of the experiments.
+"""The nets of the experiments, of images [N, H, W, C], rows [N, I] or tokens [N, T].
 
-They take images [N, H, W, C] with pixels in [0, 1] or rows [N, I]. `train` says whether batch norm takes the moments of
-the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+With `train` batch norm takes the moments of the batch and updates its averages; the nets without one ignore it.
 """
 
 from collections.abc import Callable
@@ -13,14 +12,10 @@ from flax import linen as nn
 
 
 class Perceptron(nn.Module):
-    """Dense layers.
+    """Dense layers: hidden widths, then as many outputs as are given, or as there are inputs.
 
-    Attributes:
-        widths: of the hidden layers.
-        outputs: of the last layer; None for as many as there are inputs.
-        linear: the hidden layer without an activation, if there is one.
-        activation: of the others.
-        uniform: whether weights and biases start uniform in +-1/sqrt(fan in), else as Flax has them.
+    The hidden layer `linear`, if there is one, has no activation. Weights and biases start as Flax has them, or uniform
+    in +-1/sqrt(fan in).
     """
 
     widths: tuple[int, ...]
@@ -45,50 +40,36 @@ def autoencoder(widths: tuple[int, ...]) -> Perceptron:
 
 
 class Convnet(nn.Module):
-    """Convolutions of 3x3, then dense layers; ReLU between them.
+    """Convolutions of 3x3, the largest of every patch of sides `window`, then hidden dense layers; ReLU between them.
 
-    Attributes:
-        channels: of the convolutions.
-        strides: of the convolutions.
-        hidden: widths of the hidden dense layers.
+    What is left over of an image beside its patches is dropped. Weights and biases start as in `Perceptron`.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     hidden: tuple[int, ...] = ()
+    window: int = 1
+    uniform: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Images [N, H, W, C] -> logits [N, 10]."""
         for channels, stride in zip(self.channels, self.strides, strict=True):
-            x = nn.relu(nn.Conv(channels, (3, 3), stride)(x))
+            x = nn.relu(nn.Conv(channels, (3, 3), stride, **start(9 * x.shape[-1], self.uniform))(x))
+        if self.window > 1:  # on a CPU faster than `nn.max_pool`
+            rows, columns = (size // self.window for size in x.shape[1:3])
+            x = x[:, : rows * self.window, : columns * self.window]
+            x = x.reshape(len(x), rows, self.window, columns, self.window, x.shape[-1]).max((2, 4))
         x = x.reshape(len(x), -1)
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-class ThreeConvolutions(nn.Module):
-    """The convnet of TENGraD for Fashion-MNIST, "3C1F"; weights and biases uniform in +-1/sqrt(fan in)."""
-
-    channels: int
-    units: int
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, 28, 28, 1] -> logits [N, 10]."""
-        for _ in range(3):
-            x = nn.relu(nn.Conv(self.channels, (3, 3), **start(9 * x.shape[-1]))(x))
-        x = x[:, :27, :27].reshape(-1, 9, 3, 9, 3, self.channels).max((2, 4))  # on a CPU faster than `nn.max_pool`
-        x = x.reshape(len(x), -1)
-        x = nn.relu(nn.Dense(self.units, **start(x.shape[-1]))(x))
-        return nn.Dense(10, **start(self.units))(x)
+            x = nn.relu(nn.Dense(width, **start(x.shape[-1], self.uniform))(x))
+        return nn.Dense(10, **start(x.shape[-1], self.uniform))(x)
 
 
 class Transformer(nn.Module):
     """A language model: tables of tokens and positions, layers of causal attention and of two dense layers, logits.
 
-    Normalisation stands in front of what it feeds; attention is made of dense layers, four of them each.
+    Normalisation stands in front of what it feeds; attention is made of four dense layers.
     """
 
     layers: int
@@ -113,17 +94,11 @@ class Transformer(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
+    """The ResNet of CIFAR-10: `depth` 6 n + 2, 16 channels in the paper, shortcuts without parameters ("option A").
 
-    A convolution, three stages of n blocks with 1, 2 and 4 times the channels, each stage after the first at half the
-    resolution, the mean over positions, and logits. Convolutions have no bias, batch norms have scale and bias; weights
+    Three stages of n blocks with 1, 2 and 4 times the channels, each after the first at half the resolution. Weights
     are normal with variance 2 / fan in. Pixels are normalised by the moments of CIFAR-10, within the net.
-
     He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
-
-    Attributes:
-        depth: 8, 14, 20, 32, 44, ...
-        channels: of the first stage; 16 in the paper.
     """
 
     depth: int = 20
