@@ -1,21 +1,17 @@
 """The methods of the comparisons: how each is made on an autoencoder and on a classifier, and what of it is tuned.
 
-Tuned are a learning rate and a damping; the rest is fixed here, for a kind of problems. On the autoencoders it is
-what the authors of TNT and of K-BFGS have: a constant learning rate, no weight decay (but for K-BFGS), momentum in
-front of every second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th; other
-periods stand below. On the classifiers it is what the authors of TENGraD have: periods, decoupled weight decay and a
-clip of the step that are shared by all, momentum 0.9 where each method has it.
+Tuned are a learning rate and a damping, around the settings of the authors (K-FAC, TNT, K-BFGS) or the best of a few
+trials: a factor of 10 to 30 in the rate, of 10 in the damping. The rest is fixed here. On the autoencoders it is what
+the authors of TNT and of K-BFGS have: a constant learning rate, no weight decay (but for K-BFGS), momentum in front of
+every second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th; other periods stand
+below. On the classifiers it is what the authors of TENGraD have: periods, decoupled weight decay and a clip of the step
+that are shared by all, momentum 0.9 where each method has it.
 
 Units: a damping is in those of the Fisher matrix of one example, but for TNT. Its authors take statistics of the
 gradient of the mean loss, without the batch size; that is our `scale="batch"`, and its damping enters each mode by
 itself, `split="per_mode"`. The K-FAC of the authors of K-BFGS has a learning rate of 1 beside an average of gradients,
-which is 0.1 beside a heavy ball of 0.9; our K-BFGS has the average, and their rates as they are. The damping of
-Shampoo and SOAP stands where theirs does, in the units of a root of the gradient's second moment; when Shampoo is
-grafted its learning rate is Adam's.
-
-Usual settings on the autoencoders are those of the authors (K-FAC, TNT, K-BFGS), or the best of a few trials. Ranges: a
-factor of 10 to 30 in the learning rate around the usual setting, and of 10 in the damping. Adam and SGD-m, SOAP and
-grafted Shampoo have a learning rate alone; "adaptive" has nothing.
+which is 0.1 beside a heavy ball of 0.9; our K-BFGS has the average. The damping of Shampoo and SOAP is in the units of
+a root of the gradient's second moment; when Shampoo is grafted its learning rate is Adam's.
 """
 
 import inspect
@@ -32,9 +28,7 @@ from experiments.running import Labels, Make, Numbers
 Kind = Literal["autoencoder", "classifier"]
 OFTEN: Mapping[str, Any] = {"statistics_every": 1, "refresh_every": 20}
 """As in the experiments of TNT."""
-PERIODS: Mapping[Kind, int] = {"autoencoder": 20, "classifier": 100}
-"""Of the refreshes, by which steps are timed. On the autoencoders MBF has 25, and 5 and 10 divide it."""
-STATISTICS_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 1e-3, 1e-2
+STATISTICS_EVERY, REFRESH_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 100, 1e-3, 1e-2
 """What all methods share on a classifier, as far as they have it."""
 
 
@@ -63,9 +57,7 @@ class Method(NamedTuple):
     Attributes:
         of: its name in the package; or of a baseline, rate, damping, weight decay -> the optimizer.
         ranges: of its settings.
-        reconstructs: its options on an autoencoder.
-        classifies: its options on a classifier.
-        both: its options on both.
+        reconstructs, classifies, both: its options on an autoencoder, on a classifier, on both.
         in_front: whether on an autoencoder the momentum stands in front of the direction.
         adaptive: whether everything comes from the quadratic model, and nothing is tuned.
         said: whether it is given any setting; else it has the layers alone.
@@ -88,7 +80,7 @@ class Method(NamedTuple):
     clips: bool = False
     has_own_periods: bool = False
 
-    def make(self, kind: Kind, refresh_every: int = PERIODS["classifier"]) -> Make:
+    def make(self, kind: Kind, refresh_every: int = REFRESH_EVERY) -> Make:
         """How it is made on problems of a kind; on a classifier with that period."""
         decay, of = WEIGHT_DECAY if kind == "classifier" else 0.0, self.of
         if callable(of):
