@@ -2,8 +2,7 @@
 
 The autoencoders of the papers (`problems`), batches of 1000, a constant learning rate, and for most second-order
 methods a pass over the data that fills the statistics, not counted. Every method has the best of its trials (`make
-tune`). Runs called "authors", on MNIST, have the settings of the authors' demonstrations of TNT and K-BFGS; what they
-logged stands beside.
+tune`). Runs called "authors", on MNIST, have the settings of the authors of TNT and K-BFGS; what they logged is beside.
 
 Expected: "authors" near what was logged, the best of ours as low as tuned Adam after ten epochs in half of its seconds,
 off the plateau of the curves in a fifth of Adam's steps.
@@ -26,18 +25,10 @@ from experiments.figures import seconds, series, setting, spread
 from experiments.methods import ALL, BASELINE
 from experiments.problems import Problem
 from experiments.records import Records, grouped
-from experiments.study import Entry, Limits
 
 
 class Logged(NamedTuple):
-    """What the authors of TNT or K-BFGS ran on MNIST.
-
-    Attributes:
-        method: its name in `methods`.
-        numbers: their learning rate and damping, in our units.
-        losses: {epoch: training loss} as they logged it.
-        cost: of an epoch, over SGD-m's.
-    """
+    """What the authors ran on MNIST: a method, its rate and damping, {epoch: training loss}, an epoch over SGD-m's."""
 
     method: str
     numbers: tuple[float, float]
@@ -54,19 +45,17 @@ AUTHORS = {
     "K-BFGS (authors)": Logged("K-BFGS", (0.3, 0.3), {1: 169.0, 3: 85.2, 5: 68.0, 10: 59.8, 20: 56.3, 50: 53.8}),
     "TNT (authors)": Logged("TNT", (1e-4, 0.1), {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
 }
-ADAM = "Adam"
-"""The run that others are to overtake."""
-PLATEAU = 130.0
-"""A loss on the curves that is only reached when the plateau is left: the best constant image has 134.3."""
+ADAM, PLATEAU = "Adam", 130.0
+"""The run that others are to overtake, and a loss on the curves below their plateau: the best constant has 134.3."""
 
 
-def of_authors() -> dict[str, Entry]:
+def of_authors() -> dict[str, study.Entry]:
     """The runs at the settings of the authors."""
     found = {}
     for name, logged in AUTHORS.items():
-        method, numbers = ALL[logged.method], dict(zip(("rate", "damping"), logged.numbers, strict=True))
-        warm = problems.MNIST.epoch * method.warm
-        found[name] = Entry(method.make("autoencoder"), (numbers,), method.labels, warm=warm)
+        method, (rate, damping) = ALL[logged.method], logged.numbers
+        tried, warm = ({"rate": rate, "damping": damping},), problems.MNIST.epoch * method.warm
+        found[name] = study.Entry(method.make("autoencoder"), tried, method.labels, warm=warm)
     return found
 
 
@@ -129,14 +118,13 @@ def picture(rows: Records, problem: Problem) -> Figure:
     authors = "settings of the authors (dots: their logs)"
     shown = [row | {"problem": authors if row["name"] in AUTHORS else "training loss"} for row in rows]
     figure = figures.of_epochs(shown, problem.title)
-    logs = [AUTHORS[name] for name in grouped(rows) if name in AUTHORS]
-    for index, log in enumerate(logs):
+    for index, log in enumerate(AUTHORS[name] for name in grouped(rows) if name in AUTHORS):
         dots = [(epoch, loss) for epoch, loss in log.losses.items() if epoch < len(rows[0]["steps"])]
         figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)
     return figure
 
 
-def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[str, Entry]) -> study.Study:
+def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[str, study.Entry]) -> study.Study:
     """All methods on a problem for some epochs, after trials of so many."""
     steps, option = problem.epoch * trial, f' ARGS="--problems {problem.name}"' * (problem.name != "mnist")
     return study.Study(
@@ -144,11 +132,11 @@ def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[st
         f"The papers' autoencoder: {data}",
         {problem.name: problem.case},
         entries,
-        Limits(epochs * problem.epoch, problem.epoch, parts=10),
+        study.Limits(epochs * problem.epoch, problem.epoch, parts=10),
         partial(table, problem=problem),
         partial(picture, problem=problem),
         {"net": problem.title, "batch": problem.batch},
-        trial=Limits(steps, steps),
+        trial=study.Limits(steps, steps),
         command=f"make autoencoder{option}",
     )
 

@@ -1,7 +1,7 @@
 """All that the experiments have found, on one page: the goals, every table and picture, and what was run where.
 
-It trains nothing: it reads the records of a folder, draws the pictures of the runs anew from all of them, and writes
-`report.md` there. What the folder has no records of is left out.
+It trains nothing: it reads the records of a folder, draws the pictures anew, and writes `report.md` there. What the
+folder has no records of is left out.
 
     make report                                       (of results/)
     make report ARGS="--folder experiments/results"   (of the committed results)
@@ -25,6 +25,7 @@ from experiments import (
     defaults,
     demo,
     fidelity,
+    figures,
     pinn,
     race,
     regression,
@@ -45,25 +46,19 @@ PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in LONG), *(
 
 
 class Section(NamedTuple):
-    """A part of the page.
-
-    Attributes:
-        title: its heading.
-        commands: that make its records.
-        records: that its tables are made of.
-        tables: as the experiments print them.
-        pictures: {file in the folder: what it shows}.
-    """
+    """A part of the page: what its tables and pictures {file: what it shows} are made of, and by which commands."""
 
     title: str
     commands: list[str]
     records: Records
     tables: list[Table]
-    pictures: Mapping[str, str]
+    pictures: dict[str, str]
 
     @property
     def where(self) -> str:
         """The machines and versions of JAX that its records are from."""
+        if not self.records:
+            return ""
         found = sorted({f"{record['device']}, jax {record['jax']}" for record in self.records if "device" in record})
         before = any("device" not in record for record in self.records)
         return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
@@ -76,11 +71,12 @@ def section(parts: tuple[Any, ...], folder: Path) -> Section:
     for each in parts:
         picture = folder / f"{getattr(each, 'image', '') or each.name}.png"
         if records := each.known(folder):
-            shown = {drawn(each.picture(records), picture): each.title} if each.picture else {}
-            tables = [*found.tables, each.table(records)]
-            found = found._replace(records=found.records + records, tables=tables, pictures={**found.pictures, **shown})
+            found.records.extend(records)
+            found.tables.append(each.table(records))
+            if each.picture:
+                found.pictures[drawn(each.picture(records), picture)] = each.title
         elif picture.exists():
-            found = found._replace(pictures={**found.pictures, picture.name: each.title})
+            found.pictures[picture.name] = each.title
     return found
 
 
@@ -100,20 +96,21 @@ def shrink(path: Path) -> None:
 
 def goals(folder: Path) -> Table | None:
     """What this package wants to reach, and what was measured; None if there is nothing to say it from."""
-    table = Table(caption="Ours: tuned runs of this package's methods, without SGD-m and Adam.")
-    for heading in ("goal", "asked", "measured", "by", "reached"):
-        table.add_column(heading)
     mnist, curves = (grouped(study.known(folder)) for study in autoencoder.STUDIES[:2])
     shares = {name: autoencoder.overtaken(mnist, name, 10)[1] for name in ours(mnist)}
-    row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
     asked = [name for name in ours(mnist) if name in ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")]
     ends = {name: series(mnist[name])[:, 10].max() for name in asked}
-    row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
     until = {name: autoencoder.steps_below(runs, autoencoder.PLATEAU) for name, runs in curves.items()}
-    shares = {name: until[name] / until[autoencoder.ADAM] for name in ours(curves) if autoencoder.ADAM in until}
-    goal = f"curves: below {autoencoder.PLATEAU:g}, off the plateau, in so much of tuned Adam's steps"
-    row(table, goal, 0.2, shares, ".2f")
-    return table if table.row_count else None
+    steps = {name: until[name] / until[autoencoder.ADAM] for name in ours(curves) if autoencoder.ADAM in until}
+    plateau = f"curves: below {autoencoder.PLATEAU:g}, off the plateau, in so much of tuned Adam's steps"
+    lines = (
+        *goal("MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f"),
+        *goal("MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f"),
+        *goal(plateau, 0.2, steps, ".2f"),
+    )
+    headings = ("goal", "asked", "measured", "by", "reached")
+    note = "Ours: tuned runs of this package's methods, without SGD-m and Adam."
+    return figures.table("", headings, lines, note, names=5) if lines else None
 
 
 def ours(runs: Mapping[str, Records]) -> list[str]:
@@ -121,12 +118,13 @@ def ours(runs: Mapping[str, Records]) -> list[str]:
     return [name for name in runs if name not in (*autoencoder.AUTHORS, "SGD-m", autoencoder.ADAM)]
 
 
-def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], form: str) -> None:
-    """A goal that the least of some numbers is no more than what was asked; no row without any."""
-    if measured:
-        best = min(measured, key=measured.__getitem__)
-        reached = "yes" if measured[best] <= asked else "no"
-        table.add_row(goal, f"{asked:g}", f"{measured[best]:{form}}", best, reached)
+def goal(text: str, asked: float, measured: Mapping[str, float], form: str) -> list[tuple[str, ...]]:
+    """A line for a goal that the least of some numbers is no more than what was asked; none without any."""
+    if not measured:
+        return []
+    best = min(measured, key=measured.__getitem__)
+    reached = "yes" if measured[best] <= asked else "no"
+    return [(text, f"{asked:g}", f"{measured[best]:{form}}", best, reached)]
 
 
 def page(folder: Path) -> str:
@@ -136,11 +134,12 @@ def page(folder: Path) -> str:
         raise ValueError(f"{folder} has no records; `make` lists the experiments that write some, or name a --folder.")
     for name in (name for found in sections for name in found.pictures):
         shrink(folder / name)
-    overview = Table("part", "made by", "records", "run on", title="What was run where")
-    for found in sections:
-        commands = ", ".join(f"`{command}`" for command in found.commands)
-        where = found.where if found.records else ""
-        overview.add_row(found.title, commands, f"{len(found.records)}", where)
+    lines = [
+        (found.title, ", ".join(f"`{command}`" for command in found.commands), f"{len(found.records)}", found.where)
+        for found in sections
+    ]
+    headings = ("part", "made by", "records", "run on")
+    overview = figures.table("What was run where", headings, lines, names=4)
     asked = goals(folder)
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []

@@ -9,8 +9,8 @@ Rows are kept in a file, and what it has is not run again; a run that is stopped
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,25 +23,14 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import figures
-from experiments.courses import Case, Compiled, Entry, Limits, adam, cosine, grid, in_turn
+from experiments.courses import Case, Compiled, Entry, Limits, adam, cosine, grid, in_turn, natural, staying
 from experiments.records import Records, chosen, keep, kept, machine, state_path
 from experiments.running import Numbers
 
-__all__ = [
-    "Case",
-    "Entry",
-    "Limits",
-    "Numbers",
-    "Options",
-    "Study",
-    "adam",
-    "cosine",
-    "grid",
-    "main",
-    "run",
-    "shared_out",
-]
-"""What the file of a study needs."""
+__all__ = ["Case", "Entry", "Limits", "Numbers", "Study", "adam", "cosine", "grid", "main", "natural", "run"]
+
+
+TRIAL_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -72,20 +61,17 @@ class Options:
 
 
 class Study(NamedTuple):
-    """An experiment.
+    """An experiment; its name is that of its records, its title stands over its part of the report.
 
     Attributes:
-        name: of its records.
-        title: over its part of the report.
         cases: {problem: how it is made}.
-        entries: {name: method}, or those of a case.
+        entries: {name: method, or case -> method}.
         limits: of the runs.
-        table: rows -> table.
-        picture: rows -> picture.
+        table: of rows.
+        picture: of rows.
         config: numbers that the rows depend on, beside the limits.
         seeds: of the runs; without any the trials are all.
         trial: limits of the trials, if others.
-        trial_seed: their seed.
         is_double: whether it computes in float64.
         command: that makes its records, if not `make` and its name.
         image: name of its picture, if it is another one.
@@ -95,14 +81,13 @@ class Study(NamedTuple):
     name: str
     title: str
     cases: Mapping[str, Callable[[], Case]]
-    entries: Mapping[str, Entry] | Callable[[Case], Mapping[str, Entry]]
+    entries: Mapping[str, Any]
     limits: Limits
     table: Callable[[Records], Table]
     picture: Callable[[Records], Figure] | None = None
     config: Mapping[str, Any] = {}
     seeds: Sequence[int] = (0,)
     trial: Limits | None = None
-    trial_seed: int = 0
     is_double: bool = False
     command: str = ""
     image: str = ""
@@ -121,28 +106,16 @@ class Study(NamedTuple):
 
     def asked(self, options: Options) -> "Study":
         """The part of it that is asked for; a `ValueError` if there is no problem or method of a name."""
-        entries: Any = self.entries
-        names = chosen(entries, options.methods) if isinstance(entries, Mapping) else options.methods
-        limits = self.limits.shorter(options.steps, options.seconds)
-        trial = self.trial and self.trial.shorter(**{"steps": None, "seconds": None, self.ends: options.trial})
-
-        def those(case: Case) -> Mapping[str, Entry]:
-            found = entries(case) if callable(entries) else entries
-            stays = {"stays": True} if options.stays else {}
-            return {name: found[name]._replace(**stays) for name in names or found}
-
+        short = {"steps": None, "seconds": None, self.ends: options.trial}
+        cases = {name: self.cases[name] for name in chosen(self.cases, options.problems)}
         return self._replace(
             name=self.name + "_stays" * options.stays,
-            cases={name: self.cases[name] for name in chosen(self.cases, options.problems)},
-            entries=those,
-            limits=limits,
-            trial=trial,
+            cases={name: partial(staying, make) for name, make in cases.items()} if options.stays else cases,
+            entries={name: self.entries[name] for name in chosen(self.entries, options.methods)},
+            limits=self.limits.shorter(options.steps, options.seconds),
+            trial=self.trial and self.trial.shorter(**short),
             seeds=self.seeds if options.seeds is None or not self.seeds else range(options.seeds),
         )
-
-    def precision(self) -> Any:
-        """A context in which it computes."""
-        return jax.enable_x64(True) if self.is_double else nullcontext()
 
     def known(self, folder: Path) -> Records:
         """Its rows in a folder, at the numbers of the newest."""
@@ -161,13 +134,13 @@ def run(study: Study, folder: Path, is_estimate: bool = False) -> Records:
     An estimate says how long that will take, and runs nothing.
     """
     path = folder / f"{study.name}.jsonl"
-    with study.precision():
+    with jax.enable_x64(study.is_double):
         return [row for make in study.cases.values() for row in _run(study, make(), path, is_estimate)]
 
 
 def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
     """The rows of a case."""
-    wanted, seeds = study.entries(case) if callable(study.entries) else study.entries, study.seeds
+    seeds, wanted = study.seeds, {name: of(case) if callable(of) else of for name, of in study.entries.items()}
     keys = {name: {**case.fields, "name": name, "config": study.key} for name in wanted}
     tried = {name: study.tried(path, {**case.fields, "name": name}) for name in wanted}
     known = {name: kept(path, keys[name] | {"trial": False}) for name in wanted}
@@ -176,7 +149,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
     about, short = ", ".join(map(str, case.fields.values())), study.trial or study.limits
 
     def made(name: str) -> Compiled:
-        with study.precision():  # which is of a thread
+        with jax.enable_x64(study.is_double):  # which is of a thread
             return Compiled(wanted[name], case, study.limits, study.compiler)
 
     with ThreadPoolExecutor(2) as pool:  # XLA takes one core for a program
@@ -188,7 +161,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
         return []
     for name in track(missing, f"{about}: trials"):
         if not tried[name]:
-            some = compiled[name].tried(short.of(wanted[name]), study.trial_seed, bool(seeds))
+            some = compiled[name].tried(short.of(wanted[name]), TRIAL_SEED, bool(seeds))
             tried[name] = [{**keys[name], "trial": True, **machine(), **row} for row in some]
             keep(path, tried[name])
     first = {name: wanted[name].tried[0] for name in missing}
@@ -202,7 +175,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
             keep(path, known[name][-1:])
             places[name].unlink(missing_ok=True)
     rows = [row for name in wanted for row in (known[name] if seeds else tried[name])]
-    return [row for row in rows if row["seed"] in (seeds or (study.trial_seed,))]
+    return [row for row in rows if row["seed"] in (seeds or (TRIAL_SEED,))]
 
 
 def shared_out(studies: Sequence[Study], options: Options) -> list[tuple[Study, Options]]:
@@ -210,29 +183,19 @@ def shared_out(studies: Sequence[Study], options: Options) -> list[tuple[Study, 
 
     A `ValueError` if there is no study with a name that is asked for.
     """
-    if len(studies) == 1:
-        return [(studies[0], options)]
-    entries: list[Any] = [study.entries for study in studies]  # mappings: others have a file of their own
-    chosen([name for known in entries for name in known], options.methods)
+    chosen([name for study in studies for name in study.entries], options.methods)
     chosen([name for study in studies for name in study.cases], options.problems)
     found = []
-    for study, known in zip(studies, entries, strict=True):
-        own = {
-            "methods": tuple(name for name in options.methods if name in known),
-            "problems": tuple(name for name in options.problems if name in study.cases),
-        }
-        if all(bool(names) == bool(getattr(options, what)) for what, names in own.items()):
-            found.append((study, replace(options, **own)))
+    for study in studies:
+        methods = tuple(name for name in options.methods if name in study.entries)
+        problems = tuple(name for name in options.problems if name in study.cases)
+        if bool(methods) == bool(options.methods) and bool(problems) == bool(options.problems):
+            found.append((study, replace(options, methods=methods, problems=problems)))
     return found
 
 
 def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
-    """Ask what is wanted of the studies of a file; run them, print their tables, write their pictures.
-
-    Args:
-        studies: of the file.
-        problems: those that run if none is asked for; all if none is named.
-    """
+    """Ask what is wanted of the studies of a file, by default of some problems; run them, show their rows."""
     plt.switch_backend("agg")
     description = figures.question(sys.modules["__main__"].__doc__)
     options = tyro.cli(Options, description=description, default=Options(problems=problems))
@@ -240,4 +203,4 @@ def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
         part = study.asked(own)
         if rows := run(part, options.output, options.estimate):
             picture = part.picture(rows) if part.picture else None
-            figures.present([part.table(rows)], picture, options.output / f"{part.image or part.name}.png")
+            figures.present(part.table(rows), picture, options.output / f"{part.image or part.name}.png")

@@ -2,8 +2,7 @@
 
 A trial is a short run from the same start on the same batches; the one with the least training loss at its end is the
 best. Every method tries its usual numbers, of its authors or of earlier trials, and as many more within the ranges of
-`methods`, drawn log-uniformly, one in each stratum. `make autoencoder` and `make classify` take the best that is kept
-here, and make their trials where there are none.
+`methods`. `make autoencoder` and `make classify` take the best that is kept, and make trials where there are none.
 
 Expected: with six trials every method within a tenth of its best loss, but for those whose stable settings are a narrow
 diagonal (of K-FAC and its relatives the step is the learning rate over the damping), where half the trials diverge.
@@ -14,7 +13,6 @@ diagonal (of K-FAC and its relatives the step is the learning rate over the damp
 """
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -89,10 +87,9 @@ def picture(rows: Records, title: str) -> Figure:
 def of(whole: study.Study) -> study.Study:
     """The trials of a study alone; they have its records."""
     (label,) = whole.cases
-    entries: Any = whole.entries
     return whole._replace(
         title=f"{whole.title}, trials",
-        entries={name: entry for name, entry in entries.items() if name not in autoencoder.AUTHORS},
+        entries={name: entry for name, entry in whole.entries.items() if name not in autoencoder.AUTHORS},
         seeds=(),
         table=partial(table, title=whole.title),
         picture=partial(picture, title=whole.title),

@@ -151,7 +151,7 @@ def main() -> None:
     """Compile everything, and print the table."""
     script = "import json; from sharded import *; print(json.dumps(measure(Config())))"
     rows = [row for count in track((1, 2, 4, 8), "compiling") for row in json.loads(on_devices(count, script))]
-    figures.present([table(rows)], None, Path())
+    figures.present(table(rows), None, Path())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.table import Table
 
 from experiments import report
 from experiments.records import kept
@@ -73,12 +72,10 @@ def test_the_committed_results_have_at_most_three_megabytes():
 
 
 def test_a_goal_that_is_missed_is_told_so():
-    table = Table("goal", "asked", "measured", "by", "reached")
-    report.row(table, "half", 0.5, {"slow": 0.9, "fast": 0.4, "never": np.inf}, ".2f")
-    report.row(table, "half", 0.5, {"slow": 0.9}, ".2f")
-    report.row(table, "of nothing", 0.5, {}, ".2f")
-    first, second = zip(*(column.cells for column in table.columns), strict=True)
-    assert first == ("half", "0.5", "0.40", "fast", "yes") and second[2:] == ("0.90", "slow", "no")
+    (line,) = report.goal("half", 0.5, {"slow": 0.9, "fast": 0.4, "never": np.inf}, ".2f")
+    assert line == ("half", "0.5", "0.40", "fast", "yes")
+    assert report.goal("half", 0.5, {"slow": 0.9}, ".2f")[0][2:] == ("0.90", "slow", "no")
+    assert report.goal("of nothing", 0.5, {}, ".2f") == []
 
 
 def test_where_records_are_from_and_that_some_do_not_say():
@@ -90,7 +87,7 @@ def test_where_records_are_from_and_that_some_do_not_say():
     section = report.Section("", [], rows, [], {})
     assert section.where == "2 CPU cores, jax 0.9; a GPU, jax 0.9"
     assert section._replace(records=[*rows[:1], {}]).where.endswith("; some before this was recorded")
-    assert section._replace(records=[{}]).where == "not recorded"
+    assert section._replace(records=[{}]).where == "not recorded" and section._replace(records=[]).where == ""
 
 
 def test_a_folder_without_records_says_what_to_do(tmp_path):
