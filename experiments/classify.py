@@ -2,7 +2,6 @@
 
 Fashion-MNIST by the convnet of TENGraD, with fewer channels, and CIFAR-10 by a ResNet, for a GPU: batches of 128, the
 same periods, decay and clip for all, a constant rate. Every method has the best of its trials (`make tune`).
-
 Expected: TENGraD level with K-FAC and EKFAC per epoch.
 
     make classify ARGS="--problems 'fashion, 32 channels' --methods TENGraD K-FAC"

@@ -29,7 +29,6 @@ class Case(NamedTuple):
 
     Attributes:
         fields: of its rows, that tell it from other cases; "problem" among them.
-        task: of a `Runner`.
         stream: seed -> batches for ever.
         loss: variables -> what is measured at every look: the loss, or several numbers, of which "losses" is it.
     """
@@ -51,7 +50,6 @@ class Entry(NamedTuple):
 
     Attributes:
         make: numbers, layers -> optimizer; the numbers have "horizon", the steps of the run, beside those tried.
-        tried: the numbers.
         labels: of the curvature; None for plain gradients, without any capture.
         steps: most of them, if others than those of the study.
         look: steps between two looks at the loss, if others than those of the study, or of a program.

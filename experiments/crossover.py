@@ -60,23 +60,18 @@ class Bench:
             step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[wanted], donate_argnums=0)
             return step.lower(self.state, *self._fixed).compile()
 
-        self._refresh = compiled(1, slice(1, 2))  # the state alone: what only the update needs is not computed
-        self._step = compiled(NEVER, slice(0, 2))
-        self.refresh()
-        self.steps(1)
+        self._programs = {
+            "step": compiled(NEVER, slice(0, 2)),
+            "refresh": compiled(1, slice(1, 2)),  # the state alone: what only the update needs is not computed
+        }
+        self.time("refresh")
+        self.time("step")
 
-    def steps(self, count: int) -> float:
-        """Milliseconds of a step of so many that are due for nothing."""
-        return self._timed(self._step, count)
-
-    def refresh(self) -> float:
-        """Milliseconds of statistics and a refresh."""
-        return self._timed(self._refresh, 1)
-
-    def _timed(self, program: Callable[..., Any], count: int) -> float:
+    def time(self, what: str, count: int = 1) -> float:
+        """Milliseconds of a step that is due for nothing, or of statistics and a refresh, of so many."""
         before, found = time.perf_counter(), ()
         for _ in range(count):
-            *found, self.state = program(self.state, *self._fixed)
+            *found, self.state = self._programs[what](self.state, *self._fixed)
         jax.block_until_ready((found, self.state))
         return 1000 * (time.perf_counter() - before) / count
 
@@ -84,10 +79,10 @@ class Bench:
 def cell(width: int, batch: int) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
     benches = [Bench(name, width, batch) for name in METHODS]
-    counts = [int(np.clip(np.ceil(LEAST / bench.steps(1)), 1, 100)) for bench in benches]
+    counts = [int(np.clip(np.ceil(LEAST / bench.time("step")), 1, 100)) for bench in benches]
     times = {
-        "step": [[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
-        "refresh": [[bench.refresh() for bench in benches] for _ in range(ROUNDS)],
+        "step": [[bench.time("step", n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
+        "refresh": [[bench.time("refresh") for bench in benches] for _ in range(ROUNDS)],
     }
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state)) for bench in benches]
     found: dict[str, Any] = {"pair": [*METHODS], "width": width, "batch": batch, "bytes": sizes}

@@ -18,6 +18,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import chain, count, pairwise
@@ -107,16 +108,6 @@ def folder() -> Path | None:
     return Path(named) if (named := os.environ.get("NATGRAD_DATA")) else None
 
 
-def mnist(given: Path | None) -> Data:
-    """MNIST, from mnist/ in a folder or from openml.org."""
-    return _idx("mnist", "mnist_784", given)
-
-
-def fashion_mnist(given: Path | None) -> Data:
-    """Fashion-MNIST, from fashion_mnist/ in a folder or from openml.org; called "fashion"."""
-    return _idx("fashion_mnist", "Fashion-MNIST", given)._replace(name="fashion")
-
-
 def cifar10(given: Path | None) -> Data:
     """CIFAR-10: as JPEG of quality 75 from cifar10/ in a folder, or from openml.org."""
     if given is None:
@@ -166,10 +157,9 @@ def _drawn(count: int, seed: int) -> np.ndarray:
 def faces(given: Path | None, pieces: int = 40, seed: int = 0) -> Data:
     """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; rows of 25x25 pixels.
 
-    A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
-    pixels in the middle every other one is taken, `pieces` times of each image; FACES has 414. Every pixel has zero
-    mean over the training set, and all are divided by their standard deviation. The first 25 people are for training,
-    the last 10 for testing.
+    `pieces` times a face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8];
+    of the 49x49 pixels in the middle every other one is taken. Every pixel has zero mean over the training set, and all
+    are divided by their standard deviation. The first 25 people are for training, the last 10 for testing.
     """
     rng, images = np.random.default_rng(seed), olivetti(given)
     angles = np.radians(rng.uniform(-90, 90, (len(images), pieces, 1, 1)))
@@ -225,7 +215,7 @@ def content(given: Path, file: str) -> bytes:
     return found
 
 
-def _idx(name: str, online: str, given: Path | None) -> Data:
+def _idx(name: str, inside: str, online: str, given: Path | None) -> Data:
     """A data set in four files of the format IDX, or as openml.org has it; scikit-learn checks what it downloads."""
     if given is None:
         pixels, classes = _openml(online)
@@ -233,10 +223,15 @@ def _idx(name: str, online: str, given: Path | None) -> Data:
         return Data(name, _part(pixels[:60000], classes[:60000]), _part(pixels[60000:], classes[60000:]))
     parts = []
     for part in ("train", "t10k"):
-        images, labels = (content(given, f"{name}/{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+        images, labels = (content(given, f"{inside}/{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
         pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)
         parts.append(_part(pixels, np.frombuffer(labels, np.uint8, offset=8)))
     return Data(name, *parts)
+
+
+mnist = partial(_idx, "mnist", "mnist", "mnist_784")
+fashion_mnist = partial(_idx, "fashion", "fashion_mnist", "Fashion-MNIST")
+"""Folder or None -> the images."""
 
 
 def _part(pixels: np.ndarray, labels: np.ndarray) -> Part:

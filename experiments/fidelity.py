@@ -6,18 +6,17 @@ from the states of the package's own methods, undamped.
 
     1  F = E[vec(D) vec(D)^T], D the gradient by an image and a label
     2  F~ = Q diag(s) Q^T with Q = U (x) V; s the eigenvalues of the product, for K-FAC and TKFAC
-    3  the A (x) G nearest to F: A and G the largest singular pair of F, arranged so that a product has rank one
+    3  the A (x) G nearest to F: the largest singular pair of F, arranged so that a product has rank one
        (Van Loan and Pitsianis 1993)
 
-2. Directions, of the dense net: see `directions`. Each at the start and after training by Adam.
+2. Directions, of the dense net: see `directions`. Each at the start and after training by Adam. The images are MNIST's,
+scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 
 Expected. By theory: EKFAC's block no worse than K-FAC's, TEKFAC's no worse than TKFAC's, and 3 no worse than K-FAC's
 and TKFAC's, in every layer; TENGraD's direction with a joint block equal to d*. Not by theory: TKFAC's block better
 than K-FAC's in most layers; larger errors after training; cosines in the order of what a method keeps of F.
 
     make fidelity                            (some two minutes)
-
-The images are MNIST's, scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 """
 
 from functools import partial

@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -33,17 +34,13 @@ class Shown(NamedTuple):
         """Its records in a folder."""
         return self.select(kept(folder / f"{self.name}.jsonl"))
 
-    def present(self, records: Records, folder: Path) -> None:
-        """Print its table, write its picture."""
-        present(self.table(records), self.picture(records), folder / f"{self.name}.png")
-
     def main(self, measure: Callable[[], Records], text: str | None) -> None:
         """Measure, keep the records in the place of older ones, present them, in the folder that is asked for."""
 
         def run(output: Path = Path("results")) -> None:
             records = measure()
             keep(output / f"{self.name}.jsonl", records, afresh=True)
-            self.present(records, output)
+            present(self, records, output)
 
         plt.switch_backend("agg")
         tyro.cli(run, description=question(text))
@@ -118,15 +115,26 @@ def markdown(table: Table) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def present(shown: Table, picture: Figure | None, path: Path) -> None:
-    """Print a table, and write a picture."""
-    console = Console(width=170)
-    console.print(shown)
-    if picture is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=110)
-        plt.close(picture)
-        console.print(f"Picture: {path}")
+def present(part: Any, rows: Records, folder: Path) -> None:
+    """Print the table of a part of the report, and write its picture."""
+    Console(width=170).print(part.table(rows))
+    if part.picture:
+        print(f"Picture: {drawn(part.picture(rows), picture_of(part, folder))}")
+
+
+def drawn(figure: Figure, path: Path) -> Path:
+    """Write a picture in 256 colors, which takes two thirds of its bytes away and cannot be seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+def picture_of(part: Any, folder: Path) -> Path:
+    """Where the picture of a part of the report is."""
+    return folder / f"{getattr(part, 'image', '') or part.name}.png"
 
 
 def question(text: str | None) -> str:
@@ -142,7 +150,7 @@ def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]
 def clean(axes: Iterable[Axes], **grid: Any) -> None:
     """A faint grid, and no frame above and on the right."""
     for axis in axes:
-        options: dict[str, Any] = {"alpha": 0.2} | grid
+        options: Any = {"alpha": 0.2, **grid}
         axis.grid(**options)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

@@ -2,10 +2,9 @@
 
 Tuned are a learning rate and a damping, around the settings of the authors (K-FAC, TNT, K-BFGS) or the best of a few
 trials: a factor of 10 to 30 in the rate, of 10 in the damping. The rest is fixed here. On the autoencoders it is what
-the authors of TNT and of K-BFGS have: a constant learning rate, no weight decay (but for K-BFGS), momentum in front of
-every second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th; other periods stand
-below. On the classifiers it is what the authors of TENGraD have: periods, decoupled weight decay and a clip of the step
-that are shared by all, momentum 0.9 where each method has it.
+the authors of TNT and of K-BFGS have: a constant rate, no weight decay (but for K-BFGS), momentum in front of every
+second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th, but for what is below. On
+the classifiers it is what the authors of TENGraD have, and shared by all.
 
 Units: a damping is in those of the Fisher matrix of one example, but for TNT. Its authors take statistics of the
 gradient of the mean loss, without the batch size; that is our `scale="batch"`, and its damping enters each mode by
@@ -56,12 +55,10 @@ class Method(NamedTuple):
 
     Attributes:
         of: its name in the package; or of a baseline, rate, damping, weight decay -> the optimizer.
-        ranges: of its settings.
         reconstructs, classifies, both: its options on an autoencoder, on a classifier, on both.
         in_front: whether on an autoencoder the momentum stands in front of the direction.
         adaptive: whether everything comes from the quadratic model, and nothing is tuned.
         said: whether it is given any setting; else it has the layers alone.
-        labels: those of the curvature.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
         clips: whether `KL_CLIP` is for it.
         has_own_periods: whether the periods that the others share are not for it.
@@ -124,13 +121,11 @@ ADAPTIVE: dict[str, Any] = {
 
 def sgd(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """SGD with the momentum and the weight decay in the places where the second-order methods have them."""
-    del damping
     return optax.chain(optax.add_decayed_weights(decay), optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
 def adam(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay."""
-    del damping
     return optax.adamw(rate, weight_decay=decay)
 
 

@@ -28,7 +28,6 @@ class Equation(NamedTuple):
     Attributes:
         residual: net, point -> what is to be zero.
         solution: points [M, d] -> values [M].
-        widths: of the hidden layers of its net.
         points: how many inside, and how many at the edge.
         is_evolution: whether the first coordinate is time, whose end is no edge.
         layer: axis, place and width of a thin layer of the solution, where half of the points inside are drawn.
@@ -53,9 +52,13 @@ def laplacian(u: Callable[[Any], Any], x: Any, axes: tuple[int, ...]) -> Any:
     return jnp.sum(jax.vmap(second)(jnp.eye(x.size, dtype=x.dtype)[jnp.array(axes)]))
 
 
-def _poisson(eigenvalue: float, solution: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any], Any], Any]:
-    """The equation whose solution has a Laplacian of so many times itself."""
-    return lambda u, x: laplacian(u, x, tuple(range(x.size))) - eigenvalue * solution(x[None])[0]
+def _poisson(size: int, eigenvalue: float, solution: Callable[[Any], Any]) -> Equation:
+    """Of a solution whose Laplacian is so many times itself."""
+
+    def residual(u, x):
+        return laplacian(u, x, tuple(range(size))) - eigenvalue * solution(x[None])[0]
+
+    return Equation((0.0,) * size, (1.0,) * size, residual, solution)
 
 
 def _heat(u: Callable[[Any], Any], x: Any) -> Any:
@@ -77,22 +80,14 @@ def cole_hopf(points: Any, nodes: int = 100) -> Any:
     return -np.sum(masses * np.sin(np.pi * where), axis=1) / np.sum(masses, axis=1)
 
 
-def _sines(x: Any) -> Any:
-    return jnp.prod(jnp.sin(jnp.pi * x), axis=1)
-
-
-def _cosines(x: Any) -> Any:
-    return jnp.sum(jnp.cos(jnp.pi * x), axis=1)
-
-
-def _decaying(x: Any) -> Any:
-    return jnp.exp(-x[:, 0]) * jnp.sum(jnp.sin(2 * x[:, 1:]), axis=1)
-
-
 EQUATIONS: dict[Name, Equation] = {
-    "poisson 2d": Equation((0.0,) * 2, (1.0,) * 2, _poisson(-2 * np.pi**2, _sines), _sines),
-    "poisson 5d": Equation((0.0,) * 5, (1.0,) * 5, _poisson(-(np.pi**2), _cosines), _cosines),
-    "heat 4+1d": Equation((0.0,) * 5, (1.0,) * 5, _heat, _decaying, is_evolution=True),
+    "poisson 2d": _poisson(2, -2 * np.pi**2, lambda x: jnp.prod(jnp.sin(jnp.pi * x), axis=1)),
+    "poisson 5d": _poisson(5, -(np.pi**2), lambda x: jnp.sum(jnp.cos(jnp.pi * x), axis=1)),
+    "heat 4+1d": Equation(
+        *((0.0,) * 5, (1.0,) * 5, _heat),
+        lambda x: jnp.exp(-x[:, 0]) * jnp.sum(jnp.sin(2 * x[:, 1:]), axis=1),
+        is_evolution=True,
+    ),
     "burgers 1+1d": Equation(
         (0.0, -1.0), (1.0, 1.0), _burgers, cole_hopf, (24, 24, 24), (500, 150), True, (1, 0.0, 0.05)
     ),
@@ -129,7 +124,6 @@ class Task(NamedTuple):
 
     def capture(self, labels: Any) -> Any:
         """What watches the two terms, as functions of variables."""
-        del labels
         options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
         squared, functions = ng.losses.squared_error, self.functions.items()
         terms = ng.terms({name: ng.capture(function, squared, **options) for name, function in functions})

@@ -22,9 +22,9 @@ from experiments import data
 from experiments.courses import Case, Entry
 from experiments.data import Data, digits, endless, folder
 from experiments.digits import CLASSES, PIXELS
-from experiments.methods import METHODS, Kind
+from experiments.methods import METHODS, Kind, Method
 from experiments.nets import Convnet, ResNet, autoencoder
-from experiments.running import Task
+from experiments.running import Numbers, Task
 
 
 class Problem(NamedTuple):
@@ -112,10 +112,13 @@ CIFAR10 = Problem(
 )
 
 
+def entry(method: Method, problem: Problem, tried: tuple[Numbers, ...]) -> Entry:
+    """A method on a problem."""
+    is_warm = method.warm and problem.kind == "autoencoder"
+    return Entry(method.make(problem.kind), tried, method.labels, warm=problem.epoch * is_warm)
+
+
 def entries(problem: Problem, budget: int) -> dict[str, Entry]:
     """Every method on a problem, at its usual numbers and at so many others."""
-    kind, found = problem.kind, {}
-    for name, method in METHODS.items():
-        tried, warm = method.ranges[kind].tried(name, budget), method.warm and kind == "autoencoder"
-        found[name] = Entry(method.make(kind), tried, method.labels, warm=problem.epoch * warm)
-    return found
+    tried = {name: method.ranges[problem.kind].tried(name, budget) for name, method in METHODS.items()}
+    return {name: entry(method, problem, tried[name]) for name, method in METHODS.items()}

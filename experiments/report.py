@@ -1,7 +1,6 @@
 """All that the experiments have found, on one page: the goals, every table and picture, and what was run where.
 
-It trains nothing: it reads the records of a folder, draws the pictures anew, and writes `report.md` there. What the
-folder has no records of is left out.
+It trains nothing: it reads the records of a folder, draws the pictures anew, and writes `report.md` there.
 
     make report                                       (of results/)
     make report ARGS="--folder experiments/results"   (of the committed results)
@@ -13,8 +12,6 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import tyro
-from matplotlib.figure import Figure
-from PIL import Image
 from rich.table import Table
 
 from experiments import (
@@ -69,29 +66,15 @@ def section(parts: tuple[Any, ...], folder: Path) -> Section:
     commands = [each.command or f"make {each.name}" for each in parts[::-1]]  # the trials come first
     found = Section(parts[0].title, commands, [], [], {})
     for each in parts:
-        picture = folder / f"{getattr(each, 'image', '') or each.name}.png"
+        picture = figures.picture_of(each, folder)
         if records := each.known(folder):
             found.records.extend(records)
             found.tables.append(each.table(records))
             if each.picture:
-                found.pictures[drawn(each.picture(records), picture)] = each.title
-        elif picture.exists():
+                figures.drawn(each.picture(records), picture)
+        if picture.exists():
             found.pictures[picture.name] = each.title
     return found
-
-
-def drawn(figure: Figure, path: Path) -> str:
-    """Write a picture; its name."""
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path.name
-
-
-def shrink(path: Path) -> None:
-    """Leave a picture 256 colors, which takes two thirds of its bytes away and cannot be seen."""
-    with Image.open(path) as picture:
-        if picture.mode != "P":
-            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def goals(folder: Path) -> Table | None:
@@ -132,8 +115,6 @@ def page(folder: Path) -> str:
     sections = [found for parts in PARTS if (found := section(parts, folder)).tables or found.pictures]
     if not sections:
         raise ValueError(f"{folder} has no records; `make` lists the experiments that write some, or name a --folder.")
-    for name in (name for found in sections for name in found.pictures):
-        shrink(folder / name)
     lines = [
         (found.title, ", ".join(f"`{command}`" for command in found.commands), f"{len(found.records)}", found.where)
         for found in sections

@@ -30,7 +30,6 @@ class Task(NamedTuple):
 
     Attributes:
         model: its `__call__` takes inputs and, as keywords, `options`, such as `train`.
-        likelihood: of its outputs.
         batch: for shapes, with as many examples as a step has; one of them draws the parameters.
         options: of the model while it trains.
     """
@@ -254,7 +253,6 @@ class Peer:
 
     def begin(self, numbers: Numbers, seed: int = 0) -> None:
         """Go back to the start."""
-        del numbers
         self._key, self.steps = jax.random.key(seed), 0
         params = self._task.init(self._key)["params"]
         self.carry = params, self._optimizer.init(params, self._key, tuple(self._task.batch))

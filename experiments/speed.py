@@ -223,7 +223,7 @@ def run(
     for name, method in track([(name, method) for name in tasks for method in wanted], "measuring"):
         keep(path, [measure(name, tasks[name], method)])
     found = [record for record in newest(kept(path, machine())) if record["model"] in models]
-    SHOWN.present(found, output)
+    figures.present(SHOWN, found, output)
     return found
 
 

@@ -29,7 +29,6 @@ from experiments.running import Numbers
 
 __all__ = ["Case", "Entry", "Limits", "Numbers", "Study", "adam", "cosine", "grid", "main", "natural", "run"]
 
-
 TRIAL_SEED = 0
 
 
@@ -66,9 +65,6 @@ class Study(NamedTuple):
     Attributes:
         cases: {problem: how it is made}.
         entries: {name: method, or case -> method}.
-        limits: of the runs.
-        table: of rows.
-        picture: of rows.
         config: numbers that the rows depend on, beside the limits.
         seeds: of the runs; without any the trials are all.
         trial: limits of the trials, if others.
@@ -202,5 +198,4 @@ def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
     for study, own in shared_out(studies, options):
         part = study.asked(own)
         if rows := run(part, options.output, options.estimate):
-            picture = part.picture(rows) if part.picture else None
-            figures.present(part.table(rows), picture, options.output / f"{part.image or part.name}.png")
+            figures.present(part, rows, options.output)

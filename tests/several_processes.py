@@ -29,6 +29,7 @@ import tyro
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 from rich import print as say
+from rich.console import Console
 from rich.table import Table
 
 import natgrad_jax as ng
@@ -224,7 +225,7 @@ def main(config: Config) -> None:
     """Run the story, print its table, and say whether it is as expected."""
     with tempfile.TemporaryDirectory() as folder:
         runs = story(config, Path(folder))
-    figures.present(table(config, runs), None, Path())
+    Console(width=170).print(table(config, runs))
     one, several, _, again = runs.values()
     far = max(abs(one.losses[step] - several.losses[step]) for step in one.losses)
     say(f"Largest difference between one process and several in the loss of a step: {far:.1e}")

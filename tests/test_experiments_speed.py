@@ -23,7 +23,7 @@ STEPPED = [
 def few(monkeypatch):
     """Short rounds; the tests that follow find what was compiled before."""
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
-    monkeypatch.setattr(figures.Shown, "present", lambda *_: None)
+    monkeypatch.setattr(figures, "present", lambda *_: None)
     monkeypatch.setattr(speed, "METHODS", [method for method in speed.METHODS if method.refresh_every != 100])
     monkeypatch.setattr(speed, "ROUNDS", 2)
     monkeypatch.setattr(speed, "BLOCK", 3)
@@ -64,7 +64,7 @@ def test_every_method_is_measured_beside_adam_kept_and_shown(tmp_path):
 
 def test_only_the_newest_record_of_this_machine_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "made", lambda *_: None)
-    monkeypatch.setattr(figures.Shown, "present", lambda *_: None)
+    monkeypatch.setattr(figures, "present", lambda *_: None)
     steps = iter((2.0, 3.0))
     monkeypatch.setattr(speed, "measure", lambda *_: record("Adam", step=next(steps), refresh_every=None))
     monkeypatch.setattr(speed, "METHODS", (speed.ADAM,))
