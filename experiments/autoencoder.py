@@ -8,7 +8,6 @@ Expected: "authors" near what was logged, the best of ours as low as tuned Adam 
 off the plateau of the curves in a fifth of Adam's steps.
 
     make autoencoder ARGS="--estimate"                          (says how long it will take, and stops)
-    make autoencoder ARGS="--methods 'TNT (authors)' --steps 180"
     make autoencoder ARGS="--problems curves --seeds 3"         (50 epochs)
 """
 
@@ -67,7 +66,9 @@ def table(rows: Records, problem: Problem) -> Table:
         cells += [spread(test[:, -1], 1), costs[name] + (f" ({logged.cost:.2f})" if logged and logged.cost else "")]
         epoch, share = overtaken(runs, name)
         cells += [f"{seconds(own)[-1]:.0f}", f"{epoch:.0f} ({share:.2f})" if np.isfinite(epoch) else "-"]
-        cells += [left(runs, name)] if plateau else []
+        if plateau:
+            steps, adams = (steps_below(runs.get(each, []), plateau) for each in (name, ADAM))
+            cells.append("-" if np.isinf(steps) else f"{steps:.0f}" + (f" ({steps / adams:.2f})" if adams else ""))
         lines.append((name, setting(own[0]["numbers"]), f"{len(own)}", *cells))
     last = [f"below {plateau:g}: steps (of Adam's)"] if plateau else []
     headings = ("test", "a step / SGD-m's", "s", "Adam's last", *last)
@@ -90,12 +91,6 @@ def overtaken(runs: Mapping[str, Records], name: str, last: int | None = None) -
     for epoch in np.flatnonzero(own[: last + 1] <= adam[last]):
         return float(epoch), seconds(runs[name])[epoch] / seconds(runs[ADAM])[last]
     return np.inf, np.inf
-
-
-def left(runs: Mapping[str, Records], name: str) -> str:
-    """After how many steps the loss of the batches is below the plateau, and the share of those of tuned Adam."""
-    adam, own = (steps_below(runs.get(each, []), PLATEAU) for each in (ADAM, name))
-    return "-" if np.isinf(own) else f"{own:.0f}" + (f" ({own / adam:.2f})" if adam else "")
 
 
 def steps_below(runs: Records, level: float) -> float:

@@ -18,7 +18,7 @@ import optax
 
 from experiments.data import Part
 from experiments.records import Records, save, saved, significant
-from experiments.running import Labels, Make, Numbers, Peer, Runner
+from experiments.running import Labels, Numbers, Peer, Runner
 
 SAVE_EVERY = 60.0
 """Seconds after which it is written down where the runs stand."""
@@ -202,20 +202,20 @@ class Compiled:
 
     def __init__(self, entry: Entry, case: Case, limits: Limits, compiler: Mapping[str, Any]):
         """Compile, with options of XLA."""
-        self.entry, self.limits, self._compiler = entry, limits.of(entry), compiler
+        self.entry, self.limits = entry, limits.of(entry)
         self._case = staying(lambda: case) if entry.stays else case
-        self._runners = [self._runner(numbers) for numbers in entry.tried[: None if entry.is_static else 1]]
-        for runner in self._runners:
-            runner.program  # noqa: B018 (it is compiled when it is asked for)
+        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": compiler}
 
-    def _runner(self, numbers: Numbers) -> Any:
-        entry, make = self.entry, self.entry.make
-        if entry.peer:
-            return entry.peer(self._case.task)
-        assert make
-        fixed: Make = (lambda given, layers: make(given | numbers, layers)) if entry.is_static else make
-        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": self._compiler}
-        return Runner(fixed, numbers | {"horizon": 1.0}, self._case.task, entry.labels, **options)
+        def runner(numbers: Numbers) -> Any:
+            if entry.peer:
+                return entry.peer(case.task)
+            make: Any = entry.make
+            fixed = (lambda given, layers: make(given | numbers, layers)) if entry.is_static else make
+            return Runner(fixed, numbers | {"horizon": 1.0}, case.task, entry.labels, **options)
+
+        self._runners = [runner(numbers) for numbers in entry.tried[: None if entry.is_static else 1]]
+        for each in self._runners:
+            each.program  # noqa: B018 (it is compiled when it is asked for)
 
     @cached_property
     def pace(self) -> float:

@@ -122,9 +122,7 @@ def picture(records: Records) -> Figure:
             halo = [withStroke(linewidth=4, foreground=mesh.to_rgba(np.log2(value)))]  # the line passes behind
             color = "white" if abs(np.log2(value)) > 3.3 else "black"
             axis.annotate(f"{value:.2g}", place, ha="center", va="center", color=color, path_effects=halo)
-        limits = axis.axis()
-        axis.plot(widths, widths, "k--", linewidth=1.5)
-        axis.axis(limits)
+        axis.plot(widths, widths, "k--", linewidth=1.5, scalex=False, scaley=False)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_xticks(widths, sides)
         axis.set_yticks(batches, counts)

@@ -116,10 +116,9 @@ def cifar10(given: Path | None) -> Data:
     else:
         say("Unpacking the images of CIFAR-10 (JPEG of quality 75)")
         name, packed = "cifar10_jpeg75", np.load(io.BytesIO(content(given, "cifar10/cifar10_jpeg75_full.npz")))
-        header, bodies, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
-        images, labels = np.empty((len(ends) - 1, 32, 32, 3), np.uint8), packed["labels"]
-        for index, (start, end) in enumerate(pairwise(ends)):
-            images[index] = np.asarray(Image.open(io.BytesIO(header + bodies[start:end])))
+        header, bodies, labels = packed["header"].tobytes(), packed["data"].tobytes(), packed["labels"]
+        files = (io.BytesIO(header + bodies[start:end]) for start, end in pairwise(packed["offsets"]))
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
     return Data(name, _part(images[:50000], labels[:50000]), _part(images[50000:], labels[50000:]))
 
 

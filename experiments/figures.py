@@ -205,9 +205,8 @@ def curves(
 
 def of_epochs(rows: Records, label: str) -> Figure:
     """Losses against seconds and epochs, the looks of long runs, but for the first."""
-    cut = ("steps", "seconds", "losses")
     rows = [row | {"steps": [*range(len(row["steps"]))]} for row in rows]
-    rows = [row | {name: row[name][1:] for name in cut} for row in rows]
+    rows = [row | {name: row[name][1:] for name in ("steps", "seconds", "losses")} for row in rows]
     figure = curves(rows, label, across="linear", units=("seconds", "epochs"))
     for axis in figure.axes:
         plain(axis.yaxis)

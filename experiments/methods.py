@@ -149,10 +149,7 @@ def ranges(autoencoder: Range, classifier: Range) -> dict[Kind, Range]:
 
 
 NOTHING = ranges(*2 * (tuned((0.0,), (0.0, 0.0)),))
-KRONECKER = ranges(
-    tuned((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)),
-    tuned((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)),
-)
+KRONECKER = ranges(tuned((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)), tuned((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)))
 """Of K-FAC and its relatives. On a classifier the authors of TENGraD have (0.003, 0.1), for EKFAC (0.001, 0.03)."""
 EIGENBASIS = KRONECKER | {"autoencoder": tuned((0.03, 1.0), (0.01, 0.2), (0.5, 5.0))}
 OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3, 3.0))}
@@ -160,7 +157,9 @@ OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3
 OF_MOMENTS = ranges(tuned((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), tuned((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
 """Of K-BFGS; its authors have (0.3, 0.3) on the autoencoder, those of TENGraD (0.01, 0.03) for K-BFGS(L)."""
 OF_MODES = ranges(tuned((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)), tuned((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)))
-OF_BLOCKS = tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3))
+OF_BLOCKS = ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3)))
+OF_SAMPLES = OF_BLOCKS | {"autoencoder": tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0))}
+OF_BASES = ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2)))
 OF_LENGTHS = ranges(tuned((3e-4, 1e-8), (5e-5, 2e-3)), tuned((1e-3, 1e-8), (1e-4, 1e-2)))
 
 FACTORS: Mapping[str, Any] = {"split": "even", "decay": 0.9, **OFTEN}
@@ -180,21 +179,10 @@ METHODS = {
     "TEKFAC": Method("tekfac", EIGENBASIS, ROTATED, **FAMILY),
     "TENGraD": Method("tengrad", OF_ONE_BATCH, {"refresh_every": 20}, in_front=True, clips=True),
     "TNT": Method("tnt", OF_MODES, OFTEN, both={"scale": "batch", "split": "per_mode"}, warm=True),
-    "MBF": Method("mbf", ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), OF_BLOCKS), SELDOM, warm=True),
-    "MBF, sampled labels": Method(
-        "mbf",
-        ranges(tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0)), OF_BLOCKS),
-        SELDOM,
-        both={"statistics": "curvature"},
-        warm=True,
-    ),
+    "MBF": Method("mbf", OF_BLOCKS, SELDOM, warm=True),
+    "MBF, sampled labels": Method("mbf", OF_SAMPLES, SELDOM, both={"statistics": "curvature"}, warm=True),
     "Shampoo, grafted": Method("shampoo", OF_LENGTHS, OFTEN, both=GRAFTED),
-    "SOAP": Method(
-        "soap",
-        ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2))),
-        classifies={"momentum": 0.95},
-        has_own_periods=True,
-    ),
+    "SOAP": Method("soap", OF_BASES, classifies={"momentum": 0.95}, has_own_periods=True),
     "K-BFGS": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, **OWN_MOMENTS),
     "K-BFGS(L)": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, both={"memory": 100}, **OWN_MOMENTS),
     "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, adaptive=True),

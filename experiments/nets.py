@@ -96,9 +96,8 @@ class Transformer(nn.Module):
 class ResNet(nn.Module):
     """The ResNet of CIFAR-10: `depth` 6 n + 2, 16 channels in the paper, shortcuts without parameters ("option A").
 
-    Three stages of n blocks with 1, 2 and 4 times the channels, each after the first at half the resolution. Weights
-    are normal with variance 2 / fan in. Pixels are normalised by the moments of CIFAR-10, within the net.
-    He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
+    Three stages of n blocks with 1, 2 and 4 times the channels, each after the first at half the resolution. Pixels are
+    normalised within the net. He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
     """
 
     depth: int = 20

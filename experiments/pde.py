@@ -8,7 +8,7 @@ equation begins as a sine; half of its points lie near the layer in the middle, 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ import numpy as np
 import natgrad_jax as ng
 from experiments.data import Part
 
-Name = Literal["poisson 2d", "poisson 5d", "heat 4+1d", "burgers 1+1d"]
-NAMES: tuple[Name, ...] = get_args(Name)
 VISCOSITY = 0.01 / np.pi
 
 
@@ -80,7 +78,7 @@ def cole_hopf(points: Any, nodes: int = 100) -> Any:
     return -np.sum(masses * np.sin(np.pi * where), axis=1) / np.sum(masses, axis=1)
 
 
-EQUATIONS: dict[Name, Equation] = {
+EQUATIONS: dict[str, Equation] = {
     "poisson 2d": _poisson(2, -2 * np.pi**2, lambda x: jnp.prod(jnp.sin(jnp.pi * x), axis=1)),
     "poisson 5d": _poisson(5, -(np.pi**2), lambda x: jnp.sum(jnp.cos(jnp.pi * x), axis=1)),
     "heat 4+1d": Equation(

@@ -43,7 +43,7 @@ def lbfgs(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
     return optax.lbfgs(memory_size=int(numbers["memory"]))
 
 
-def case(name: pde.Name, scale: float = 1.0) -> study.Case:
+def case(name: str, scale: float = 1.0) -> study.Case:
     """An equation, with `scale` times its points."""
     equation = pde.EQUATIONS[name]
     task = pde.Task(equation, pde.points(equation, 0, scale))
@@ -75,7 +75,7 @@ SECONDS = Limits(10**9, 1, 60.0, clock=time.process_time)
 STUDY = study.Study(
     "pinn",
     "Differential equations",
-    {name: partial(case, name) for name in pde.NAMES},
+    {name: partial(case, name) for name in pde.EQUATIONS},
     {
         "TENGraD, joint": exact(ng.tengrad, momentum=None),
         "SPRING": exact(ng.tengrad, momentum="spring"),

@@ -1,9 +1,8 @@
 """Least squares on small tables with all data at once: joint TENGraD and K-FAC with no setting, beside tuned Adam.
 
-Tables of the UCI repository, from the folder uci/ in NATGRAD_DATA, and the diabetes of scikit-learn, which needs no
-download; inputs and targets are standardised. A net with one hidden layer of tanh learns the whole table, of a long one
-2,000 rows drawn at random, in float32. All run for the same seconds of the processor; Adam's rate falls like a cosine,
-and is chosen by trials. The loss is half the mean squared error, where 0.5 is that of the mean.
+Tables of the UCI repository, from the folder uci/ in NATGRAD_DATA, and the diabetes of scikit-learn, standardised. A
+net with one hidden layer of tanh learns the whole table, of a long one 2,000 rows drawn at random, in float32. All run
+for the same seconds of the processor. The loss is half the mean squared error, where 0.5 is that of the mean.
 
 Seen: steps by the quadratic model are where Adam ends in a tenth of its time, and then at a minimum: on concrete all
 eigenvalues of the Hessian are positive there, and 1,500 steps of BFGS in double precision lower the loss by 2e-6 of it.

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from experiments import (
     autoencoder,
-    classify,
     control,
     crossover,
     defaults,
@@ -33,12 +32,11 @@ from experiments import (
 from experiments.figures import markdown, series
 from experiments.records import Records, grouped
 
-LONG = (*autoencoder.STUDIES, *classify.STUDIES)
 OTHERS = (
     *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY),
     *(control.STUDY, demo.STUDY, defaults.WITH_RATES, defaults.WITHOUT),
 )
-PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in LONG), *((each,) for each in OTHERS)]
+PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in tune.LONG), *((each,) for each in OTHERS)]
 """What shares a part of the page: runs and their trials, or one experiment."""
 
 

@@ -28,10 +28,7 @@ Labels = Literal["exact", "sampled", "true"]
 class Task(NamedTuple):
     """What all methods of a comparison have in common; `pde.Task` is another one.
 
-    Attributes:
-        model: its `__call__` takes inputs and, as keywords, `options`, such as `train`.
-        batch: for shapes, with as many examples as a step has; one of them draws the parameters.
-        options: of the model while it trains.
+    The batch has as many examples as a step; the model is given options while it trains, such as `train`.
     """
 
     model: nn.Module

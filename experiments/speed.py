@@ -15,7 +15,7 @@ where it can be imported, of which only step and held are known. Each is measure
 
 Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with periods of 10 and 100, and more for methods
 with an eigenbasis or a root. `make bench` keeps glibc from returning scratch memory to the system after every step,
-which takes more than half of Adam's time otherwise. Table and picture show the newest records of this machine.
+which takes more than half of Adam's time otherwise.
 
     make bench                                        (some 20 minutes)
     make bench ARGS="--models cnn --methods K-FAC SOAP"
@@ -123,14 +123,11 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 def noise(name: str) -> Task:
     """The model of that name with a batch of noise."""
-    model, shape = MODELS[name]
-    if name == "transformer":
-        x = jax.random.randint(jax.random.key(0), shape, 0, TOKENS)
-    else:
-        x = jax.random.uniform(jax.random.key(0), shape)
+    (model, shape), is_text, key = MODELS[name], name == "transformer", jax.random.key(0)
+    x = jax.random.randint(key, shape, 0, TOKENS) if is_text else jax.random.uniform(key, shape)
     if name == "autoencoder":
         return Task(model, ng.losses.sigmoid_binary_cross_entropy, Part(x, x))
-    y = jnp.roll(x, -1, axis=1) if name == "transformer" else jnp.arange(len(x)) % 10
+    y = jnp.roll(x, -1, axis=1) if is_text else jnp.arange(len(x)) % 10
     return Task(model, ng.losses.softmax_cross_entropy, Part(x, y))
 
 

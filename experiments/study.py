@@ -9,7 +9,7 @@ Rows are kept in a file, and what it has is not run again; a run that is stopped
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,13 +101,13 @@ class Study(NamedTuple):
         return "seconds" if np.isfinite(self.limits.seconds) else "steps"
 
     def asked(self, options: Options) -> "Study":
-        """The part of it that is asked for; a `ValueError` if there is no problem or method of a name."""
+        """The part of it that is asked for."""
         short = {"steps": None, "seconds": None, self.ends: options.trial}
-        cases = {name: self.cases[name] for name in chosen(self.cases, options.problems)}
+        cases = some(self.cases, options.problems)
         return self._replace(
             name=self.name + "_stays" * options.stays,
             cases={name: partial(staying, make) for name, make in cases.items()} if options.stays else cases,
-            entries={name: self.entries[name] for name in chosen(self.entries, options.methods)},
+            entries=some(self.entries, options.methods),
             limits=self.limits.shorter(options.steps, options.seconds),
             trial=self.trial and self.trial.shorter(**short),
             seeds=self.seeds if options.seeds is None or not self.seeds else range(options.seeds),
@@ -122,6 +122,11 @@ class Study(NamedTuple):
         """The trials in a file that have a key; how long the runs after them were does not matter."""
         own = {name: number for name, number in self.key.items() if not self.trial or name != self.ends}
         return [row for row in kept(path, {**key, "trial": True}) if own.items() <= row["config"].items()]
+
+
+def some(there: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Any]:
+    """Those that are asked for; all if none is."""
+    return {name: found for name, found in there.items() if not asked or name in asked}
 
 
 def run(study: Study, folder: Path, is_estimate: bool = False) -> Records:
@@ -174,28 +179,19 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
     return [row for row in rows if row["seed"] in (seeds or (TRIAL_SEED,))]
 
 
-def shared_out(studies: Sequence[Study], options: Options) -> list[tuple[Study, Options]]:
-    """The studies of a file with what is asked of each, without those that have none of the methods or problems.
-
-    A `ValueError` if there is no study with a name that is asked for.
-    """
+def parts(studies: Sequence[Study], options: Options) -> list[Study]:
+    """What is asked of the studies of a file, without those that have none of it; an unknown name is a `ValueError`."""
     chosen([name for study in studies for name in study.entries], options.methods)
     chosen([name for study in studies for name in study.cases], options.problems)
-    found = []
-    for study in studies:
-        methods = tuple(name for name in options.methods if name in study.entries)
-        problems = tuple(name for name in options.problems if name in study.cases)
-        if bool(methods) == bool(options.methods) and bool(problems) == bool(options.problems):
-            found.append((study, replace(options, methods=methods, problems=problems)))
-    return found
+    found = [study.asked(options) for study in studies]
+    return [part for part in found if part.entries and part.cases]
 
 
 def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
     """Ask what is wanted of the studies of a file, by default of some problems; run them, show their rows."""
     plt.switch_backend("agg")
-    description = figures.question(sys.modules["__main__"].__doc__)
-    options = tyro.cli(Options, description=description, default=Options(problems=problems))
-    for study, own in shared_out(studies, options):
-        part = study.asked(own)
+    text = sys.modules["__main__"].__doc__
+    options = tyro.cli(Options, description=figures.question(text), default=Options(problems=problems))
+    for part in parts(studies, options):
         if rows := run(part, options.output, options.estimate):
             figures.present(part, rows, options.output)

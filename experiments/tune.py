@@ -22,6 +22,8 @@ from experiments import autoencoder, classify, figures, study
 from experiments.figures import ends, setting
 from experiments.records import Records, grouped
 
+LONG = (*autoencoder.STUDIES, *classify.STUDIES)
+
 
 def table(rows: Records, title: str) -> Table:
     """The best numbers of every method, and how the others did."""
@@ -96,4 +98,4 @@ def of(whole: study.Study) -> study.Study:
 
 
 if __name__ == "__main__":
-    study.main(*map(of, (*autoencoder.STUDIES, *classify.STUDIES)), problems=("mnist",))
+    study.main(*map(of, LONG), problems=("mnist",))

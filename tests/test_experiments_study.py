@@ -125,7 +125,7 @@ def test_what_is_asked_for_is_a_part_of_a_study_and_what_is_not_there_is_refused
     assert whole.asked(study.Options()).key == whole.key
     for wrong in ({"methods": ("three",)}, {"problems": ("circle",)}):
         with pytest.raises(ValueError, match=r"There is no \['(three|circle)'\]; there are \['(one|line)'"):
-            whole.asked(study.Options(**wrong))
+            study.parts((whole,), study.Options(**wrong))
 
 
 @pytest.mark.full
@@ -168,8 +168,8 @@ def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
 def test_of_several_studies_those_run_that_have_what_is_asked_for():
     one, other = defaults.WITH_RATES, defaults.WITHOUT
     for methods, expected in (((), [one, other]), (("kfac",), [one]), (("kfac", "kfac, no rate"), [one, other])):
-        found = study.shared_out((one, other), study.Options(methods=methods))
-        assert [each for each, _ in found] == expected
-        assert sorted({name for _, own in found for name in own.methods}) == sorted(methods)
+        found = study.parts((one, other), study.Options(methods=methods))
+        assert [each.title for each in found] == [each.title for each in expected]
+        assert not methods or sorted(name for each in found for name in each.entries) == sorted(methods)
     with pytest.raises(ValueError, match="no \\['sgd'\\]"):
-        study.shared_out((one, other), study.Options(methods=("kfac", "sgd")))
+        study.parts((one, other), study.Options(methods=("kfac", "sgd")))
