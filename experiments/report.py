@@ -8,7 +8,7 @@ It trains nothing: it reads the records of a folder, draws the pictures anew, an
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
@@ -40,39 +40,28 @@ PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in tune.LONG
 """What shares a part of the page: runs and their trials, or one experiment."""
 
 
-class Section(NamedTuple):
-    """A part of the page: what its tables and pictures {file: what it shows} are made of, and by which commands."""
-
-    title: str
-    commands: list[str]
-    records: Records
-    tables: list[Table]
-    pictures: dict[str, str]
-
-    @property
-    def where(self) -> str:
-        """The machines and versions of JAX that its records are from."""
-        if not self.records:
-            return ""
-        found = sorted({f"{record['device']}, jax {record['jax']}" for record in self.records if "device" in record})
-        before = any("device" not in record for record in self.records)
-        return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
-
-
-def section(parts: tuple[Any, ...], folder: Path) -> Section:
-    """What a folder has of some experiments: tables and pictures of their records, or a picture without any."""
-    commands = [each.command or f"make {each.name}" for each in parts[::-1]]  # the trials come first
-    found = Section(parts[0].title, commands, [], [], {})
+def section(parts: tuple[Any, ...], folder: Path) -> tuple[tuple[str, ...], list[str]]:
+    """What was run of some experiments, and their pictures and tables; none of these if the folder has nothing."""
+    records: Records = []
+    pictures, tables = [], []
     for each in parts:
         picture = figures.picture_of(each, folder)
-        if records := each.known(folder):
-            found.records.extend(records)
-            found.tables.append(each.table(records))
+        if found := each.known(folder):
+            records += found
+            tables.append(markdown(each.table(found)))
             if each.picture:
-                figures.drawn(each.picture(records), picture)
+                figures.drawn(each.picture(found), picture)
         if picture.exists():
-            found.pictures[picture.name] = each.title
-    return found
+            pictures.append(f"![{each.title}]({picture.name})")
+    commands = ", ".join(f"`{each.command or f'make {each.name}'}`" for each in parts[::-1])  # the trials come first
+    return (parts[0].title, commands, f"{len(records)}", where(records)), pictures + tables
+
+
+def where(records: Records) -> str:
+    """The machines and versions of JAX that records are from."""
+    found = sorted({f"{record['device']}, jax {record['jax']}" for record in records if "device" in record})
+    before = any("device" not in record for record in records)
+    return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
 
 
 def goals(folder: Path) -> Table | None:
@@ -110,21 +99,16 @@ def goal(text: str, asked: float, measured: Mapping[str, float], form: str) -> l
 
 def page(folder: Path) -> str:
     """The page, as Markdown; a `ValueError` if the folder has no records."""
-    sections = [found for parts in PARTS if (found := section(parts, folder)).tables or found.pictures]
+    sections = [found for parts in PARTS if (found := section(parts, folder))[1]]
     if not sections:
         raise ValueError(f"{folder} has no records; `make` lists the experiments that write some, or name a --folder.")
-    lines = [
-        (found.title, ", ".join(f"`{command}`" for command in found.commands), f"{len(found.records)}", found.where)
-        for found in sections
-    ]
     headings = ("part", "made by", "records", "run on")
-    overview = figures.table("What was run where", headings, lines, names=4)
+    overview = figures.table("What was run where", headings, [line for line, _ in sections], names=4)
     asked = goals(folder)
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []
-    for found in sections:
-        parts += [f"## {found.title}", *(f"![{shown}]({name})" for name, shown in found.pictures.items())]
-        parts += map(markdown, found.tables)
+    for (title, *_), shown in sections:
+        parts += [f"## {title}", *shown]
     return "\n\n".join(parts) + "\n"
 
 

@@ -86,10 +86,9 @@ def test_where_records_are_from_and_that_some_do_not_say():
         {"device": "a GPU", "jax": "0.9"},
         {"device": "a GPU", "jax": "0.9"},
     ]
-    section = report.Section("", [], rows, [], {})
-    assert section.where == "2 CPU cores, jax 0.9; a GPU, jax 0.9"
-    assert section._replace(records=[*rows[:1], {}]).where.endswith("; some before this was recorded")
-    assert section._replace(records=[{}]).where == "not recorded" and section._replace(records=[]).where == ""
+    assert report.where(rows) == "2 CPU cores, jax 0.9; a GPU, jax 0.9"
+    assert report.where([*rows[:1], {}]).endswith("; some before this was recorded")
+    assert report.where([{}]) == "not recorded" and report.where([]) == ""
 
 
 def test_a_folder_without_records_says_what_to_do(tmp_path):
