@@ -4,6 +4,7 @@ With `train` batch norm takes the moments of the batch and updates its averages;
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
         if rest or blocks < 1:
             raise ValueError(f"A ResNet of depth {self.depth} has no three equal stages; expected 6 n + 2: 20, 32, ...")
         x = (x - jnp.array(CIFAR_MEAN)) / jnp.array(CIFAR_DEVIATION)
-        x = nn.relu(_norm(train)(_convolution(self.channels)(x)))
+        x = nn.relu(_norm(train)(convolution(self.channels)(x)))
         for stage in range(3):
             for block in range(blocks):
                 x = Block(self.channels * 2**stage, 2 if stage and not block else 1)(x, train)
@@ -119,6 +120,7 @@ class ResNet(nn.Module):
 
 CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=KAIMING)
 
 
 class Block(nn.Module):
@@ -130,15 +132,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Images [N, H, W, C] -> images [N, H / stride, W / stride, channels]."""
-        y = nn.relu(_norm(train)(_convolution(self.channels, self.stride)(x)))
-        y = _norm(train)(_convolution(self.channels)(y))
+        y = nn.relu(_norm(train)(convolution(self.channels, strides=self.stride)(x)))
+        y = _norm(train)(convolution(self.channels)(y))
         before, after = (more := self.channels - x.shape[-1]) // 2, more - more // 2
         shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, after)))
         return nn.relu(y + shortcut)
-
-
-def _convolution(channels: int, stride: int = 1) -> nn.Conv:
-    return nn.Conv(channels, (3, 3), stride, padding=1, use_bias=False, kernel_init=KAIMING)
 
 
 def _norm(train: bool) -> nn.BatchNorm:
