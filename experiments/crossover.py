@@ -122,7 +122,9 @@ def picture(records: Records) -> Figure:
             halo = [withStroke(linewidth=4, foreground=mesh.to_rgba(np.log2(value)))]  # the line passes behind
             color = "white" if abs(np.log2(value)) > 3.3 else "black"
             axis.annotate(f"{value:.2g}", place, ha="center", va="center", color=color, path_effects=halo)
-        axis.plot(widths, widths, "k--", linewidth=1.5, scalex=False, scaley=False)
+        limits = axis.axis()
+        axis.plot(widths, widths, "k--", linewidth=1.5)
+        axis.axis(limits)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_xticks(widths, sides)
         axis.set_yticks(batches, counts)
