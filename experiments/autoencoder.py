@@ -2,14 +2,12 @@
 
 The autoencoders of the papers (`problems`), batches of 1000, a constant learning rate, and for most second-order
 methods a pass over the data that fills the statistics, not counted. Every method has the best of its trials (`make
-tune`). Runs called "authors", on MNIST, have the settings of the authors' demonstrations of TNT and K-BFGS; what they
-logged stands beside.
+tune`). Runs called "authors", on MNIST, have the settings of the authors of TNT and K-BFGS; what they logged is beside.
 
 Expected: "authors" near what was logged, the best of ours as low as tuned Adam after ten epochs in half of its seconds,
 off the plateau of the curves in a fifth of Adam's steps.
 
     make autoencoder ARGS="--estimate"                          (says how long it will take, and stops)
-    make autoencoder ARGS="--methods 'TNT (authors)' --steps 180"
     make autoencoder ARGS="--problems curves --seeds 3"         (50 epochs)
 """
 
@@ -26,48 +24,35 @@ from experiments.figures import seconds, series, setting, spread
 from experiments.methods import ALL, BASELINE
 from experiments.problems import Problem
 from experiments.records import Records, grouped
-from experiments.study import Entry, Limits
 
 
 class Logged(NamedTuple):
-    """What the authors of TNT or K-BFGS ran on MNIST.
-
-    Attributes:
-        method: its name in `methods`.
-        numbers: their learning rate and damping, in our units.
-        losses: {epoch: training loss} as they logged it.
-        cost: of an epoch, over SGD-m's.
-    """
+    """What the authors ran on MNIST: {epoch: training loss}, and what an epoch cost over SGD-m's."""
 
     method: str
-    numbers: tuple[float, float]
+    rate: float
+    damping: float
     losses: Mapping[int, float]
     cost: float | None = None
 
 
 AUTHORS = {
-    "SGD-m (authors)": Logged("SGD-m", (3e-3, 0.0), {1: 197.6, 3: 184.5, 5: 169.5, 10: 125.7}, 1.0),
-    "Adam (authors)": Logged("Adam of TNT", (1e-4, 1e-4), {1: 208.7, 3: 196.7, 5: 187.7, 10: 113.9}, 1.17),
-    "Shampoo (authors)": Logged("Shampoo", (3e-4, 3e-4), {1: 433.5, 3: 211.3, 5: 188.0, 10: 110.3}, 1.96),
-    "K-FAC (TNT authors)": Logged("K-FAC", (3e-3, 0.3), {1: 504.4, 3: 202.1, 5: 136.5, 10: 84.7}, 2.02),
-    "K-FAC (K-BFGS authors)": Logged("K-FAC", (0.1, 3.0), {1: 183.2, 3: 99.7, 5: 74.0, 10: 61.6}),
-    "K-BFGS (authors)": Logged("K-BFGS", (0.3, 0.3), {1: 169.0, 3: 85.2, 5: 68.0, 10: 59.8, 20: 56.3, 50: 53.8}),
-    "TNT (authors)": Logged("TNT", (1e-4, 0.1), {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
+    "SGD-m (authors)": Logged("SGD-m", 3e-3, 0.0, {1: 197.6, 3: 184.5, 5: 169.5, 10: 125.7}, 1.0),
+    "Adam (authors)": Logged("Adam of TNT", 1e-4, 1e-4, {1: 208.7, 3: 196.7, 5: 187.7, 10: 113.9}, 1.17),
+    "Shampoo (authors)": Logged("Shampoo", 3e-4, 3e-4, {1: 433.5, 3: 211.3, 5: 188.0, 10: 110.3}, 1.96),
+    "K-FAC (TNT authors)": Logged("K-FAC", 3e-3, 0.3, {1: 504.4, 3: 202.1, 5: 136.5, 10: 84.7}, 2.02),
+    "K-FAC (K-BFGS authors)": Logged("K-FAC", 0.1, 3.0, {1: 183.2, 3: 99.7, 5: 74.0, 10: 61.6}),
+    "K-BFGS (authors)": Logged("K-BFGS", 0.3, 0.3, {1: 169.0, 3: 85.2, 5: 68.0, 10: 59.8, 20: 56.3, 50: 53.8}),
+    "TNT (authors)": Logged("TNT", 1e-4, 0.1, {1: 191.2, 3: 148.1, 5: 105.5, 10: 75.9}, 2.28),
 }
-ADAM = "Adam"
-"""The run that others are to overtake."""
-PLATEAU = 130.0
-"""A loss on the curves that is only reached when the plateau is left: the best constant image has 134.3."""
+ADAM, PLATEAU = "Adam", 130.0
+"""The run that others are to overtake, and a loss on the curves below their plateau: the best constant has 134.3."""
 
 
-def of_authors() -> dict[str, Entry]:
+def of_authors() -> dict[str, study.Entry]:
     """The runs at the settings of the authors."""
-    found = {}
-    for name, logged in AUTHORS.items():
-        method, numbers = ALL[logged.method], dict(zip(("rate", "damping"), logged.numbers, strict=True))
-        warm = problems.MNIST.epoch * method.warm
-        found[name] = Entry(method.make("autoencoder"), (numbers,), method.labels, warm=warm)
-    return found
+    tried = {name: ({"rate": log.rate, "damping": log.damping},) for name, log in AUTHORS.items()}
+    return {name: problems.entry(ALL[log.method], problems.MNIST, tried[name]) for name, log in AUTHORS.items()}
 
 
 def table(rows: Records, problem: Problem) -> Table:
@@ -81,7 +66,9 @@ def table(rows: Records, problem: Problem) -> Table:
         cells += [spread(test[:, -1], 1), costs[name] + (f" ({logged.cost:.2f})" if logged and logged.cost else "")]
         epoch, share = overtaken(runs, name)
         cells += [f"{seconds(own)[-1]:.0f}", f"{epoch:.0f} ({share:.2f})" if np.isfinite(epoch) else "-"]
-        cells += [left(runs, name)] if plateau else []
+        if plateau:
+            steps, adams = (steps_below(runs.get(each, []), plateau) for each in (name, ADAM))
+            cells.append("-" if np.isinf(steps) else f"{steps:.0f}" + (f" ({steps / adams:.2f})" if adams else ""))
         lines.append((name, setting(own[0]["numbers"]), f"{len(own)}", *cells))
     last = [f"below {plateau:g}: steps (of Adam's)"] if plateau else []
     headings = ("test", "a step / SGD-m's", "s", "Adam's last", *last)
@@ -106,12 +93,6 @@ def overtaken(runs: Mapping[str, Records], name: str, last: int | None = None) -
     return np.inf, np.inf
 
 
-def left(runs: Mapping[str, Records], name: str) -> str:
-    """After how many steps the loss of the batches is below the plateau, and the share of those of tuned Adam."""
-    adam, own = (steps_below(runs.get(each, []), PLATEAU) for each in (ADAM, name))
-    return "-" if np.isinf(own) else f"{own:.0f}" + (f" ({own / adam:.2f})" if adam else "")
-
-
 def steps_below(runs: Records, level: float) -> float:
     """Steps until a stretch of batches has a mean loss below a level, the median of runs; 0 without any run."""
     found = []
@@ -129,14 +110,13 @@ def picture(rows: Records, problem: Problem) -> Figure:
     authors = "settings of the authors (dots: their logs)"
     shown = [row | {"problem": authors if row["name"] in AUTHORS else "training loss"} for row in rows]
     figure = figures.of_epochs(shown, problem.title)
-    logs = [AUTHORS[name] for name in grouped(rows) if name in AUTHORS]
-    for index, log in enumerate(logs):
+    for index, log in enumerate(AUTHORS[name] for name in grouped(rows) if name in AUTHORS):
         dots = [(epoch, loss) for epoch, loss in log.losses.items() if epoch < len(rows[0]["steps"])]
         figure.axes[1].plot(*zip(*dots, strict=True), "o", color=f"C{index % 10}", markersize=5)
     return figure
 
 
-def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[str, Entry]) -> study.Study:
+def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[str, study.Entry]) -> study.Study:
     """All methods on a problem for some epochs, after trials of so many."""
     steps, option = problem.epoch * trial, f' ARGS="--problems {problem.name}"' * (problem.name != "mnist")
     return study.Study(
@@ -144,11 +124,11 @@ def of(problem: Problem, data: str, epochs: int, trial: int, entries: Mapping[st
         f"The papers' autoencoder: {data}",
         {problem.name: problem.case},
         entries,
-        Limits(epochs * problem.epoch, problem.epoch, parts=10),
+        study.Limits(epochs * problem.epoch, problem.epoch, parts=10),
         partial(table, problem=problem),
         partial(picture, problem=problem),
         {"net": problem.title, "batch": problem.batch},
-        trial=Limits(steps, steps),
+        trial=study.Limits(steps, steps),
         command=f"make autoencoder{option}",
     )
 

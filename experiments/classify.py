@@ -2,7 +2,6 @@
 
 Fashion-MNIST by the convnet of TENGraD, with fewer channels, and CIFAR-10 by a ResNet, for a GPU: batches of 128, the
 same periods, decay and clip for all, a constant rate. Every method has the best of its trials (`make tune`).
-
 Expected: TENGraD level with K-FAC and EKFAC per epoch.
 
     make classify ARGS="--problems 'fashion, 32 channels' --methods TENGraD K-FAC"
@@ -18,10 +17,9 @@ from rich.table import Table
 
 from experiments import figures, problems, study
 from experiments.figures import seconds, series, setting, spread
-from experiments.methods import BASELINE, KL_CLIP, METHODS, PERIODS, STATISTICS_EVERY, WEIGHT_DECAY
+from experiments.methods import BASELINE, KL_CLIP, METHODS, REFRESH_EVERY, STATISTICS_EVERY, WEIGHT_DECAY
 from experiments.problems import Problem
 from experiments.records import Records, grouped
-from experiments.study import Entry, Limits
 
 BUDGET, TRIAL = 8, 200
 """Trials of every method beside its usual numbers, and their steps."""
@@ -51,25 +49,25 @@ def picture(rows: Records, problem: Problem) -> Figure:
     return figures.of_epochs([*shown, *(row | {"problem": "test error, %"} for row in errors)], problem.title)
 
 
-def of(problem: Problem, label: str, name: str, entries: Mapping[str, Entry]) -> study.Study:
+def of(problem: Problem, label: str, name: str, entries: Mapping[str, study.Entry]) -> study.Study:
     """All methods on a problem for three epochs."""
     option = f" ARGS=\"--problems '{label}'\"" * (label != "fashion, 16 channels")
-    shared = {"periods": [PERIODS["classifier"], STATISTICS_EVERY], "weight_decay": WEIGHT_DECAY, "kl_clip": KL_CLIP}
+    shared = {"periods": [REFRESH_EVERY, STATISTICS_EVERY], "weight_decay": WEIGHT_DECAY, "kl_clip": KL_CLIP}
     return study.Study(
         f"classify_{name}",
         f"{problem.title}: {problem.name}",
         {label: problem.case},
         entries,
-        Limits(3 * problem.epoch, problem.epoch, parts=10),
+        study.Limits(3 * problem.epoch, problem.epoch, parts=10),
         partial(table, problem=problem),
         partial(picture, problem=problem),
         {"net": problem.title, "batch": problem.batch, **shared},
-        trial=Limits(TRIAL, TRIAL),
+        trial=study.Limits(TRIAL, TRIAL),
         command=f"make classify{option}",
     )
 
 
-def entries(problem: Problem) -> dict[str, Entry]:
+def entries(problem: Problem) -> dict[str, study.Entry]:
     """Every method, and TENGraD with more refreshes."""
     found = problems.entries(problem, BUDGET)
     often = found["TENGraD"]._replace(make=METHODS["TENGraD"].make("classifier", 10))
@@ -77,10 +75,7 @@ def entries(problem: Problem) -> dict[str, Entry]:
 
 
 STUDIES = (
-    *(
-        of(net := problems.convnet(size), f"fashion, {size} channels", str(size), entries(net))
-        for size in (16, 32, 128)
-    ),
+    *(of(net := problems.convnet(n), f"fashion, {n} channels", str(n), entries(net)) for n in (16, 32, 128)),
     of(problems.CIFAR10, "cifar10", "resnet20_16", entries(problems.CIFAR10)),
 )
 

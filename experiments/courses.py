@@ -1,12 +1,12 @@
 """Runs from the same start, one for each method: what they train on, when they end, where they go on.
 
 An `Entry` is a method with the numbers that are tried, a `Case` what it is trained on. A `Course` is one run, and has a
-look at its loss every few steps; several go on in turn, so that a busy machine slows all alike.
+look at its loss every few steps.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice, product, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from experiments.data import Part
-from experiments.records import Records, State, finite, save, saved, significant
+from experiments.records import Records, save, saved, significant
 from experiments.running import Labels, Numbers, Peer, Runner
 
 SAVE_EVERY = 60.0
@@ -29,7 +29,6 @@ class Case(NamedTuple):
 
     Attributes:
         fields: of its rows, that tell it from other cases; "problem" among them.
-        task: of a `Runner`.
         stream: seed -> batches for ever.
         loss: variables -> what is measured at every look: the loss, or several numbers, of which "losses" is it.
     """
@@ -40,15 +39,20 @@ class Case(NamedTuple):
     loss: Callable[[Any], float | Mapping[str, float]]
 
 
+def staying(make: Callable[[], Case]) -> Case:
+    """A case that stays on the first batch of its stream."""
+    case = make()
+    return case._replace(stream=lambda seed: repeat(next(case.stream(seed))))
+
+
 class Entry(NamedTuple):
-    """A method of a study.
+    """A method of a study, with the numbers of which the best are tried.
 
     Attributes:
         make: numbers, layers -> optimizer; the numbers have "horizon", the steps of the run, beside those tried.
-        tried: the numbers of which the best are taken.
         labels: of the curvature; None for plain gradients, without any capture.
         steps: most of them, if others than those of the study.
-        look: steps between two looks at the loss, if others than those of the study.
+        look: steps between two looks at the loss, if others than those of the study, or of a program.
         stretch: steps that are compiled into one program; they divide those of a look.
         is_static: whether each of the numbers is compiled by itself.
         peer: task -> what runs instead of a `Runner`.
@@ -69,15 +73,9 @@ class Entry(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When a run ends: after so many steps or seconds, or where its loss is no more than `level`.
+    """When a run ends: after so many steps, or seconds of a clock, or where its loss is no more than `level`.
 
-    Attributes:
-        steps: most of them.
-        look: steps between two looks at the loss.
-        seconds: most of them.
-        level: of the loss.
-        clock: of the seconds.
-        parts: of how many parts of the steps between two looks the mean loss of the batches is kept.
+    It has a look at its loss every `look` steps, and keeps the mean losses of the batches of so many `parts` of these.
     """
 
     steps: int
@@ -89,7 +87,7 @@ class Limits(NamedTuple):
 
     def of(self, entry: Entry) -> "Limits":
         """Those of an entry."""
-        return self._replace(steps=entry.steps or self.steps, look=entry.look or self.look)
+        return self._replace(steps=entry.steps or self.steps, look=entry.look or max(self.look, entry.stretch))
 
     def shorter(self, steps: float | None, seconds: float | None) -> "Limits":
         """Others, where they are given."""
@@ -112,48 +110,50 @@ def cosine(rate: Any, horizon: Any, warmup: float = 0.0) -> optax.Schedule:
     return schedule
 
 
-def adam(rates: Iterable[float], stretch: int = 1) -> Entry:
+def natural(
+    method: Callable[..., Any],
+    tried: tuple[Numbers, ...] = ({},),
+    labels: Labels | None = "sampled",
+    stretch: int = 1,
+    **options: Any,
+) -> Entry:
+    """A method of the package with options; of what is tried "rate" falls like a cosine, the rest are keywords."""
+
+    def make(numbers: Numbers, layers: Any) -> Any:
+        given = {name: number for name, number in numbers.items() if name not in ("rate", "horizon")}
+        if "rate" in numbers:
+            given["learning_rate"] = cosine(numbers["rate"], numbers["horizon"])
+        return method(layers=layers, **given, **options)
+
+    return Entry(make, tried, labels, stretch=stretch)
+
+
+def adam(tried: tuple[Numbers, ...], stretch: int = 1) -> Entry:
     """Adam at the best of some rates, each falling like a cosine."""
-    return Entry(
-        lambda numbers, layers: optax.adam(cosine(numbers["rate"], numbers["horizon"])),
-        grid(rate=rates),
-        labels=None,
-        look=stretch if stretch > 1 else None,
-        stretch=stretch,
-    )
+    return natural(lambda layers, learning_rate, damping=0.0: optax.adam(learning_rate), tried, None, stretch)
 
 
 class Course:
-    """A run from one start, with a look at its loss every few steps.
+    """A run from one start, with looks at its loss: steps, seconds, losses and what else is measured."""
 
-    Attributes:
-        looks: what was seen so far: steps, seconds, losses and what else is measured.
-    """
-
-    def __init__(
-        self, runner: Any, case: Case, numbers: Numbers, seed: int, limits: Limits, stays: bool = False, warm: int = 0
-    ):
-        """Go to the start."""
+    def __init__(self, runner: Any, case: Case, numbers: Numbers, seed: int, limits: Limits, warm: int = 0):
+        """Go to the start, with statistics of so many batches."""
         self._runner, self._case, self._limits = runner, case, limits
+        self._stream = case.stream(seed)
+        self.looks: Records = []
         runner.begin(numbers, seed)
         if warm:
             runner.warm(islice(case.stream(seed), warm))
-        stream = case.stream(seed)
-        self._stream = repeat(next(stream)) if stays else stream
-        self.looks: Records = []
         self._look(0, 0.0)
 
     def _look(self, steps: int, seconds: float, losses: Any = ()) -> None:
         found = self._case.loss(self._runner.variables)
         found = found if isinstance(found, Mapping) else {"losses": found}
-        look: dict[str, Any] = {
-            "steps": steps,
-            "seconds": round(seconds, 4),
-            **{name: significant(n) for name, n in found.items()},
-        }
+        look: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 4)}
+        look |= {name: significant(number) for name, number in found.items()}
         if most := self._limits.parts:
             parts = np.array_split(losses, min(most, len(losses))) if len(losses) else []
-            look["batch_losses"] = [finite(part.mean(), 5) for part in parts]
+            look["batch_losses"] = [significant(part.mean()) for part in parts]
         self.looks.append(look)
 
     @property
@@ -173,23 +173,21 @@ class Course:
     def save(self, path: Path) -> None:
         """Write down where it stands, unless it ends by its seconds: then its numbers are of its pace today."""
         if isinstance(self._runner, Runner) and np.isinf(self._limits.seconds):
-            save(path, State(jax.tree.leaves(self._runner.carry), self.looks))
+            save(path, jax.tree.leaves(self._runner.carry), self.looks)
 
     def go_on(self, path: Path) -> None:
         """Go to where it stood, if that was written down and is of the same shape."""
-        state = saved(path)
-        if state and self._runner.restore(state.leaves, steps := state.rows[-1]["steps"]):
-            self.looks = state.rows
-            self._stream = islice(self._stream, steps, None)
+        leaves, looks = saved(path)
+        if looks and self._runner.restore(leaves, steps := looks[-1]["steps"]):
+            self.looks, self._stream = looks, islice(self._stream, steps, None)
 
-    def row(self, most: int = 120) -> dict[str, Any]:
-        """For a record; of very many looks those at equal ratios."""
+    def row(self) -> dict[str, Any]:
+        """For a record; of more than 120 looks those at equal ratios."""
         looks = self.looks
-        if len(looks) > most:
-            looks = [looks[index] for index in np.unique(np.geomspace(1, len(looks), most).astype(int)) - 1]
-        return {name: [look[name] for look in looks] for name in looks[0]} | {
-            "compile_seconds": self._runner.compile_seconds
-        }
+        if len(looks) > 120:
+            looks = [looks[index] for index in np.unique(np.geomspace(1, len(looks), 120).astype(int)) - 1]
+        row = {name: [look[name] for look in looks] for name in looks[0]}
+        return row | {"compile_seconds": self._runner.compile_seconds}
 
     @property
     def merit(self) -> tuple[float, float]:
@@ -204,18 +202,20 @@ class Compiled:
 
     def __init__(self, entry: Entry, case: Case, limits: Limits, compiler: Mapping[str, Any]):
         """Compile, with options of XLA."""
-        self.entry, self._case, self.limits, self._compiler = entry, case, limits.of(entry), compiler
-        self._runners = [self._runner(numbers) for numbers in entry.tried[: None if entry.is_static else 1]]
-        for runner in self._runners:
-            runner.program  # noqa: B018 (it is compiled when it is asked for)
+        self.entry, self.limits = entry, limits.of(entry)
+        self._case = staying(lambda: case) if entry.stays else case
+        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": compiler}
 
-    def _runner(self, numbers: Numbers) -> Any:
-        entry = self.entry
-        if entry.peer:
-            return entry.peer(self._case.task)
-        make: Any = partial(_fixed, entry.make, numbers) if entry.is_static else entry.make
-        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": self._compiler}
-        return Runner(make, numbers | {"horizon": 1.0}, self._case.task, entry.labels, **options)
+        def runner(numbers: Numbers) -> Any:
+            if entry.peer:
+                return entry.peer(case.task)
+            make: Any = entry.make
+            fixed = (lambda given, layers: make(given | numbers, layers)) if entry.is_static else make
+            return Runner(fixed, numbers | {"horizon": 1.0}, case.task, entry.labels, **options)
+
+        self._runners = [runner(numbers) for numbers in entry.tried[: None if entry.is_static else 1]]
+        for each in self._runners:
+            each.program  # noqa: B018 (it is compiled when it is asked for)
 
     @cached_property
     def pace(self) -> float:
@@ -230,7 +230,7 @@ class Compiled:
         runner = self._runners[entry.tried.index(numbers) if entry.is_static else 0]
         horizon = limits.seconds / self.pace if np.isfinite(limits.seconds) else limits.steps
         given = numbers | {"horizon": float(horizon)}
-        return Course(runner, self._case, given, seed, limits, entry.stays, entry.warm)
+        return Course(runner, self._case, given, seed, limits, entry.warm)
 
     def tried(self, limits: Limits, seed: int, is_choice: bool) -> Records:
         """A row for each of the numbers, none for a choice among one; what is slower to a level is cut."""
@@ -248,10 +248,6 @@ class Compiled:
         """How long its trials, if there are any, and so many runs will take."""
         each = [*([trial] * len(self.entry.tried) if trial else ()), *[self.limits] * runs]
         return sum(min(limits.steps * self.pace, limits.seconds) for limits in each)
-
-
-def _fixed(make: Any, numbers: Numbers, given: Numbers, layers: Any) -> Any:
-    return make(given | numbers, layers)
 
 
 def in_turn(courses: Mapping[str, Course], places: Mapping[str, Path]) -> Iterable[tuple[str, Course]]:

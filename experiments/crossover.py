@@ -1,31 +1,23 @@
 """From which width of a layer, and up to which batch, is TENGraD cheaper than K-FAC?
 
-One dense layer with as many inputs I as outputs O, and a batch of N examples. At every step K-FAC multiplies the
+One dense layer with as many inputs I as outputs O, a batch of N examples, noise. At every step K-FAC multiplies the
 gradient by two inverses, 2 I O (I + O) flops; TENGraD meets it with the N examples of its last refresh and comes back,
-4 N I O flops. So TENGraD's step should be the cheaper one where
+4 N I O flops. So its step should be the cheaper one where N < (I + O) / 2, the line in the picture. What it keeps grows
+with N (I + O) + N^2, for K-FAC with 4 I^2; a refresh with N^2 (I + O) and N^3, for K-FAC with N I^2 and I^3.
 
-    N < (I + O) / 2,
-
-the line in the picture. What it keeps grows with N (I + O) + N^2, for K-FAC with 4 I^2; a refresh with N^2 (I + O) and
-N^3, for K-FAC with N I^2 and I^3.
-
-Measured, as TENGraD over K-FAC: (a) a step that is due for neither statistics nor a refresh, (b) statistics and a
-refresh, without the step, (c) the bytes of the state, on noise, both methods in turn in one process, the median of a
-few ratios. Expected: the ratio of (a) crosses one near the line, that of (b) above it.
+Measured, as TENGraD over K-FAC, the median of a few ratios: (a) a step that is due for neither statistics nor a
+refresh, (b) both without the step, (c) the bytes of the state. Expected: (a) crosses one near the line, (b) above it.
 
     make crossover                                  (some two minutes)
 """
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -34,12 +26,11 @@ from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
-from experiments.records import Records, keep, significant
+from experiments.records import Records, significant
 
 WIDTHS, BATCHES = (128, 256, 512, 1024, 2048), (64, 128, 256, 512, 1024)
-ROUNDS, LEAST = 5, 10.0
-"""How often both are timed in turn, and the milliseconds of steps between two looks at the clock."""
-NEVER = 1_000_000
+ROUNDS, LEAST, NEVER = 5, 10.0, 1_000_000
+"""How often both are timed in turn, milliseconds of steps between two looks at the clock, steps between refreshes."""
 METHODS: dict[str, Callable[[ng.Layers, int], Any]] = {
     "TENGraD": lambda layers, every: ng.scale_by_tengrad(layers, damping=0.1, refresh_every=every),
     "K-FAC": lambda layers, every: ng.scale_by_kfac(
@@ -55,15 +46,13 @@ class Bench:
 
     def __init__(self, name: str, width: int, batch: int):
         """Compile, and do each once."""
-        x = jnp.zeros((batch, width))
-        model = nn.Dense(width, use_bias=False)
-        variables = model.init(jax.random.key(0), x)
-        layers = ng.linen.capture(model, ng.losses.squared_error).layers(variables, x)
         a, g = jax.random.normal(jax.random.key(0), (2, batch, width))
+        model = nn.Dense(width, use_bias=False)
+        variables = model.init(jax.random.key(0), a)
+        layers = ng.linen.capture(model, ng.losses.squared_error).layers(variables, a)
         ((layer, _),) = layers.items()
         evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient={"kernel": (a.T @ g)[None]})}
-        gradient = jax.tree.map(lambda leaf: (a.T @ g / batch).reshape(leaf.shape), variables["params"])
-        self._fixed = gradient, evidence
+        self._fixed = {"kernel": a.T @ g / batch}, evidence
         self.state: Any = METHODS[name](layers, NEVER).init(variables["params"])
 
         def compiled(every: int, wanted: slice) -> Callable[..., Any]:
@@ -71,23 +60,18 @@ class Bench:
             step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[wanted], donate_argnums=0)
             return step.lower(self.state, *self._fixed).compile()
 
-        self._refresh = compiled(1, slice(1, 2))  # the state alone: what only the update needs is not computed
-        self._step = compiled(NEVER, slice(0, 2))
-        self.refresh()
-        self.steps(1)
+        self._programs = {
+            "step": compiled(NEVER, slice(0, 2)),
+            "refresh": compiled(1, slice(1, 2)),  # the state alone: what only the update needs is not computed
+        }
+        self.time("refresh")
+        self.time("step")
 
-    def steps(self, count: int) -> float:
-        """Milliseconds of a step of so many that are due for nothing."""
-        return self._timed(self._step, count)
-
-    def refresh(self) -> float:
-        """Milliseconds of statistics and a refresh."""
-        return self._timed(self._refresh, 1)
-
-    def _timed(self, program: Callable[..., Any], count: int) -> float:
+    def time(self, what: str, count: int = 1) -> float:
+        """Milliseconds of a step that is due for nothing, or of statistics and a refresh, of so many."""
         before, found = time.perf_counter(), ()
         for _ in range(count):
-            *found, self.state = program(self.state, *self._fixed)
+            *found, self.state = self._programs[what](self.state, *self._fixed)
         jax.block_until_ready((found, self.state))
         return 1000 * (time.perf_counter() - before) / count
 
@@ -95,28 +79,26 @@ class Bench:
 def cell(width: int, batch: int) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
     benches = [Bench(name, width, batch) for name in METHODS]
-    counts = [int(np.clip(np.ceil(LEAST / bench.steps(1)), 1, 100)) for bench in benches]
+    counts = [int(np.clip(np.ceil(LEAST / bench.time("step")), 1, 100)) for bench in benches]
     times = {
-        "step": [[bench.steps(n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
-        "refresh": [[bench.refresh() for bench in benches] for _ in range(ROUNDS)],
+        "step": [[bench.time("step", n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
+        "refresh": [[bench.time("refresh") for bench in benches] for _ in range(ROUNDS)],
     }
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state)) for bench in benches]
     found: dict[str, Any] = {"pair": [*METHODS], "width": width, "batch": batch, "bytes": sizes}
     for name, rounds in times.items():
         found[f"{name}_ms"] = [significant(number, 4) for number in np.median(rounds, axis=0)]
-        found[name] = round(float(np.median([mine / other for mine, other in rounds])), 4)
-    return found | {"state": round(sizes[0] / sizes[1], 4)}
+        found[name] = significant(np.median([mine / other for mine, other in rounds]), 4)
+    return found | {"state": significant(sizes[0] / sizes[1], 4)}
 
 
 def table(records: Records) -> Table:
     """The three ratios, and what they are ratios of."""
     (first, second), rows = records[0]["pair"], []
     for record in records:
-        pairs = (record["step_ms"], record["refresh_ms"], [count / 1e6 for count in record["bytes"]])
-        cells = (
-            f"{record[name]:.2f} ({one:.3g} / {other:.3g})" for name, (one, other) in zip(RATIOS, pairs, strict=True)
-        )
         width, batch = record["width"], record["batch"]
+        pairs = zip(RATIOS, (record["step_ms"], record["refresh_ms"], np.divide(record["bytes"], 1e6)), strict=True)
+        cells = (f"{record[name]:.2f} ({one:.3g} / {other:.3g})" for name, (one, other) in pairs)
         rows.append((f"{width}", f"{batch}", f"{batch / width:g}", *cells))
     return figures.table(
         f"{first} over {second}, one dense layer",
@@ -156,14 +138,5 @@ def picture(records: Records) -> Figure:
 SHOWN = figures.Shown("crossover", "When TENGraD is cheaper", table, picture)
 
 
-def main(output: Path = Path("results")) -> None:
-    """Measure, keep the records in the place of older ones, print the table, write the picture."""
-    cells = [(width, batch) for width in WIDTHS for batch in BATCHES]
-    records = [cell(*each) for each in track(cells, description="measuring")]
-    keep(output / "crossover.jsonl", records, afresh=True)
-    figures.present([table(records)], picture(records), output / "crossover.png")
-
-
 if __name__ == "__main__":
-    plt.switch_backend("agg")
-    tyro.cli(main, description=figures.question(__doc__))
+    SHOWN.main(lambda: [cell(*each) for each in track([*product(WIDTHS, BATCHES)], "measuring")], __doc__)

@@ -1,20 +1,16 @@
 """The data sets of the papers' experiments, one function each.
 
     mnist, fashion_mnist     60,000 + 10,000 images [28, 28, 1], ten classes
-    cifar10                  50,000 + 10,000 images [32, 32, 3], ten classes; a folder may have them as JPEG of quality
-                             75, whose pixels are off by 6/255 in the mean: these are called "cifar10_jpeg75"
+    cifar10                  50,000 + 10,000 images [32, 32, 3], ten classes; "cifar10_jpeg75" if a folder has them as
+                             JPEG of quality 75, whose pixels are off by 6/255 in the mean
     digits                   1,500 + 297 images [8, 8, 1] of scikit-learn, or enlarged to the size of another set
-    curves                   20,000 + 10,000 rows of 784 pixels: one curve through three random points
-    faces                    10,000 + 4,000 rows of 625 pixels: turned and enlarged pieces of the Olivetti faces
+    curves, faces            20,000 + 10,000 rows of 784 pixels, 10,000 + 4,000 of 625, in the manner of CURVES and
+                             FACES: their figures compare with no published ones
     shakespeare              1.1 megabytes of his works
 
-Pixels are float32 in [0, 1], except those of `faces`, which are centred; labels are int32. `curves` and `faces` follow
-the sets known as CURVES and FACES, but are not the same images: their figures compare with no published ones.
-
-Where the data come from is never chosen silently. If a folder is given (`folder()`, from NATGRAD_DATA), it is read, and
-what is missing there, truncated or another file than the published one is an error. If none is given, scikit-learn
-downloads the data once into its own folder, and says so. If that fails too, it is a `ConnectionError` that says what
-to do; the experiments (`problems`) print it and go on with the digits, which need no download, under their own name.
+Pixels are float32 in [0, 1], but those of `faces` centred; labels are int32. Where data come from is never chosen
+silently. What is not as published in the folder that NATGRAD_DATA names is an error. Without one scikit-learn downloads
+them once, and says so; if that fails, `problems` say it and go on with the digits, under their own name.
 """
 
 import gzip
@@ -22,6 +18,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import chain, count, pairwise
@@ -47,6 +44,11 @@ class Part(NamedTuple):
         """So many of them."""
         return Part(self.images[:count], self.labels[:count])
 
+    def mirrored(self) -> "Part":
+        """The images, flat, as inputs and as what is to come out."""
+        rows = self.images.reshape(len(self.images), -1)
+        return Part(rows, rows)
+
 
 class Data(NamedTuple):
     """What is trained and tested on."""
@@ -55,60 +57,33 @@ class Data(NamedTuple):
     train: Part
     test: Part
 
-    def mirrored(self) -> "Data":
-        """The images, flat, as inputs and as what is to come out."""
-        flat = (part.images.reshape(len(part.images), -1) for part in (self.train, self.test))
-        return Data(self.name, *(Part(rows, rows) for rows in flat))
-
 
 def batches(part: Any, size: int, seed: int, epoch: int) -> Iterator[Any]:
-    """The batches of an epoch, in an order of its own.
-
-    Args:
-        part: arrays [N, ...]: images and labels, or images alone.
-        size: of a batch; what is left over is dropped.
-        seed: of the orders.
-        epoch: from 0.
-
-    Yields:
-        A batch.
-    """
+    """The batches of an epoch of arrays [N, ...], in an order of its own; what is left over is dropped."""
     order = np.random.default_rng((seed, epoch)).permutation(len(jax.tree.leaves(part)[0]))
-    for first in range(0, len(order) - size + 1, size):
-        chosen = order[first : first + size]
-        yield jax.tree.map(lambda array, chosen=chosen: array[chosen], part)
+    chosen = (order[first : first + size] for first in range(0, len(order) - size + 1, size))
+    return (jax.tree.map(lambda array, rows=rows: array[rows], part) for rows in chosen)
 
 
 def endless(part: Any, size: int, seed: int, moved: bool = False) -> Iterator[Any]:
     """The batches of one epoch after the other, moved if that is asked for, each `shifted_and_flipped`."""
-
-    def of(epoch: int) -> Iterable[Any]:
-        found = batches(part, size, seed, epoch)
-        return shifted_and_flipped(found, seed, epoch) if moved else found
-
-    return chain.from_iterable(map(of, count()))
+    epochs = ((epoch, batches(part, size, seed, epoch)) for epoch in count())
+    return chain.from_iterable(shifted_and_flipped(own, seed, epoch) if moved else own for epoch, own in epochs)
 
 
 def shifted_and_flipped(stream: Iterable[Part], seed: int, epoch: int, by: int = 4) -> Iterator[Part]:
-    """Random crops of images with a black margin, of their own size, every other one mirrored.
-
-    Args:
-        stream: batches.
-        seed: of the crops.
-        epoch: from 0; each has its own.
-        by: width of the margin.
-
-    Yields:
-        A batch.
-    """
+    """Random crops of images with a black margin, of their own size, every other one mirrored; new in each epoch."""
     rng = np.random.default_rng((seed, epoch, by))
-    for images, labels in stream:
-        count, height, width, _ = images.shape
+
+    def moved(part: Part) -> Part:
+        count, height, width, _ = part.images.shape
         corners = rng.integers(0, 2 * by + 1, (count, 2, 1))
         rows, columns = corners[:, 0] + np.arange(height), corners[:, 1] + np.arange(width)
         columns = np.where(rng.random((count, 1)) < 0.5, columns[:, ::-1], columns)
-        padded = np.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
-        yield Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], labels)
+        padded = np.pad(part.images, ((0, 0), (by, by), (by, by), (0, 0)))
+        return Part(padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]], part.labels)
+
+    return map(moved, stream)
 
 
 _SUMS = """
@@ -133,16 +108,6 @@ def folder() -> Path | None:
     return Path(named) if (named := os.environ.get("NATGRAD_DATA")) else None
 
 
-def mnist(given: Path | None) -> Data:
-    """MNIST, from mnist/ in a folder or from openml.org."""
-    return _idx("mnist", "mnist_784", given)
-
-
-def fashion_mnist(given: Path | None) -> Data:
-    """Fashion-MNIST, from fashion_mnist/ in a folder or from openml.org; called "fashion"."""
-    return _idx("fashion_mnist", "Fashion-MNIST", given)._replace(name="fashion")
-
-
 def cifar10(given: Path | None) -> Data:
     """CIFAR-10: as JPEG of quality 75 from cifar10/ in a folder, or from openml.org."""
     if given is None:
@@ -151,10 +116,9 @@ def cifar10(given: Path | None) -> Data:
     else:
         say("Unpacking the images of CIFAR-10 (JPEG of quality 75)")
         name, packed = "cifar10_jpeg75", np.load(io.BytesIO(content(given, "cifar10/cifar10_jpeg75_full.npz")))
-        header, bodies, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
-        images, labels = np.empty((len(ends) - 1, 32, 32, 3), np.uint8), packed["labels"]
-        for index, (start, end) in enumerate(pairwise(ends)):
-            images[index] = np.asarray(Image.open(io.BytesIO(header + bodies[start:end])))
+        header, bodies, labels = packed["header"].tobytes(), packed["data"].tobytes(), packed["labels"]
+        files = (io.BytesIO(header + bodies[start:end]) for start, end in pairwise(packed["offsets"]))
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
     return Data(name, _part(images[:50000], labels[:50000]), _part(images[50000:], labels[50000:]))
 
 
@@ -192,10 +156,9 @@ def _drawn(count: int, seed: int) -> np.ndarray:
 def faces(given: Path | None, pieces: int = 40, seed: int = 0) -> Data:
     """Pieces of the Olivetti faces, in the manner of FACES: called "faces-like"; rows of 25x25 pixels.
 
-    A face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8]; of the 49x49
-    pixels in the middle every other one is taken, `pieces` times of each image; FACES has 414. Every pixel has zero
-    mean over the training set, and all are divided by their standard deviation. The first 25 people are for training,
-    the last 10 for testing.
+    `pieces` times a face is turned by an angle uniform in +-90 degrees and enlarged by a factor uniform in [1.4, 1.8];
+    of the 49x49 pixels in the middle every other one is taken. Every pixel has zero mean over the training set, and all
+    are divided by their standard deviation. The first 25 people are for training, the last 10 for testing.
     """
     rng, images = np.random.default_rng(seed), olivetti(given)
     angles = np.radians(rng.uniform(-90, 90, (len(images), pieces, 1, 1)))
@@ -226,7 +189,7 @@ def shakespeare(given: Path | None) -> bytes:
     return content(given, "tinyshakespeare/input.txt")
 
 
-_REMEDY = "NATGRAD_DATA, or --data, names a folder with"
+_REMEDY = "NATGRAD_DATA names a folder with"
 
 
 def content(given: Path, file: str) -> bytes:
@@ -234,13 +197,12 @@ def content(given: Path, file: str) -> bytes:
 
     A `FileNotFoundError` if there is no such file, a `ValueError` if it is truncated, damaged or another one.
     """
-    path = given / file
+    path, again = given / file, f"fetch it again: {_REMEDY} the files as they were published."
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; {_REMEDY} {file}. Without a folder it is downloaded, if it can be."
         )
-    found = path.read_bytes()
-    (size, known), again = PUBLISHED[file], f"fetch it again: {_REMEDY} the files as they were published."
+    found, (size, known) = path.read_bytes(), PUBLISHED[file]
     try:
         found = gzip.decompress(found) if path.suffix == ".gz" else found
     except (EOFError, OSError, zlib.error) as error:
@@ -252,7 +214,7 @@ def content(given: Path, file: str) -> bytes:
     return found
 
 
-def _idx(name: str, online: str, given: Path | None) -> Data:
+def _idx(name: str, inside: str, online: str, given: Path | None) -> Data:
     """A data set in four files of the format IDX, or as openml.org has it; scikit-learn checks what it downloads."""
     if given is None:
         pixels, classes = _openml(online)
@@ -260,10 +222,15 @@ def _idx(name: str, online: str, given: Path | None) -> Data:
         return Data(name, _part(pixels[:60000], classes[:60000]), _part(pixels[60000:], classes[60000:]))
     parts = []
     for part in ("train", "t10k"):
-        images, labels = (content(given, f"{name}/{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+        images, labels = (content(given, f"{inside}/{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
         pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)
         parts.append(_part(pixels, np.frombuffer(labels, np.uint8, offset=8)))
     return Data(name, *parts)
+
+
+mnist = partial(_idx, "mnist", "mnist", "mnist_784")
+fashion_mnist = partial(_idx, "fashion", "fashion_mnist", "Fashion-MNIST")
+"""Folder or None -> the images."""
 
 
 def _part(pixels: np.ndarray, labels: np.ndarray) -> Part:

@@ -15,6 +15,7 @@ from experiments.running import Task
 from experiments.study import Case
 
 CLASSES, PIXELS = ng.losses.softmax_cross_entropy, ng.losses.sigmoid_binary_cross_entropy
+rows = Part.mirrored
 
 
 def entropy(rows: np.ndarray) -> float:
@@ -28,21 +29,10 @@ def images(size: int = 8) -> Part:
     return Part(*(np.concatenate(pair) for pair in zip(data.train, data.test, strict=True)))
 
 
-def rows(part: Part) -> Part:
-    """Images, flat, as inputs and as what is to come out."""
-    flat = part.images.reshape(len(part.images), -1)
-    return Part(flat, flat)
-
-
 def case(net: nn.Module, data: Part, batch: int, fields: Mapping[str, Any]) -> Case:
     """A net on the digits; an autoencoder's loss is that above the entropy of its pixels."""
     is_classifier = data.labels.ndim == 1
     batch = min(batch, len(data.labels))
     task = Task(net, CLASSES if is_classifier else PIXELS, data.first(batch))
-    floor, of = 0.0 if is_classifier else entropy(data.images), jax.jit(task.loss)
-    whole = jax.device_put(data)
-
-    def loss(variables: Any) -> float:
-        return float(of(variables, *whole)) - floor
-
-    return Case(fields, task, partial(endless, data, batch), loss)
+    floor, loss = 0.0 if is_classifier else entropy(data.images), task.measured(jax.device_put(data))
+    return Case(fields, task, partial(endless, data, batch), lambda variables: loss(variables) - floor)

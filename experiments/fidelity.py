@@ -6,20 +6,17 @@ from the states of the package's own methods, undamped.
 
     1  F = E[vec(D) vec(D)^T], D the gradient by an image and a label
     2  F~ = Q diag(s) Q^T with Q = U (x) V; s the eigenvalues of the product, for K-FAC and TKFAC
-    3  the A (x) G nearest to F: A and G the largest singular pair of F, arranged so that a product has rank one
+    3  the A (x) G nearest to F: the largest singular pair of F, arranged so that a product has rank one
        (Van Loan and Pitsianis 1993)
 
-2. Directions: of the dense net, d against d* = (F + damping I)^-1 gradient with the dense F of ALL parameters: the
-cosine of the two and |d - d*| / |d*|, at the damping of d* and at the best of a few. What each sees of F stands in
-`directions`. Each at the start and after training by Adam.
+2. Directions, of the dense net: see `directions`. Each at the start and after training by Adam. The images are MNIST's,
+scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 
 Expected. By theory: EKFAC's block no worse than K-FAC's, TEKFAC's no worse than TKFAC's, and 3 no worse than K-FAC's
 and TKFAC's, in every layer; TENGraD's direction with a joint block equal to d*. Not by theory: TKFAC's block better
 than K-FAC's in most layers; larger errors after training; cosines in the order of what a method keeps of F.
 
     make fidelity                            (some two minutes)
-
-The images are MNIST's, scaled down, if NATGRAD_DATA names a folder with `mnist/`; else scikit-learn's digits, enlarged.
 """
 
 from functools import partial
@@ -28,10 +25,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -40,9 +35,9 @@ from rich.table import Table
 import natgrad_jax as ng
 from experiments import figures
 from experiments.data import Part, digits, folder, mnist
-from experiments.directions import DIRECTIONS, LIKELIHOOD, Batches, angles, best, natural_gradient
+from experiments.directions import DIRECTIONS, LIKELIHOOD, Batches, angles, natural_gradient
 from experiments.nets import Convnet, Perceptron
-from experiments.records import Records, grouped, keep, numbers
+from experiments.records import Records, grouped
 from experiments.running import Runner, Task
 from natgrad_jax.algebra import averages
 from natgrad_jax.layers.rows import input_rows, output_rows, total
@@ -66,15 +61,9 @@ COLOURS = {"K-FAC": "#9ecae1", "EKFAC": "#2171b5", "TKFAC": "#fdbe85", "TEKFAC":
 
 
 class Sizes(NamedTuple):
-    """How much is measured.
+    """How many images there are, and of how many are the blocks, and the directions, `few`, since F is dense there.
 
-    Attributes:
-        images: to train on; all of them where there are fewer.
-        examples: how many of these the blocks are of.
-        few: how many the directions are of: F is dense, and TENGraD has ten rows of each.
-        draws: of labels, for the methods that see sampled ones.
-        batches: for those that see minibatches: how many, of 100 images.
-        steps: of Adam between the two measurements, at batches of 250 and a rate of 0.003.
+    Then how often labels are drawn, how many batches of 100 images there are, and steps of Adam.
     """
 
     images: int = 10_000
@@ -86,7 +75,7 @@ class Sizes(NamedTuple):
 
 
 DENSE, DAMPING, BATCH = "dense net", 0.01, 250
-"""The net of the directions, the damping of d*, and images per step of Adam."""
+"""The net of the directions, the damping of d*, and images per step of Adam, at a rate of 0.003."""
 NETS: dict[str, nn.Module] = {
     DENSE: Perceptron((20, 20, 20, 20, 20), 10),
     "CNN": Convnet((8, 16, 32), (2, 2, 2), (32,)),
@@ -104,10 +93,11 @@ def run(given: Path | None, sizes: Sizes = Sizes(), nets: dict[str, nn.Module] =
             if stage == "trained":
                 chosen = np.random.default_rng(0).integers(len(data.images), size=(sizes.steps, BATCH))
                 runner.run(Part(data.images[rows], data.labels[rows]) for rows in chosen)
-            params = runner.variables["params"]
-            found += [key | {"model": name, "stage": stage} | row for row in measured(net, params, data, sizes)]
-            if name == DENSE:
-                found += [key | {"stage": stage} | row for row in turned(net, params, data, sizes)]
+            with jax.enable_x64(True):
+                params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), runner.variables["params"])
+                found += [key | {"model": name, "stage": stage} | row for row in measured(net, params, data, sizes)]
+                if name == DENSE:
+                    found += [key | {"stage": stage} | row for row in turned(net, params, data, sizes)]
     return found
 
 
@@ -120,24 +110,21 @@ def load(given: Path | None, count: int) -> Part:
 
 
 def measured(model: nn.Module, params: Any, data: Part, sizes: Sizes) -> Records:
-    """The share of images that the model has right, and the errors of every layer, in double precision."""
+    """The share of images that the model has right, and the errors of every layer."""
     capture = ng.linen.capture(model, LIKELIHOOD, labels="exact")
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-        images, labels = data.images[: sizes.examples].astype(np.float64), data.labels[: sizes.examples]
-        evidence, right = watched(capture, params, images, labels)
-        rows = []
-        for layer in capture.layers({"params": params}, images).known:
-            own = {name: float(error) for name, error in errors(layer, evidence[layer.name]).items()}
-            rows.append({"right": float(right), "layer": f"{layer.name} {layer.shape[0]}x{layer.shape[1]}"} | own)
+    images, labels = data.images[: sizes.examples].astype(np.float64), data.labels[: sizes.examples]
+
+    @jax.jit
+    def watched(params: Any) -> Any:
+        out = capture.value_and_grad({"params": params}, images, labels)
+        return out.curvature(), jnp.mean(jnp.argmax(out.outputs, axis=-1) == labels)
+
+    evidence, right = watched(params)
+    rows = []
+    for layer in capture.layers({"params": params}, images).known:
+        own = {name: float(error) for name, error in errors(layer, evidence[layer.name]).items()}
+        rows.append({"right": float(right), "layer": f"{layer.name} {layer.shape[0]}x{layer.shape[1]}"} | own)
     return rows
-
-
-@partial(jax.jit, static_argnums=0)
-def watched(capture: Any, params: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
-    """The evidence of every layer, and the share of images that the model has right."""
-    out = capture.value_and_grad({"params": params}, images, labels)
-    return out.curvature(), jnp.mean(jnp.argmax(out.outputs, axis=-1) == labels)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -179,16 +166,13 @@ def nearest(block: jax.Array) -> jax.Array:
 
 
 def turned(model: nn.Module, params: Any, data: Part, sizes: Sizes) -> Records:
-    """Every direction beside d*, in double precision."""
-    few = data.first(sizes.few)
+    """Every direction beside d*."""
+    images, labels = data.images[: sizes.few].astype(np.float64), data.labels[: sizes.few]
     rows = np.random.default_rng(0).integers(len(data.images), size=(sizes.batches, 100))
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-        stream = data.images[rows].astype(np.float64), data.labels[rows]
-        given = Batches(few.images.astype(np.float64), few.labels, stream)
-        aim = np.asarray(natural_gradient(model, params, given.images, few.labels, DAMPING))
-        each = (angles(name, model, params, given, aim, DAMPING, sizes.draws) for name in DIRECTIONS)
-        return [row for rows in each for row in rows]
+    given = Batches(images, labels, (data.images[rows].astype(np.float64), data.labels[rows]))
+    aim = np.asarray(natural_gradient(model, params, images, labels, DAMPING))
+    each = (angles(name, model, params, given, aim, DAMPING, sizes.draws) for name in DIRECTIONS)
+    return [row for rows in each for row in rows]
 
 
 def holds(row: dict[str, Any], name: str) -> bool:
@@ -196,40 +180,34 @@ def holds(row: dict[str, Any], name: str) -> bool:
     return all(row[name] <= row[other] + 1e-9 for other in NO_WORSE[name])
 
 
-def parted(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]]]:
-    """{(model, stage): its layers}, and {stage: {method: its angles}}."""
+def parted(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]], str]:
+    """{(model, stage): its layers}, {stage: {method: its angles}}, and a title."""
     layers, angles = ([row for row in records if ("layer" in row) == of_layer] for of_layer in (True, False))
-    blocks = {
-        (model, stage): rows
-        for model, own in grouped(layers, "model").items()
-        for stage, rows in grouped(own, "stage").items()
-    }
-    return blocks, {stage: grouped(rows, "method") for stage, rows in grouped(angles, "stage").items()}
-
-
-def title(records: Records) -> str:
-    """Of the table and the picture."""
-    return f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+    blocks: dict[tuple[str, str], Records] = {}
+    for row in layers:
+        blocks.setdefault((row["model"], row["stage"]), []).append(row)
+    directions = {stage: grouped(rows, "method") for stage, rows in grouped(angles, "stage").items()}
+    return blocks, directions, f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
 
 
 def table(records: Records) -> Table:
     """The mean errors of the blocks, the directions, and in how many layers the theorems hold."""
-    blocks, directions = parted(records)
+    blocks, directions, title = parted(records)
     layers = [row for group in blocks.values() for row in group]
     held = {name: sum(holds(row, name) for row in layers) for name in NO_WORSE}
     theorems = "; ".join(f"{name} <= {', '.join(NO_WORSE[name])} in {count}" for name, count in held.items())
     (damping,) = {row["damping"] for row in records if row.get("same")}
     rows = []
     for name in dict.fromkeys((*DIRECTIONS, *NAMES)):
-        cells = [f"{np.mean(numbers(group, name)):.3f}" if name in NAMES else "" for group in blocks.values()]
+        cells = [f"{np.mean([row[name] for row in group]):.3f}" if name in NAMES else "" for group in blocks.values()]
         for shown in directions.values():
             same, top = pair(shown.get(name, []))
             cells += [f"{same['cosine']:.3f}", number(same["error"])] if same else ["", ""]
             cells.append(f"{top['cosine']:.3f} ({top['damping']:g})" if top else "")
         rows.append((name, *cells))
-    measured = [f"{kind}\n{stage}" for stage in directions for kind in ("cosine", "error", "best cosine")]
+    measured = (f"{kind}\n{stage}" for stage in directions for kind in ("cosine", "error", "best cosine"))
     return figures.table(
-        title(records),
+        title,
         ("method", *(f"{model}\n{stage}" for model, stage in blocks), *measured),
         rows,
         "Blocks: |F - F~| / |F|, mean over the layers. Directions, of the dense net: cosine with (F + "
@@ -239,8 +217,9 @@ def table(records: Records) -> Table:
 
 
 def pair(angles: Records) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The angle at the damping of d*, if the method shares its units, and the best."""
-    return next((angle for angle in angles if angle["same"]), None), best(angles) if angles else None
+    """The angle at the damping of d*, if the method shares its units, and that of the largest cosine."""
+    best = max(angles, key=lambda angle: np.nan_to_num(angle["cosine"], nan=-1.0), default=None)
+    return next((angle for angle in angles if angle["same"]), None), best
 
 
 def number(error: float | None) -> str:
@@ -250,50 +229,40 @@ def number(error: float | None) -> str:
 
 def picture(records: Records) -> Figure:
     """Errors of blocks: a panel for each model and stage; cosines of directions: a panel for each stage."""
-    blocks, directions = parted(records)
+    blocks, directions, title = parted(records)
     figure, axes = figures.panels(3, 2, figsize=(11, 11), sharey="row", height_ratios=(1, 1, 1.15))
+    figures.clean(axes.flat, axis="y", alpha=0.25)
     width = 0.8 / len(METHODS)
     for axis, ((model, stage), group) in zip(axes[:2].flat, blocks.items(), strict=True):
         places = np.arange(len(group))
         for index, (name, colour) in enumerate(COLOURS.items()):
-            axis.bar(places - 0.4 + (index + 0.5) * width, numbers(group, name), width, color=colour, label=name)
-        style = {"color": "black", "linewidth": 1.2, "label": BEST}
-        axis.hlines(numbers(group, BEST), places - 0.44, places + 0.44, **style)
+            errors, left = [row[name] for row in group], places - 0.4 + (index + 0.5) * width
+            axis.bar(left, errors, width, color=colour, label=name)
+        least = [row[BEST] for row in group]
+        axis.hlines(least, places - 0.44, places + 0.44, color="black", linewidth=1.2, label=BEST)
         axis.set_xticks(places, [row["layer"].replace(" ", "\n") for row in group], fontsize=9)
         axis.set_title(f"{model}, {stage}: {group[0]['right']:.0%} right", loc="left", fontweight="bold")
     for axis in axes[:2, 0]:
         axis.set_ylabel(r"error of a block, $\|F - \tilde{F}\|\;/\;\|F\|$")
-    line, *bars = axes[0, 0].get_legend_handles_labels()[0]
-    axes[0, 0].legend(handles=[*bars, line], loc="upper left", ncols=2, frameon=False, fontsize=9)
+    axes[0, 0].legend(loc="upper left", ncols=2, frameon=False, fontsize=9)
     places = np.arange(len(DIRECTIONS))
     for axis, (stage, found) in zip(axes[2], directions.items(), strict=True):
         pairs = [pair(each) for each in found.values()]
-        axis.bar(places, [same["cosine"] if same else 0 for same, _ in pairs], 0.7, color="#2171b5")
+        heights = [same["cosine"] if same else 0 for same, _ in pairs]
+        axis.bar(places, heights, 0.7, color="#2171b5", label="same damping")
         tops = [top["cosine"] if top else np.nan for _, top in pairs]
-        axis.plot(places, tops, "D", color="#d94801", markersize=6)
+        axis.plot(places, tops, "D", color="#d94801", markersize=6, label="best of a few dampings")
         axis.set_xticks(places, list(found), rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
         axis.set_title(f"dense net, {stage}: directions", loc="left", fontweight="bold")
     axes[2, 0].set(ylabel=r"cosine with $(F + \lambda I)^{-1}\,\nabla$, all parameters", ylim=(0, 1.19))
     axes[2, 0].set_yticks(np.linspace(0, 1, 6))
-    entries = ["same damping", "best of a few dampings"]
-    axes[2, 1].legend([axes[2, 1].patches[0], axes[2, 1].lines[0]], entries, ncols=2, frameon=False, fontsize=9)
-    figures.clean(axes.flat, axis="y", alpha=0.25)
-    for axis in axes.flat:
-        axis.tick_params(axis="x", length=0)
-    figure.suptitle(title(records))
+    axes[2, 1].legend(ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title)
     return figure
 
 
 SHOWN = figures.Shown("fidelity", "Fidelity to the Fisher matrix", table, picture)
 
 
-def main(output: Path = Path("results")) -> None:
-    """Measure, keep the records in the place of older ones, print the table, write the picture."""
-    found = run(folder())
-    keep(output / "fidelity.jsonl", found, afresh=True)
-    figures.present([table(found)], picture(found), output / "fidelity.png", 170)
-
-
 if __name__ == "__main__":
-    plt.switch_backend("agg")
-    tyro.cli(main, description=figures.question(__doc__))
+    SHOWN.main(lambda: run(folder()), __doc__)

@@ -1,4 +1,4 @@
-"""Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds, bands over seeds."""
+"""Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,24 +6,21 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import Records, grouped, kept, numbers
+from experiments.records import Records, grouped, keep, kept
 
 
 class Shown(NamedTuple):
-    """What was measured, as a part of the report; `study.Study` is another one.
+    """What was measured, as a part of the report, with its title; `study.Study` is another one.
 
-    Attributes:
-        name: of its records and its picture.
-        title: over its part.
-        table: records -> table.
-        picture: records -> picture.
-        select: those of its records that are shown.
-        command: that makes its records, if not `make` and its name.
+    The name is that of its records, of which it shows a selection, and of its picture; the command makes the records,
+    if it is not `make` and the name.
     """
 
     name: str
@@ -37,15 +34,25 @@ class Shown(NamedTuple):
         """Its records in a folder."""
         return self.select(kept(folder / f"{self.name}.jsonl"))
 
+    def main(self, measure: Callable[[], Records], text: str | None) -> None:
+        """Measure, keep the records in the place of older ones, present them, in the folder that is asked for."""
+
+        def run(output: Path = Path("results")) -> None:
+            records = measure()
+            keep(output / f"{self.name}.jsonl", records, afresh=True)
+            present(self, records, output)
+
+        plt.switch_backend("agg")
+        tyro.cli(run, description=question(text))
+
 
 def table(
     title: str, headings: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "", names: int = 1
 ) -> Table:
     """A table whose first columns are names; a line where the first of several changes."""
-    result = Table(title=title, caption=caption, caption_justify="left")
+    result, before = Table(title=title, caption=caption, caption_justify="left"), None
     for index, heading in enumerate(headings):
         result.add_column(heading, justify="left" if index < names else "right", no_wrap=index < names)
-    before = None
     for first, *others in rows:
         if names > 1 and before not in (None, first):
             result.add_section()
@@ -55,29 +62,21 @@ def table(
 
 
 def pivot(
-    rows: Records,
-    lines: Sequence[str],
-    column: Callable[[dict[str, Any]], str],
-    cell: Callable[[Records], str],
-    **options: Any,
+    rows: Records, lines: Sequence[str], column: Callable[[Any], str], cell: Callable[[Records], str], **options: Any
 ) -> Table:
     """A table with a line for each value of some entries, and a column for each kind of rows.
 
-    Args:
-        rows: records of runs.
-        lines: entries.
-        column: row -> heading of its column.
-        cell: the rows of a cell -> its text; a cell without any has a dash.
-        options: `title`, `headings` of the lines, and those of `table`.
+    Row -> heading of its column, the rows of a cell -> its text, a dash where there are none; the options are `title`,
+    `headings` of the lines, and those of `table`.
     """
     cells: dict[tuple[str, ...], dict[str, Records]] = {}
     for row in rows:
-        names = tuple(str(row[entry]) for entry in lines)
-        cells.setdefault(names, {}).setdefault(column(row), []).append(row)
-    columns = list(dict.fromkeys(heading for group in cells.values() for heading in group))
+        line = cells.setdefault(tuple(str(row[entry]) for entry in lines), {})
+        line.setdefault(column(row), []).append(row)
+    columns = list(dict.fromkeys(heading for line in cells.values() for heading in line))
     texts = [
-        (*names, *(cell(group[heading]) if heading in group else "-" for heading in columns))
-        for names, group in cells.items()
+        (*names, *(cell(line[heading]) if heading in line else "-" for heading in columns))
+        for names, line in cells.items()
     ]
     headings = (*options.pop("headings"), *columns)
     return table(options.pop("title"), headings, texts, names=len(lines), **options)
@@ -103,30 +102,39 @@ def shown(number: float | None) -> str:
 
 def markdown(table: Table) -> str:
     """A table as Markdown: the title above it, the caption below."""
-    sides = {"left": "---", "right": "---:"}
+
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+
     lines = [
-        _line(str(column.header) for column in table.columns),
-        _line(sides.get(column.justify, "---") for column in table.columns),
-        *(map(_line, zip(*(map(str, column.cells) for column in table.columns), strict=True))),
+        line(column.header for column in table.columns),
+        line("---:" if column.justify == "right" else "---" for column in table.columns),
+        *map(line, zip(*(column.cells for column in table.columns), strict=True)),
     ]
     parts = (f"**{table.title}**" if table.title else "", "\n".join(lines), str(table.caption or ""))
     return "\n\n".join(part for part in parts if part)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+def present(part: Any, rows: Records, folder: Path) -> None:
+    """Print the table of a part of the report, and write its picture."""
+    Console(width=170).print(part.table(rows))
+    if part.picture:
+        print(f"Picture: {drawn(part.picture(rows), picture_of(part, folder))}")
 
 
-def present(tables: Iterable[Table], picture: Figure | None, path: Path, width: int = 160) -> None:
-    """Print tables, and write a picture."""
-    console = Console(width=width)
-    for each in tables:
-        console.print(each)
-    if picture is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=110)
-        plt.close(picture)
-        console.print(f"Picture: {path}")
+def drawn(figure: Figure, path: Path) -> Path:
+    """Write a picture in 256 colors, which takes two thirds of its bytes away and cannot be seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+def picture_of(part: Any, folder: Path) -> Path:
+    """Where the picture of a part of the report is."""
+    return folder / f"{getattr(part, 'image', '') or part.name}.png"
 
 
 def question(text: str | None) -> str:
@@ -142,7 +150,7 @@ def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]
 def clean(axes: Iterable[Axes], **grid: Any) -> None:
     """A faint grid, and no frame above and on the right."""
     for axis in axes:
-        options: dict[str, Any] = {"alpha": 0.2} | grid
+        options: Any = {"alpha": 0.2, **grid}
         axis.grid(**options)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -156,8 +164,7 @@ def plain(axis: Any, minor: str = "{x:g}") -> None:
 
 def middle(runs: Records) -> dict[str, Any]:
     """The run whose last loss is the median."""
-    ends = [np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs]
-    return runs[int(np.argsort(ends, kind="stable")[len(runs) // 2])]
+    return runs[int(np.argsort(ends(runs), kind="stable")[len(runs) // 2])]
 
 
 def curves(
@@ -166,28 +173,26 @@ def curves(
     *,
     across: str = "log",
     up: str = "log",
-    levels: Mapping[str, float] | None = None,
+    levels: Mapping[str, float] = {},
     units: tuple[str, str] = ("seconds of training", "steps"),
-    least: float = 0.0,
 ) -> Figure:
     """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
     problems, before = grouped(rows, "problem"), []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
+    first = int(across == "log")  # there is no step 0
     for pair, (problem, some) in zip(axes, problems.items(), strict=True):
         methods = grouped(some)
         for index, (name, runs) in enumerate(methods.items()):
             for run in runs:
-                thick = run is middle(runs)
                 style = {"color": f"C{index % 10}", "linestyle": "--" if index >= 10 else "-"}
-                style |= {"linewidth": 1.8, "label": name} if thick else {"linewidth": 0.6, "alpha": 0.5}
-                losses = np.array([np.nan if loss is None else max(loss, least) for loss in run["losses"]])
-                first = int(across == "log")  # there is no step 0
+                thick = {"linewidth": 1.8, "label": name} if run is middle(runs) else {"linewidth": 0.6, "alpha": 0.5}
+                losses = np.array(run["losses"][first:], float)  # nan where there is none
                 for axis, unit in zip(pair, ("seconds", "steps"), strict=True):
-                    axis.plot(run[unit][first:], losses[first:], **style)
+                    axis.plot(run[unit][first:], losses, **style, **thick)
         for axis, unit in zip(pair, units, strict=True):
             axis.set(xscale=across, yscale=up, xlabel=unit)
             plain(axis.xaxis, "")
-            if levels:
+            if problem in levels:
                 axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
@@ -199,11 +204,10 @@ def curves(
 
 
 def of_epochs(rows: Records, label: str) -> Figure:
-    """Losses against seconds and epochs, the looks of long runs."""
-    units = ("seconds", "epochs")
+    """Losses against seconds and epochs, the looks of long runs, but for the first."""
     rows = [row | {"steps": [*range(len(row["steps"]))]} for row in rows]
     rows = [row | {name: row[name][1:] for name in ("steps", "seconds", "losses")} for row in rows]
-    figure = curves(rows, label, across="linear", units=units)
+    figure = curves(rows, label, across="linear", units=("seconds", "epochs"))
     for axis in figure.axes:
         plain(axis.yaxis)
     return figure
@@ -211,12 +215,16 @@ def of_epochs(rows: Records, label: str) -> Figure:
 
 def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The last losses of runs; infinite of those that diverged."""
-    return numbers(({"loss": run["losses"][-1]} for run in runs), "loss")
+    return np.array([np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs])
 
 
-def end_and_steps(runs: Records, form: str = ".2g") -> str:
-    """The last loss of runs and, in brackets, their steps: medians."""
-    return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
+def last(rows: Records, form: str = ".2g", **options: str) -> Table:
+    """A table of the last losses of methods and, in brackets, their steps, by problems: medians."""
+
+    def cell(runs: Records) -> str:
+        return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
+
+    return pivot(rows, ["name"], lambda row: row["problem"], cell, headings=["method"], **options)
 
 
 def series(runs: Records, entry: str = "losses") -> np.ndarray:
@@ -236,16 +244,14 @@ def seconds(runs: Records) -> np.ndarray:
 def costs(runs: Mapping[str, Records], baseline: str) -> dict[str, str]:
     """What a step of every method takes after the first look, in units of a baseline's; dashes if that did not run."""
 
+    def taken(run: dict[str, Any], entry: str) -> float:
+        return run[entry][-1] - run[entry][min(1, len(run["steps"]) - 2)]  # from 0 if there is one look alone
+
     def cost(own: Records) -> float:
-        found = []
-        for run in own:
-            first = min(1, len(run["steps"]) - 2)  # 0 if there is one look alone
-            times, steps = (run[entry][-1] - run[entry][first] for entry in ("seconds", "steps"))
-            found.append(times / steps)
-        return float(np.median(found))
+        return float(np.median([taken(run, "seconds") / taken(run, "steps") for run in own]))
 
     unit = cost(runs[baseline]) if baseline in runs else np.nan
-    return {name: f"{cost(own) / unit:.2f}" if np.isfinite(unit) else "-" for name, own in runs.items()}
+    return {name: f"{cost(own) / unit:.2f}" if baseline in runs else "-" for name, own in runs.items()}
 
 
 def epochs_of(runs: Records, *epochs: int) -> list[int]:
@@ -261,20 +267,15 @@ def setting(numbers: Mapping[str, float]) -> str:
 
 def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
     """Steps and seconds at which a run is first at a loss; infinite if never."""
-    found = (look for look, loss in enumerate(row["losses"]) if loss is not None and loss <= level)
-    look = next(found, None)
-    return (np.inf, np.inf) if look is None else (row["steps"][look], row["seconds"][look])
+    looks = zip(row["losses"], row["steps"], row["seconds"], strict=True)
+    found = ((steps, seconds) for loss, steps, seconds in looks if loss is not None and loss <= level)
+    return next(found, (np.inf, np.inf))
 
 
 def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[float] = (), note: str = "") -> Table:
     """Where methods end, when they reach some levels, and the seconds to the last level over those of rivals.
 
-    Args:
-        rows: of the runs, of one or more problems.
-        title: of the table.
-        rivals: names; those that did not run are left out. Without levels there is one, where the first of them ends.
-        levels: of the loss.
-        note: below the table.
+    Rivals that did not run are left out. Without levels there is one, where the first rival ends. The note is below.
     """
     lines, heads = [], [f"to {level:g}" for level in levels] or [f"to {rivals[0]}'s end"]
     there = [name for name in rivals if any(row["name"] == name for row in rows)]
@@ -288,7 +289,9 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
                 cells.append(f"{steps:.0f} / {seconds:.3g} s" if np.isfinite(steps) else "-")
             cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
             pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
-            lines.append((problem, named(own[0]), f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
+            chosen = (f"{name} {number:g}" for name, number in own[0]["numbers"].items())
+            name = ", ".join([own[0]["name"], *chosen])
+            lines.append((problem, name, f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
     headings = ("problem", "method", "loss", "ms / step", *heads, *(f"x {name}" for name in there))
     caption = (
         "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
@@ -307,8 +310,3 @@ def ratio(mine: Records, rival: Records, level: float) -> str:
     found = own / np.where(late, [row["seconds"][-1] for row in rival], its)
     spread = f" ({found.min():.2f}-{found.max():.2f})" if len(found) > 1 else ""
     return "<" * bool(np.any(late)) + f"{np.median(found):.2f}" + spread
-
-
-def named(row: Mapping[str, Any]) -> str:
-    """The method of a row, with the numbers that were chosen."""
-    return ", ".join([row["name"], *(f"{name} {number:g}" for name, number in row["numbers"].items())])

@@ -1,21 +1,16 @@
 """The methods of the comparisons: how each is made on an autoencoder and on a classifier, and what of it is tuned.
 
-Tuned are a learning rate and a damping; the rest is fixed here, for a kind of problems. On the autoencoders it is
-what the authors of TNT and of K-BFGS have: a constant learning rate, no weight decay (but for K-BFGS), momentum in
-front of every second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th; other
-periods stand below. On the classifiers it is what the authors of TENGraD have: periods, decoupled weight decay and a
-clip of the step that are shared by all, momentum 0.9 where each method has it.
+Tuned are a learning rate and a damping, around the settings of the authors (K-FAC, TNT, K-BFGS) or the best of a few
+trials: a factor of 10 to 30 in the rate, of 10 in the damping. The rest is fixed here. On the autoencoders it is what
+the authors of TNT and of K-BFGS have: a constant rate, no weight decay (but for K-BFGS), momentum in front of every
+second-order direction, statistics of every step with a decay of 0.9, a refresh at every 20th, but for what is below. On
+the classifiers it is what the authors of TENGraD have, and shared by all.
 
 Units: a damping is in those of the Fisher matrix of one example, but for TNT. Its authors take statistics of the
 gradient of the mean loss, without the batch size; that is our `scale="batch"`, and its damping enters each mode by
 itself, `split="per_mode"`. The K-FAC of the authors of K-BFGS has a learning rate of 1 beside an average of gradients,
-which is 0.1 beside a heavy ball of 0.9; our K-BFGS has the average, and their rates as they are. The damping of
-Shampoo and SOAP stands where theirs does, in the units of a root of the gradient's second moment; when Shampoo is
-grafted its learning rate is Adam's.
-
-Usual settings on the autoencoders are those of the authors (K-FAC, TNT, K-BFGS), or the best of a few trials. Ranges: a
-factor of 10 to 30 in the learning rate around the usual setting, and of 10 in the damping. Adam and SGD-m, SOAP and
-grafted Shampoo have a learning rate alone; "adaptive" has nothing.
+which is 0.1 beside a heavy ball of 0.9; our K-BFGS has the average. The damping of Shampoo and SOAP is in the units of
+a root of the gradient's second moment; when Shampoo is grafted its learning rate is Adam's.
 """
 
 import inspect
@@ -32,9 +27,7 @@ from experiments.running import Labels, Make, Numbers
 Kind = Literal["autoencoder", "classifier"]
 OFTEN: Mapping[str, Any] = {"statistics_every": 1, "refresh_every": 20}
 """As in the experiments of TNT."""
-PERIODS: Mapping[Kind, int] = {"autoencoder": 20, "classifier": 100}
-"""Of the refreshes, by which steps are timed. On the autoencoders MBF has 25, and 5 and 10 divide it."""
-STATISTICS_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 1e-3, 1e-2
+STATISTICS_EVERY, REFRESH_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 100, 1e-3, 1e-2
 """What all methods share on a classifier, as far as they have it."""
 
 
@@ -62,14 +55,10 @@ class Method(NamedTuple):
 
     Attributes:
         of: its name in the package; or of a baseline, rate, damping, weight decay -> the optimizer.
-        ranges: of its settings.
-        reconstructs: its options on an autoencoder.
-        classifies: its options on a classifier.
-        both: its options on both.
+        reconstructs, classifies, both: its options on an autoencoder, on a classifier, on both.
         in_front: whether on an autoencoder the momentum stands in front of the direction.
         adaptive: whether everything comes from the quadratic model, and nothing is tuned.
         said: whether it is given any setting; else it has the layers alone.
-        labels: those of the curvature.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
         clips: whether `KL_CLIP` is for it.
         has_own_periods: whether the periods that the others share are not for it.
@@ -88,7 +77,7 @@ class Method(NamedTuple):
     clips: bool = False
     has_own_periods: bool = False
 
-    def make(self, kind: Kind, refresh_every: int = PERIODS["classifier"]) -> Make:
+    def make(self, kind: Kind, refresh_every: int = REFRESH_EVERY) -> Make:
         """How it is made on problems of a kind; on a classifier with that period."""
         decay, of = WEIGHT_DECAY if kind == "classifier" else 0.0, self.of
         if callable(of):
@@ -132,13 +121,11 @@ ADAPTIVE: dict[str, Any] = {
 
 def sgd(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """SGD with the momentum and the weight decay in the places where the second-order methods have them."""
-    del damping
     return optax.chain(optax.add_decayed_weights(decay), optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
 def adam(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay."""
-    del damping
     return optax.adamw(rate, weight_decay=decay)
 
 
@@ -162,10 +149,7 @@ def ranges(autoencoder: Range, classifier: Range) -> dict[Kind, Range]:
 
 
 NOTHING = ranges(*2 * (tuned((0.0,), (0.0, 0.0)),))
-KRONECKER = ranges(
-    tuned((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)),
-    tuned((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)),
-)
+KRONECKER = ranges(tuned((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)), tuned((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)))
 """Of K-FAC and its relatives. On a classifier the authors of TENGraD have (0.003, 0.1), for EKFAC (0.001, 0.03)."""
 EIGENBASIS = KRONECKER | {"autoencoder": tuned((0.03, 1.0), (0.01, 0.2), (0.5, 5.0))}
 OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3, 3.0))}
@@ -173,7 +157,9 @@ OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3
 OF_MOMENTS = ranges(tuned((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), tuned((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
 """Of K-BFGS; its authors have (0.3, 0.3) on the autoencoder, those of TENGraD (0.01, 0.03) for K-BFGS(L)."""
 OF_MODES = ranges(tuned((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)), tuned((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)))
-OF_BLOCKS = tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3))
+OF_BLOCKS = ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3)))
+OF_SAMPLES = OF_BLOCKS | {"autoencoder": tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0))}
+OF_BASES = ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2)))
 OF_LENGTHS = ranges(tuned((3e-4, 1e-8), (5e-5, 2e-3)), tuned((1e-3, 1e-8), (1e-4, 1e-2)))
 
 FACTORS: Mapping[str, Any] = {"split": "even", "decay": 0.9, **OFTEN}
@@ -193,21 +179,10 @@ METHODS = {
     "TEKFAC": Method("tekfac", EIGENBASIS, ROTATED, **FAMILY),
     "TENGraD": Method("tengrad", OF_ONE_BATCH, {"refresh_every": 20}, in_front=True, clips=True),
     "TNT": Method("tnt", OF_MODES, OFTEN, both={"scale": "batch", "split": "per_mode"}, warm=True),
-    "MBF": Method("mbf", ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), OF_BLOCKS), SELDOM, warm=True),
-    "MBF, sampled labels": Method(
-        "mbf",
-        ranges(tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0)), OF_BLOCKS),
-        SELDOM,
-        both={"statistics": "curvature"},
-        warm=True,
-    ),
+    "MBF": Method("mbf", OF_BLOCKS, SELDOM, warm=True),
+    "MBF, sampled labels": Method("mbf", OF_SAMPLES, SELDOM, both={"statistics": "curvature"}, warm=True),
     "Shampoo, grafted": Method("shampoo", OF_LENGTHS, OFTEN, both=GRAFTED),
-    "SOAP": Method(
-        "soap",
-        ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2))),
-        classifies={"momentum": 0.95},
-        has_own_periods=True,
-    ),
+    "SOAP": Method("soap", OF_BASES, classifies={"momentum": 0.95}, has_own_periods=True),
     "K-BFGS": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, **OWN_MOMENTS),
     "K-BFGS(L)": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, both={"memory": 100}, **OWN_MOMENTS),
     "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, adaptive=True),

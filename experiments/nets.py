@@ -1,10 +1,10 @@
-"""The nets of the experiments.
+"""The nets of the experiments, of images [N, H, W, C], rows [N, I] or tokens [N, T].
 
-They take images [N, H, W, C] with pixels in [0, 1] or rows [N, I]. `train` says whether batch norm takes the moments of
-the batch, and updates its averages, or takes the averages; the nets without one ignore it.
+With `train` batch norm takes the moments of the batch and updates its averages; the nets without one ignore it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,14 +13,10 @@ from flax import linen as nn
 
 
 class Perceptron(nn.Module):
-    """Dense layers.
+    """Dense layers: hidden widths, then as many outputs as are given, or as there are inputs.
 
-    Attributes:
-        widths: of the hidden layers.
-        outputs: of the last layer; None for as many as there are inputs.
-        linear: the hidden layer without an activation, if there is one.
-        activation: of the others.
-        uniform: whether weights and biases start uniform in +-1/sqrt(fan in), else as Flax has them.
+    The hidden layer `linear`, if there is one, has no activation. Weights and biases start as Flax has them, or uniform
+    in +-1/sqrt(fan in).
     """
 
     widths: tuple[int, ...]
@@ -45,50 +41,36 @@ def autoencoder(widths: tuple[int, ...]) -> Perceptron:
 
 
 class Convnet(nn.Module):
-    """Convolutions of 3x3, then dense layers; ReLU between them.
+    """Convolutions of 3x3, the largest of every patch of sides `window`, then hidden dense layers; ReLU between them.
 
-    Attributes:
-        channels: of the convolutions.
-        strides: of the convolutions.
-        hidden: widths of the hidden dense layers.
+    What is left over of an image beside its patches is dropped. Weights and biases start as in `Perceptron`.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     hidden: tuple[int, ...] = ()
+    window: int = 1
+    uniform: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Images [N, H, W, C] -> logits [N, 10]."""
         for channels, stride in zip(self.channels, self.strides, strict=True):
-            x = nn.relu(nn.Conv(channels, (3, 3), stride)(x))
+            x = nn.relu(nn.Conv(channels, (3, 3), stride, **start(9 * x.shape[-1], self.uniform))(x))
+        if self.window > 1:  # on a CPU faster than `nn.max_pool`
+            rows, columns = (size // self.window for size in x.shape[1:3])
+            x = x[:, : rows * self.window, : columns * self.window]
+            x = x.reshape(len(x), rows, self.window, columns, self.window, x.shape[-1]).max((2, 4))
         x = x.reshape(len(x), -1)
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-class ThreeConvolutions(nn.Module):
-    """The convnet of TENGraD for Fashion-MNIST, "3C1F"; weights and biases uniform in +-1/sqrt(fan in)."""
-
-    channels: int
-    units: int
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        """Images [N, 28, 28, 1] -> logits [N, 10]."""
-        for _ in range(3):
-            x = nn.relu(nn.Conv(self.channels, (3, 3), **start(9 * x.shape[-1]))(x))
-        x = x[:, :27, :27].reshape(-1, 9, 3, 9, 3, self.channels).max((2, 4))  # on a CPU faster than `nn.max_pool`
-        x = x.reshape(len(x), -1)
-        x = nn.relu(nn.Dense(self.units, **start(x.shape[-1]))(x))
-        return nn.Dense(10, **start(self.units))(x)
+            x = nn.relu(nn.Dense(width, **start(x.shape[-1], self.uniform))(x))
+        return nn.Dense(10, **start(x.shape[-1], self.uniform))(x)
 
 
 class Transformer(nn.Module):
     """A language model: tables of tokens and positions, layers of causal attention and of two dense layers, logits.
 
-    Normalisation stands in front of what it feeds; attention is made of dense layers, four of them each.
+    Normalisation stands in front of what it feeds; attention is made of four dense layers.
     """
 
     layers: int
@@ -113,17 +95,10 @@ class Transformer(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The ResNet of CIFAR-10: 6 n + 2 layers, shortcuts without parameters ("option A").
+    """The ResNet of CIFAR-10: `depth` 6 n + 2, 16 channels in the paper, shortcuts without parameters ("option A").
 
-    A convolution, three stages of n blocks with 1, 2 and 4 times the channels, each stage after the first at half the
-    resolution, the mean over positions, and logits. Convolutions have no bias, batch norms have scale and bias; weights
-    are normal with variance 2 / fan in. Pixels are normalised by the moments of CIFAR-10, within the net.
-
-    He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
-
-    Attributes:
-        depth: 8, 14, 20, 32, 44, ...
-        channels: of the first stage; 16 in the paper.
+    Three stages of n blocks with 1, 2 and 4 times the channels, each after the first at half the resolution. Pixels are
+    normalised within the net. He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
     """
 
     depth: int = 20
@@ -136,7 +111,7 @@ class ResNet(nn.Module):
         if rest or blocks < 1:
             raise ValueError(f"A ResNet of depth {self.depth} has no three equal stages; expected 6 n + 2: 20, 32, ...")
         x = (x - jnp.array(CIFAR_MEAN)) / jnp.array(CIFAR_DEVIATION)
-        x = nn.relu(_norm(train)(_convolution(self.channels)(x)))
+        x = nn.relu(_norm(train)(convolution(self.channels)(x)))
         for stage in range(3):
             for block in range(blocks):
                 x = Block(self.channels * 2**stage, 2 if stage and not block else 1)(x, train)
@@ -145,6 +120,7 @@ class ResNet(nn.Module):
 
 CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=KAIMING)
 
 
 class Block(nn.Module):
@@ -156,15 +132,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Images [N, H, W, C] -> images [N, H / stride, W / stride, channels]."""
-        y = nn.relu(_norm(train)(_convolution(self.channels, self.stride)(x)))
-        y = _norm(train)(_convolution(self.channels)(y))
+        y = nn.relu(_norm(train)(convolution(self.channels, strides=self.stride)(x)))
+        y = _norm(train)(convolution(self.channels)(y))
         before, after = (more := self.channels - x.shape[-1]) // 2, more - more // 2
         shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, after)))
         return nn.relu(y + shortcut)
-
-
-def _convolution(channels: int, stride: int = 1) -> nn.Conv:
-    return nn.Conv(channels, (3, 3), stride, padding=1, use_bias=False, kernel_init=KAIMING)
 
 
 def _norm(train: bool) -> nn.BatchNorm:

@@ -2,13 +2,13 @@
 
 Poisson in two and five dimensions and the heat equation in four, after Dangel, Müller and Zeinhofer (2024),
 https://arxiv.org/abs/2405.15603, and https://arxiv.org/abs/2505.12149, with smaller nets and fewer points. Burgers'
-equation in one begins as a sine, and its solution is an integral of Cole and Hopf; half of its points lie near the
-layer in the middle, a hundredth of the width, which uniform ones hardly show. Residuals are written as anybody would,
-by `jax.grad` and `jax.jvp`.
+equation begins as a sine; half of its points lie near the layer in the middle, which uniform ones hardly show.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import count
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,15 @@ import numpy as np
 import natgrad_jax as ng
 from experiments.data import Part
 
-Name = Literal["poisson 2d", "poisson 5d", "heat 4+1d", "burgers 1+1d"]
-NAMES: tuple[Name, ...] = get_args(Name)
 VISCOSITY = 0.01 / np.pi
 
 
 class Equation(NamedTuple):
-    """A differential equation on a box; time, where there is one, is the first coordinate.
+    """A differential equation on a box with corners `low` and `high`.
 
     Attributes:
-        low, high: corners of the box.
         residual: net, point -> what is to be zero.
         solution: points [M, d] -> values [M].
-        widths: of the hidden layers of its net.
         points: how many inside, and how many at the edge.
         is_evolution: whether the first coordinate is time, whose end is no edge.
         layer: axis, place and width of a thin layer of the solution, where half of the points inside are drawn.
@@ -39,8 +35,8 @@ class Equation(NamedTuple):
     high: tuple[float, ...]
     residual: Callable[[Callable[[Any], Any], Any], Any]
     solution: Callable[[Any], Any]
-    widths: tuple[int, ...]
-    points: tuple[int, int]
+    widths: tuple[int, ...] = (32, 32)
+    points: tuple[int, int] = (400, 100)
     is_evolution: bool = False
     layer: tuple[int, float, float] | None = None
 
@@ -54,8 +50,13 @@ def laplacian(u: Callable[[Any], Any], x: Any, axes: tuple[int, ...]) -> Any:
     return jnp.sum(jax.vmap(second)(jnp.eye(x.size, dtype=x.dtype)[jnp.array(axes)]))
 
 
-def _poisson(size: int, source: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any], Any], Any]:
-    return lambda u, x: laplacian(u, x, tuple(range(size))) + source(x)
+def _poisson(size: int, eigenvalue: float, solution: Callable[[Any], Any]) -> Equation:
+    """Of a solution whose Laplacian is so many times itself."""
+
+    def residual(u, x):
+        return laplacian(u, x, tuple(range(size))) - eigenvalue * solution(x[None])[0]
+
+    return Equation((0.0,) * size, (1.0,) * size, residual, solution)
 
 
 def _heat(u: Callable[[Any], Any], x: Any) -> Any:
@@ -77,52 +78,25 @@ def cole_hopf(points: Any, nodes: int = 100) -> Any:
     return -np.sum(masses * np.sin(np.pi * where), axis=1) / np.sum(masses, axis=1)
 
 
-EQUATIONS: dict[Name, Equation] = {
-    "poisson 2d": Equation(
-        (0.0,) * 2,
-        (1.0,) * 2,
-        _poisson(2, lambda x: 2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * x))),
-        lambda x: np.prod(np.sin(np.pi * np.asarray(x)), axis=1),
-        (32, 32),
-        (400, 100),
-    ),
-    "poisson 5d": Equation(
-        (0.0,) * 5,
-        (1.0,) * 5,
-        _poisson(5, lambda x: jnp.pi**2 * jnp.sum(jnp.cos(jnp.pi * x))),
-        lambda x: np.sum(np.cos(np.pi * np.asarray(x)), axis=1),
-        (32, 32),
-        (400, 100),
-    ),
+EQUATIONS: dict[str, Equation] = {
+    "poisson 2d": _poisson(2, -2 * np.pi**2, lambda x: jnp.prod(jnp.sin(jnp.pi * x), axis=1)),
+    "poisson 5d": _poisson(5, -(np.pi**2), lambda x: jnp.sum(jnp.cos(jnp.pi * x), axis=1)),
     "heat 4+1d": Equation(
-        (0.0,) * 5,
-        (1.0,) * 5,
-        _heat,
-        lambda x: np.exp(-np.asarray(x)[:, 0]) * np.sum(np.sin(2 * np.asarray(x)[:, 1:]), axis=1),
-        (32, 32),
-        (400, 100),
+        *((0.0,) * 5, (1.0,) * 5, _heat),
+        lambda x: jnp.exp(-x[:, 0]) * jnp.sum(jnp.sin(2 * x[:, 1:]), axis=1),
         is_evolution=True,
     ),
     "burgers 1+1d": Equation(
         (0.0, -1.0), (1.0, 1.0), _burgers, cole_hopf, (24, 24, 24), (500, 150), True, (1, 0.0, 0.05)
     ),
 }
-"""Signs: the Laplacian of a product of sines is -2 pi^2 of it, that of a sum of cosines -pi^2 of it."""
 
 
 class Task(NamedTuple):
-    """An equation with its points, as what a `running.Runner` trains.
-
-    Attributes:
-        equation: the equation.
-        batch: points of the two terms, and what they are compared with.
-        seed: of the first parameters.
-        options: none.
-    """
+    """An equation with its points, of both terms, as what a `running.Runner` trains."""
 
     equation: Equation
     batch: Part
-    seed: int = 0
     options: Mapping[str, Any] = {}
 
     def init(self, key: Any) -> Any:
@@ -146,27 +120,15 @@ class Task(NamedTuple):
         outputs = {name: function(variables["params"], x[name]) for name, function in self.functions.items()}
         return sum(jnp.mean((outputs[name] - y[name]) ** 2) / 2 for name in outputs)
 
-    def capture(self, labels: Any) -> "Watched":
-        """What watches the two terms."""
-        del labels
+    def capture(self, labels: Any) -> Any:
+        """What watches the two terms, as functions of variables."""
         options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
-        terms = {name: ng.capture(f, ng.losses.squared_error, **options) for name, f in self.functions.items()}
-        return Watched(ng.terms(terms))
-
-
-class Watched(NamedTuple):
-    """The terms as a function of variables."""
-
-    terms: ng.Terms
-
-    def layers(self, variables: Any, x: Any) -> Any:
-        """Of the net."""
-        return self.terms.layers(variables["params"], x)
-
-    def value_and_grad(self, variables: Any, x: Any, y: Any, key: Any) -> Any:
-        """Loss, gradient by the parameters, curvature."""
-        del key
-        return self.terms.value_and_grad(variables["params"], x, y)
+        squared, functions = ng.losses.squared_error, self.functions.items()
+        terms = ng.terms({name: ng.capture(function, squared, **options) for name, function in functions})
+        return SimpleNamespace(
+            layers=lambda variables, x: terms.layers(variables["params"], x),
+            value_and_grad=lambda variables, x, y, key: terms.value_and_grad(variables["params"], x, y),
+        )
 
 
 def net(params: Any, x: Any) -> Any:
@@ -181,8 +143,7 @@ def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndar
     """Points on the sides of the box, but not at the end of time; half of an evolution's at its beginning."""
     low, high = np.array(equation.low), np.array(equation.high)
     points = random.uniform(low, high, (count, len(low)))
-    first = int(equation.is_evolution)
-    axes = random.integers(first, len(low), count)
+    axes = random.integers(int(equation.is_evolution), len(low), count)
     upper = random.integers(0, 2, count).astype(bool)
     points[np.arange(count), axes] = np.where(upper, high[axes], low[axes])
     if equation.is_evolution:
@@ -193,20 +154,15 @@ def edge(equation: Equation, count: int, random: np.random.Generator) -> np.ndar
 
 
 def stream(equation: Equation, seed: int, scale: float = 1.0) -> Iterator[Part]:
-    """Points for ever.
-
-    Yields:
-        New points each time, from the same random numbers for the same seed.
-    """
+    """New points each time, for ever, the same for the same seed."""
     random = np.random.default_rng(seed)
-    while True:
-        yield points(equation, random, scale)
+    return (points(equation, random, scale) for _ in count())
 
 
 def points(equation: Equation, seed: int | np.random.Generator, scale: float = 1.0) -> Part:
     """Points inside and at the edge, `scale` times as many, with zeros and the values of the solution."""
     random = np.random.default_rng(seed)
-    inside, outside = (max(4, int(scale * count)) for count in equation.points)
+    inside, outside = (max(4, int(scale * number)) for number in equation.points)
     within = random.uniform(equation.low, equation.high, (inside, len(equation.low)))
     if equation.layer is not None:
         axis, place, width = equation.layer
@@ -223,8 +179,5 @@ def error(equation: Equation, tests: int = 2000) -> Callable[[Any], float]:
     seen = np.random.default_rng(10_000).uniform(equation.low, equation.high, (tests, len(equation.low)))
     right, seen = jnp.asarray(equation.solution(seen)), jnp.asarray(seen)
 
-    @jax.jit
-    def of(variables):
-        return jnp.linalg.norm(net(variables["params"], seen) - right) / jnp.linalg.norm(right)
-
-    return lambda variables: float(of(variables))
+    of = jax.jit(lambda params: jnp.linalg.norm(net(params, seen) - right) / jnp.linalg.norm(right))
+    return lambda variables: float(of(variables["params"]))

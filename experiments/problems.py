@@ -1,12 +1,9 @@
 """The problems of the long experiments: data, a net, a loss, and how well the net does.
 
-fashion     Fashion-MNIST, and the convnet of TENGraD
-cifar10     CIFAR-10, and a ResNet-20: batch norm, random crops, mirrored images
-
-mnist       the autoencoders of Hinton and Salakhutdinov with ReLU, as Goldfarb's group has them: 784-1000-500-250-30
-            on MNIST, mirrored; binary cross-entropy summed over pixels
-curves      784-400-200-100-50-25-6 on curves like those of CURVES; the same loss
-faces       625-2000-1000-500-30 on faces like those of FACES; half the squared error, summed over pixels
+fashion, cifar10    the convnet of TENGraD; a ResNet-20, with random crops and mirrored images
+mnist, curves       the autoencoders of Hinton and Salakhutdinov with ReLU, as Goldfarb's group has them; binary
+                    cross-entropy summed over pixels
+faces               the same, with half the squared error, summed over pixels
 """
 
 from collections.abc import Callable, Mapping
@@ -25,22 +22,17 @@ from experiments import data
 from experiments.courses import Case, Entry
 from experiments.data import Data, digits, endless, folder
 from experiments.digits import CLASSES, PIXELS
-from experiments.methods import METHODS, Kind
-from experiments.nets import ResNet, ThreeConvolutions, autoencoder
-from experiments.running import Task
+from experiments.methods import METHODS, Kind, Method
+from experiments.nets import Convnet, ResNet, autoencoder
+from experiments.running import Numbers, Task
 
 
 class Problem(NamedTuple):
-    """Data and a net.
+    """Data and a net: a classifier of images, or an autoencoder of rows of pixels, over which its loss is a sum.
 
     Attributes:
-        name: of the data, as a record has it.
-        kind: whether it reconstructs rows of pixels, its labels, or finds classes of images.
         load: folder -> data.
         epoch: steps that see all images.
-        net: inputs -> outputs.
-        likelihood: of the outputs; the loss of an autoencoder is a sum over pixels.
-        batch: examples in a step.
         title: of the net, for people.
         instead: size and channels of the digits that stand in if the data cannot be downloaded.
         crops: whether it is trained on random crops and mirrored images.
@@ -64,7 +56,9 @@ class Problem(NamedTuple):
         except ConnectionError as error:
             say(f"[bold]{error}[/bold] Going on with the digits in their place, as the records will say.")
             found = digits(*self.instead)
-        return found if self.kind == "classifier" else found.mirrored()
+        if self.kind == "classifier":
+            return found
+        return Data(found.name, found.train.mirrored(), found.test.mirrored())
 
     def case(self) -> Case:
         """What is trained on what."""
@@ -78,9 +72,8 @@ class Problem(NamedTuple):
         """Losses in nats an image, and of a classifier the shares of the images that it has right."""
         found: dict[str, float] = {}
         for loss, share, part in (("losses", "train_accuracy", data.train), ("test_loss", "test_accuracy", data.test)):
-            pieces = [part.images[first : first + size] for first in range(0, len(part.labels), size)]
-            labels = [part.labels[first : first + size] for first in range(0, len(part.labels), size)]
-            sums = [_sums(variables, *pair, self.net, self.likelihood) for pair in zip(pieces, labels, strict=True)]
+            pieces = [[array[first : first + size] for array in part] for first in range(0, len(part.labels), size)]
+            sums = [_sums(variables, *piece, self.net, self.likelihood) for piece in pieces]
             found[loss], right = np.sum(sums, axis=0) / len(part.labels)
             found |= {share: right} if self.kind == "classifier" else {}
         return found
@@ -104,7 +97,7 @@ def reconstruction(name: str, load: Callable[[Path | None], Data], images: int, 
 
 def convnet(channels: int) -> Problem:
     """The convnet of TENGraD, with as many channels; 128 in the paper."""
-    net = ThreeConvolutions(channels, 500 if channels == 128 else 128)
+    net = Convnet((channels,) * 3, (1, 1, 1), (500 if channels == 128 else 128,), window=3, uniform=True)
     title = f"3C1F, {channels} channels"
     return Problem("fashion", "classifier", data.fashion_mnist, 60_000 // 128, net, CLASSES, 128, title)
 
@@ -113,28 +106,19 @@ MNIST = reconstruction("mnist", data.mnist, 60_000, 784, 1000, 500, 250, 30)
 CURVES = reconstruction("curves", lambda given: data.curves(), 20_000, 784, 400, 200, 100, 50, 25, 6)
 FACES = reconstruction("faces", data.faces, 10_000, 625, 2000, 1000, 500, 30)
 CIFAR10 = Problem(
-    "cifar10",
-    "classifier",
-    data.cifar10,
-    50_000 // 128,
-    ResNet(20, 16),
-    CLASSES,
-    128,
-    "ResNet-20, 16 channels",
-    (32, 3),
+    *("cifar10", "classifier", data.cifar10, 50_000 // 128, ResNet(20, 16), CLASSES, 128, "ResNet-20, 16 channels"),
+    instead=(32, 3),
     crops=True,
 )
 
 
+def entry(method: Method, problem: Problem, tried: tuple[Numbers, ...]) -> Entry:
+    """A method on a problem."""
+    is_warm = method.warm and problem.kind == "autoencoder"
+    return Entry(method.make(problem.kind), tried, method.labels, warm=problem.epoch * is_warm)
+
+
 def entries(problem: Problem, budget: int) -> dict[str, Entry]:
     """Every method on a problem, at its usual numbers and at so many others."""
-    warm = problem.epoch if problem.kind == "autoencoder" else 0
-    return {
-        name: Entry(
-            method.make(problem.kind),
-            method.ranges[problem.kind].tried(name, budget),
-            method.labels,
-            warm=warm * method.warm,
-        )
-        for name, method in METHODS.items()
-    }
+    tried = {name: method.ranges[problem.kind].tried(name, budget) for name, method in METHODS.items()}
+    return {name: entry(method, problem, tried[name]) for name, method in METHODS.items()}

@@ -1,6 +1,6 @@
 """What a compiled program computes, read from its text.
 
-Loops count as often as they run. Of branches the dearest counts; or the cheapest, for a step at which nothing is due.
+Loops count as often as they run; of branches the dearest counts, or the cheapest, for a step at which nothing is due.
 XLA's own `cost_analysis` counts the body of a loop once, and calls of LAPACK as nothing.
 
     flops     products and convolutions 2 n m k, Cholesky n^3 / 3, triangular solves n^2 m, QR 4 n^3 / 3, as much for Q,
@@ -44,11 +44,6 @@ class Line(NamedTuple):
         return found[1] if found else ""
 
 
-def shapes_of(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays in the type of an instruction."""
-    return [(kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in SHAPE.findall(text)]
-
-
 class Program:
     """A compiled program."""
 
@@ -63,7 +58,8 @@ class Program:
                 self.parts[name] = []
                 self.entry = name if head[1] else self.entry
             elif (found := LINE.match(line)) and name:
-                self.parts[name].append(Line(found[1], shapes_of(found[2]), found[3], found[4]))
+                shapes = [(kind, tuple(map(int, filter(None, n.split(","))))) for kind, n in SHAPE.findall(found[2])]
+                self.parts[name].append(Line(found[1], shapes, found[3], found[4]))
 
     def flops(self) -> float:
         """Of products and factorisations."""

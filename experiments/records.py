@@ -1,10 +1,8 @@
 """What an experiment has found, line by line, and the states from which its runs go on.
 
-A record is a dictionary, and a line of JSON. Its key, a part of it, tells it from all others. Whoever is about to do
-some work looks with `kept` for records with the key, and adds one with `keep` when it is done.
-
-A process can be killed at any moment. Half a line is left out, with a warning, and the next record begins on a line of
-its own. A state is written beside the one before it and takes its place in one stroke.
+A record is a line of JSON; its key, a part of it, tells it from all others. A process can be killed at any moment: half
+a line is left out, with a warning, and the next record begins on a line of its own; a state takes the place of the one
+before it in one stroke.
 """
 
 import json
@@ -13,8 +11,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +19,7 @@ import numpy as np
 Records = list[dict[str, Any]]
 
 
-def kept(path: Path, key: Mapping[str, Any] = MappingProxyType({})) -> Records:
+def kept(path: Path, key: Mapping[str, Any] = {}) -> Records:
     """The records of a file that have these entries; none if there is no file."""
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
@@ -40,15 +37,13 @@ def kept(path: Path, key: Mapping[str, Any] = MappingProxyType({})) -> Records:
 
 def keep(path: Path, records: Iterable[Mapping[str, Any]], afresh: bool = False) -> None:
     """Add lines to a file, or begin it anew; below half a line, should there be one."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    if not text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb+" if afresh else "ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            text = ("" if file.read() == b"\n" else "\n") + text
-        file.write(text.encode())
+    if text := "".join(json.dumps(record) + "\n" for record in records):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb+" if afresh else "ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                text = ("" if file.read() == b"\n" else "\n") + text
+            file.write(text.encode())
 
 
 def chosen(there: Iterable[str], asked: Collection[str]) -> list[str]:
@@ -57,11 +52,6 @@ def chosen(there: Iterable[str], asked: Collection[str]) -> list[str]:
     if unknown := {*asked} - {*there}:
         raise ValueError(f"There is no {sorted(unknown)}; there are {there}.")
     return [name for name in there if not asked or name in asked]
-
-
-def finite(number: Any, digits: int) -> float | None:
-    """A number for a line of JSON; None if it is not finite."""
-    return round(float(number), digits) if np.isfinite(number) else None
 
 
 def significant(number: Any, digits: int = 6) -> float | None:
@@ -79,11 +69,6 @@ def machine() -> dict[str, Any]:
     return {"jax": jax.__version__, "device": f"{cores} CPU core{'s' * (cores != 1)}"}
 
 
-def numbers(records: Iterable[Mapping[str, Any]], entry: str) -> np.ndarray:
-    """An entry of records; infinite where it is None, as where a run has diverged."""
-    return np.array([np.inf if record[entry] is None else record[entry] for record in records], float)
-
-
 def grouped(rows: Records, entry: str = "name") -> dict[Any, Records]:
     """The rows of every method, or with the same of another entry."""
     found: dict[Any, Records] = {}
@@ -92,33 +77,26 @@ def grouped(rows: Records, entry: str = "name") -> dict[Any, Records]:
     return found
 
 
-class State(NamedTuple):
-    """Where a run stands: its arrays, and its records up to there."""
-
-    leaves: list[np.ndarray]
-    rows: Records
-
-
 def state_path(path: Path, key: Mapping[str, Any]) -> Path:
     """Where the state of a run is, beside the file of its records."""
     return path.with_name(f"{path.stem}_states") / f"{zlib.crc32(json.dumps(key).encode()):08x}.npz"
 
 
-def save(path: Path, state: State) -> None:
-    """Write down where a run stands, in the place of where it stood, in one stroke."""
+def save(path: Path, leaves: Iterable[Any], rows: Records) -> None:
+    """Write down where a run stands, its arrays and its records, in the place of where it stood, in one stroke."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     with fresh.open("wb") as file:
-        np.savez(file, *map(np.asarray, state.leaves), rows=np.array(json.dumps(state.rows)))
+        np.savez(file, *map(np.asarray, leaves), rows=np.array(json.dumps(rows)))
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
 
 
-def saved(path: Path) -> State | None:
-    """Where a run stood, if it was written down."""
+def saved(path: Path) -> tuple[list[np.ndarray], Records]:
+    """The arrays and the records of where a run stood; none if it was not written down."""
     if not path.exists():
-        return None
+        return [], []
     with np.load(path) as arrays:
         leaves = [arrays[f"arr_{index}"] for index in range(len(arrays.files) - 1)]
-        return State(leaves, json.loads(str(arrays["rows"])))
+        return leaves, json.loads(str(arrays["rows"]))

@@ -1,7 +1,6 @@
 """All that the experiments have found, on one page: the goals, every table and picture, and what was run where.
 
-It trains nothing: it reads the records of a folder, draws the pictures of the runs anew from all of them, and writes
-`report.md` there. What the folder has no records of is left out.
+It trains nothing: it reads the records of a folder, draws the pictures anew, and writes `report.md` there.
 
     make report                                       (of results/)
     make report ARGS="--folder experiments/results"   (of the committed results)
@@ -9,22 +8,20 @@ It trains nothing: it reads the records of a folder, draws the pictures of the r
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
-from matplotlib.figure import Figure
-from PIL import Image
 from rich.table import Table
 
 from experiments import (
     autoencoder,
-    classify,
     control,
     crossover,
     defaults,
     demo,
     fidelity,
+    figures,
     pinn,
     race,
     regression,
@@ -35,85 +32,55 @@ from experiments import (
 from experiments.figures import markdown, series
 from experiments.records import Records, grouped
 
-LONG = (*autoencoder.STUDIES, *classify.STUDIES)
 OTHERS = (
     *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY),
     *(control.STUDY, demo.STUDY, defaults.WITH_RATES, defaults.WITHOUT),
 )
-PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in LONG), *((each,) for each in OTHERS)]
+PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in tune.LONG), *((each,) for each in OTHERS)]
 """What shares a part of the page: runs and their trials, or one experiment."""
 
 
-class Section(NamedTuple):
-    """A part of the page.
-
-    Attributes:
-        title: its heading.
-        commands: that make its records.
-        records: that its tables are made of.
-        tables: as the experiments print them.
-        pictures: {file in the folder: what it shows}.
-    """
-
-    title: str
-    commands: list[str]
-    records: Records
-    tables: list[Table]
-    pictures: Mapping[str, str]
-
-    @property
-    def where(self) -> str:
-        """The machines and versions of JAX that its records are from."""
-        found = sorted({f"{record['device']}, jax {record['jax']}" for record in self.records if "device" in record})
-        before = any("device" not in record for record in self.records)
-        return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
-
-
-def section(parts: tuple[Any, ...], folder: Path) -> Section:
-    """What a folder has of some experiments: tables and pictures of their records, or a picture without any."""
-    commands = [each.command or f"make {each.name}" for each in parts[::-1]]  # the trials come first
-    found = Section(parts[0].title, commands, [], [], {})
+def section(parts: tuple[Any, ...], folder: Path) -> tuple[tuple[str, ...], list[str]]:
+    """What was run of some experiments, and their pictures and tables; none of these if the folder has nothing."""
+    records: Records = []
+    pictures, tables = [], []
     for each in parts:
-        picture = folder / f"{getattr(each, 'image', '') or each.name}.png"
-        if records := each.known(folder):
-            shown = {drawn(each.picture(records), picture): each.title} if each.picture else {}
-            tables = [*found.tables, each.table(records)]
-            found = found._replace(records=found.records + records, tables=tables, pictures={**found.pictures, **shown})
-        elif picture.exists():
-            found = found._replace(pictures={**found.pictures, picture.name: each.title})
-    return found
+        picture = figures.picture_of(each, folder)
+        if found := each.known(folder):
+            records += found
+            tables.append(markdown(each.table(found)))
+            if each.picture:
+                figures.drawn(each.picture(found), picture)
+        if picture.exists():
+            pictures.append(f"![{each.title}]({picture.name})")
+    commands = ", ".join(f"`{each.command or f'make {each.name}'}`" for each in parts[::-1])  # the trials come first
+    return (parts[0].title, commands, f"{len(records)}", where(records)), pictures + tables
 
 
-def drawn(figure: Figure, path: Path) -> str:
-    """Write a picture; its name."""
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    return path.name
-
-
-def shrink(path: Path) -> None:
-    """Leave a picture 256 colors, which takes two thirds of its bytes away and cannot be seen."""
-    with Image.open(path) as picture:
-        if picture.mode != "P":
-            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+def where(records: Records) -> str:
+    """The machines and versions of JAX that records are from."""
+    found = sorted({f"{record['device']}, jax {record['jax']}" for record in records if "device" in record})
+    before = any("device" not in record for record in records)
+    return "; ".join(found + ["some before this was recorded" if found else "not recorded"] * before)
 
 
 def goals(folder: Path) -> Table | None:
     """What this package wants to reach, and what was measured; None if there is nothing to say it from."""
-    table = Table(caption="Ours: tuned runs of this package's methods, without SGD-m and Adam.")
-    for heading in ("goal", "asked", "measured", "by", "reached"):
-        table.add_column(heading)
     mnist, curves = (grouped(study.known(folder)) for study in autoencoder.STUDIES[:2])
     shares = {name: autoencoder.overtaken(mnist, name, 10)[1] for name in ours(mnist)}
-    row(table, "MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f")
     asked = [name for name in ours(mnist) if name in ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")]
     ends = {name: series(mnist[name])[:, 10].max() for name in asked}
-    row(table, "MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f")
     until = {name: autoencoder.steps_below(runs, autoencoder.PLATEAU) for name, runs in curves.items()}
-    shares = {name: until[name] / until[autoencoder.ADAM] for name in ours(curves) if autoencoder.ADAM in until}
-    goal = f"curves: below {autoencoder.PLATEAU:g}, off the plateau, in so much of tuned Adam's steps"
-    row(table, goal, 0.2, shares, ".2f")
-    return table if table.row_count else None
+    steps = {name: until[name] / until[autoencoder.ADAM] for name in ours(curves) if autoencoder.ADAM in until}
+    plateau = f"curves: below {autoencoder.PLATEAU:g}, off the plateau, in so much of tuned Adam's steps"
+    lines = (
+        *goal("MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.5, shares, ".2f"),
+        *goal("MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f"),
+        *goal(plateau, 0.2, steps, ".2f"),
+    )
+    headings = ("goal", "asked", "measured", "by", "reached")
+    note = "Ours: tuned runs of this package's methods, without SGD-m and Adam."
+    return figures.table("", headings, lines, note, names=5) if lines else None
 
 
 def ours(runs: Mapping[str, Records]) -> list[str]:
@@ -121,32 +88,27 @@ def ours(runs: Mapping[str, Records]) -> list[str]:
     return [name for name in runs if name not in (*autoencoder.AUTHORS, "SGD-m", autoencoder.ADAM)]
 
 
-def row(table: Table, goal: str, asked: float, measured: Mapping[str, float], form: str) -> None:
-    """A goal that the least of some numbers is no more than what was asked; no row without any."""
-    if measured:
-        best = min(measured, key=measured.__getitem__)
-        reached = "yes" if measured[best] <= asked else "no"
-        table.add_row(goal, f"{asked:g}", f"{measured[best]:{form}}", best, reached)
+def goal(text: str, asked: float, measured: Mapping[str, float], form: str) -> list[tuple[str, ...]]:
+    """A line for a goal that the least of some numbers is no more than what was asked; none without any."""
+    if not measured:
+        return []
+    best = min(measured, key=measured.__getitem__)
+    reached = "yes" if measured[best] <= asked else "no"
+    return [(text, f"{asked:g}", f"{measured[best]:{form}}", best, reached)]
 
 
 def page(folder: Path) -> str:
     """The page, as Markdown; a `ValueError` if the folder has no records."""
-    sections = [found for parts in PARTS if (found := section(parts, folder)).tables or found.pictures]
+    sections = [found for parts in PARTS if (found := section(parts, folder))[1]]
     if not sections:
         raise ValueError(f"{folder} has no records; `make` lists the experiments that write some, or name a --folder.")
-    for name in (name for found in sections for name in found.pictures):
-        shrink(folder / name)
-    overview = Table("part", "made by", "records", "run on", title="What was run where")
-    for found in sections:
-        commands = ", ".join(f"`{command}`" for command in found.commands)
-        where = found.where if found.records else ""
-        overview.add_row(found.title, commands, f"{len(found.records)}", where)
+    headings = ("part", "made by", "records", "run on")
+    overview = figures.table("What was run where", headings, [line for line, _ in sections], names=4)
     asked = goals(folder)
     parts = ["# Results", "Written by `make report` from the records in this folder.", markdown(overview)]
     parts += ["## Goals", markdown(asked)] if asked else []
-    for found in sections:
-        parts += [f"## {found.title}", *(f"![{shown}]({name})" for name, shown in found.pictures.items())]
-        parts += map(markdown, found.tables)
+    for (title, *_), shown in sections:
+        parts += [f"## {title}", *shown]
     return "\n\n".join(parts) + "\n"
 
 

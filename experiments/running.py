@@ -1,11 +1,9 @@
-"""A method compiled on a task, and its steps.
-
-`Runner` compiles one method for all the numbers that are tried of it, and kfac-jax has the same face (`Peer`).
-"""
+"""A method compiled on a task for all the numbers that are tried of it, and its steps; kfac-jax has the same face."""
 
 import importlib
 import importlib.util
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property, partial
 from itertools import islice
@@ -30,11 +28,7 @@ Labels = Literal["exact", "sampled", "true"]
 class Task(NamedTuple):
     """What all methods of a comparison have in common; `pde.Task` is another one.
 
-    Attributes:
-        model: its `__call__` takes inputs and, as keywords, `options`.
-        likelihood: of its outputs.
-        batch: for shapes, with as many examples as a step has; one of them draws the parameters.
-        options: of the model while it trains, such as `train`.
+    The batch has as many examples as a step; the model is given options while it trains, such as `train`.
     """
 
     model: nn.Module
@@ -51,6 +45,11 @@ class Task(NamedTuple):
         outputs: Any = self.model.apply(variables, x, **self.options)
         return self.likelihood(outputs, y)
 
+    def measured(self, *parts: Part) -> Callable[[Any], float]:
+        """Variables -> the mean loss of some batches."""
+        loss = jax.jit(self.loss)
+        return lambda variables: float(np.mean([loss(variables, *part) for part in parts]))
+
     def capture(self, labels: Labels) -> Any:
         """What watches the model."""
         return ng.linen.capture(self.model, self.likelihood, labels=labels)
@@ -62,15 +61,12 @@ def _init(model: nn.Module, key: jax.Array, x: Any) -> Any:
     return model.init(key, x)
 
 
-class Seen(NamedTuple):
-    """What a warm start reads of one batch."""
-
-    grad: Any
-    curvature: Any
+Seen = namedtuple("Seen", ("grad", "curvature"))
+"""What a warm start reads of one batch."""
 
 
 class Runner:
-    """One method on a task, compiled once for all its numbers.
+    """One method on a task, compiled once for all numbers of the same names.
 
     Attributes:
         carry: parameters, state of the optimizer, and the other collections of the model.
@@ -89,16 +85,9 @@ class Runner:
         clock: Callable[[], float] = time.perf_counter,
         compiler: Mapping[str, Any] = {},
     ):
-        """Watch the model, and stand at the start.
+        """Watch the model, unless the labels are None, and stand at the start.
 
-        Args:
-            make: numbers, layers -> optimizer.
-            numbers: others with the same names need no compilation.
-            task: what is trained.
-            labels: of the curvature; None for plain gradients and values, without any capture.
-            stretch: steps that are compiled into one program.
-            clock: seconds.
-            compiler: options of XLA, as far as this release has them.
+        A program has `stretch` steps; the clock says seconds; of the options of XLA those count that this release has.
         """
         self._task, self._stretch, self._clock, self._compiler = task, stretch, clock, compiler
         self._capture, layers = None, None
@@ -122,8 +111,8 @@ class Runner:
         return program
 
     def _evaluate(self, params: Any, others: Any, x: Any, y: Any, key: jax.Array) -> Any:
-        assert self._capture is not None
-        return self._capture.value_and_grad({"params": params, **others}, x, y, key=key, **self._task.options)
+        capture: Any = self._capture
+        return capture.value_and_grad({"params": params, **others}, x, y, key=key, **self._task.options)
 
     def _step(self, carry: Any, x: Any, y: Any, key: jax.Array, numbers: Any) -> Any:
         params, state, others = carry
@@ -150,13 +139,10 @@ class Runner:
         return jax.lax.scan(lambda carry, now: self._step(carry, *now, numbers), carry, (x, y, key))
 
     def _stretches(self, stream: Iterable[Part]) -> Iterator[Any]:
-        """Batches and keys, for so many steps at a time; what is left over is dropped.
-
-        Args:
-            stream: batches.
+        """Inputs, labels and key of a step, or stacked of several; what is left over is dropped.
 
         Yields:
-            Inputs, labels and key, stacked if there are several steps.
+            Those of a program.
         """
         stream, count = iter(stream), self.steps
         while len(some := list(islice(stream, self._stretch))) == self._stretch:
@@ -231,11 +217,7 @@ class Peer:
     def __init__(self, task: Task, damping: float, fixed: Numbers | None = None, **options: Any):
         """Compile every branch, and stand at the start.
 
-        Args:
-            task: what is trained.
-            damping: the first, if nothing is fixed.
-            fixed: learning rate, momentum and damping of all steps; None where they adapt themselves.
-            options: of kfac-jax.
+        Learning rate, momentum and damping are fixed, or adapt themselves from a damping on; options are kfac-jax's.
         """
         kfac_jax = importlib.import_module("kfac_jax")
 
@@ -268,7 +250,6 @@ class Peer:
 
     def begin(self, numbers: Numbers, seed: int = 0) -> None:
         """Go back to the start."""
-        del numbers
         self._key, self.steps = jax.random.key(seed), 0
         params = self._task.init(self._key)["params"]
         self.carry = params, self._optimizer.init(params, self._key, tuple(self._task.batch))

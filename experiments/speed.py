@@ -1,10 +1,8 @@
 """What do a step, its compilation and its memory cost, in units of Adam's on the same model?
 
-Three models: the MNIST autoencoder of the papers, a small convolutional network (16, 32 and 64 channels, 28 x 28, batch
-128), and, where it is asked for, a transformer (4 layers of 256, vocabulary 8,192, context 128, 8 sequences). The
-inputs are noise: a step costs the same on noise. Every method is there with statistics at every step and a refresh at
-every 10th, and with 10 and 100; where it can be imported kfac-jax, too, of which only step and held are known. Each is
-made, measured and dropped in one process with an Adam of its own, and all figures are over this Adam's:
+Three models on noise: the MNIST autoencoder of the papers, a small convolutional network and, where it is asked for, a
+transformer. Every method has statistics at every step and a refresh at every 10th, and 10 and 100; beside them kfac-jax
+where it can be imported, of which only step and held are known. Each is measured in a process with an Adam of its own:
 
     step      median over rounds of a block of steps over Adam's block just before it; a block holds whole periods
     compile   seconds of tracing, lowering and compiling the jitted step, with JAX's caches empty
@@ -15,14 +13,12 @@ made, measured and dropped in one process with an Adam of its own, and all figur
     flops     of the compiled step where nothing is due, and where all is: products, convolutions and factorisations
     bound     of the mean step by these, where statistics are due at every step or with every refresh
 
-Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with statistics every 10 and inverses every 100
-steps, and more for methods with an eigenbasis or a root. `make bench` sets the variables that keep glibc from returning
-scratch memory to the system after every step, which takes more than half of Adam's time otherwise.
+Expected: by flop count 2.2 x Adam's step for K-FAC on the autoencoder with periods of 10 and 100, and more for methods
+with an eigenbasis or a root. `make bench` keeps glibc from returning scratch memory to the system after every step,
+which takes more than half of Adam's time otherwise.
 
     make bench                                        (some 20 minutes)
     make bench ARGS="--models cnn --methods K-FAC SOAP"
-
-A record is kept as soon as a method is measured; table and picture show the newest of each that this machine made.
 """
 
 from collections.abc import Callable
@@ -48,20 +44,14 @@ from experiments.data import Part
 from experiments.figures import shown
 from experiments.methods import ADAPTIVE, periods
 from experiments.programs import Program
-from experiments.records import Records, chosen, finite, keep, kept, machine
-from experiments.running import Labels, Make, Numbers, Peer, Runner, Task, has_peer
+from experiments.records import Records, chosen, grouped, keep, kept, machine, significant
+from experiments.running import Labels, Make, Peer, Runner, Task, has_peer
 
 
 class Method(NamedTuple):
-    """A method at its periods.
+    """A method at its periods, which are None where it has none; `of` is its name in its package.
 
-    Attributes:
-        name: for people.
-        of: its name in the package it comes from.
-        make: setting, layers -> optimizer; None for what owns its loop.
-        statistics_every: steps between statistics, if it has such a period.
-        refresh_every: steps between refreshes, if it has such a period.
-        labels: of the curvature; None for plain gradients.
+    Without a `make`, setting, layers -> optimizer, it owns its loop; without labels its gradients are plain.
     """
 
     name: str
@@ -82,15 +72,15 @@ FREQUENT, RARE = (1, 10), (10, 100)
 
 def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sampled", **options: Any) -> list[Method]:
     """A method of the package at pairs of periods, of statistics and of refreshes, as far as it has such keywords."""
-    found, of = [], method.__name__
-    for often in (FREQUENT, *between, RARE):
-        given = periods(of, *often) | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False})
+    of = method.__name__
 
-        def make(numbers: Numbers, layers: Any, given: dict[str, Any] = given) -> optax.GradientTransformation:
-            return method(layers=layers, **numbers | given | options)
+    def at(often: tuple[int, int]) -> Method:
+        every = periods(of, *often)
+        given = every | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False}) | options
+        steps = every.get("statistics_every"), every.get("refresh_every")
+        return Method(name, of, lambda numbers, layers: method(layers=layers, **numbers | given), *steps, labels)
 
-        found.append(Method(name, of, make, given.get("statistics_every"), given.get("refresh_every"), labels))
-    return found
+    return [at(often) for often in (FREQUENT, *between, RARE)]
 
 
 ADAM = Method("Adam", "adam", lambda numbers, _: optax.adam(numbers["learning_rate"]))
@@ -133,14 +123,11 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 def noise(name: str) -> Task:
     """The model of that name with a batch of noise."""
-    model, shape = MODELS[name]
-    if name == "transformer":
-        x = jax.random.randint(jax.random.key(0), shape, 0, TOKENS)
-    else:
-        x = jax.random.uniform(jax.random.key(0), shape)
+    (model, shape), is_text, key = MODELS[name], name == "transformer", jax.random.key(0)
+    x = jax.random.randint(key, shape, 0, TOKENS) if is_text else jax.random.uniform(key, shape)
     if name == "autoencoder":
         return Task(model, ng.losses.sigmoid_binary_cross_entropy, Part(x, x))
-    y = jnp.roll(x, -1, axis=1) if name == "transformer" else jnp.arange(len(x)) % 10
+    y = jnp.roll(x, -1, axis=1) if is_text else jnp.arange(len(x)) % 10
     return Task(model, ng.losses.softmax_cross_entropy, Part(x, y))
 
 
@@ -158,12 +145,13 @@ def made(method: Method, task: Task) -> Any:
 
 def sizes(runner: Any) -> dict[str, Any]:
     """Seconds of compilation, bytes and lines; None where nothing is known."""
-    found, memory = runner.program, runner.program and runner.program.memory_analysis()
+    program = runner.program
+    memory = program and program.memory_analysis()
     return {
         "compile_seconds": runner.compile_seconds,
         "held_bytes": sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(runner.carry)),
         "peak_bytes": memory and peak(memory),
-        "program_lines": found and (found.as_text() or "").count("\n"),
+        "program_lines": program and (program.as_text() or "").count("\n"),
     }
 
 
@@ -181,7 +169,7 @@ def flops(method: Method, runner: Any, base: Any) -> dict[str, Any]:
     least, most = (Program(runner.program.as_text(), dearest).flops() / adam for dearest in (False, True))
     every, refresh = method.statistics_every or 1, method.refresh_every or 1
     mean = least + (most - least) / refresh if every in (1, refresh) else None
-    return {"least_flops": finite(least, 3), "most_flops": finite(most, 3), "bound": mean and finite(mean, 3)}
+    return {"least_flops": significant(least), "most_flops": significant(most), "bound": mean and significant(mean)}
 
 
 def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
@@ -200,8 +188,8 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
     singles = [block(runner, 1) for _ in range(max(40, 2 * method.period))]
     found: dict[str, Any] = flops(method, runner, base)
     for (entry, one), other in zip(sizes(runner).items(), sizes(base).values(), strict=True):
-        found[entry] = one and finite(one, 3)
-        found[entry.split("_")[0]] = finite(one / other, 3) if one and other else None
+        found[entry] = one and significant(one, 9)
+        found[entry.split("_")[0]] = significant(one / other) if one and other else None
     periods = {name: getattr(method, name) for name in ("statistics_every", "refresh_every")}
     times = {
         "milliseconds": 1000 * np.median([mine for mine, _ in pairs]),
@@ -210,12 +198,20 @@ def measure(name: str, task: Task, method: Method) -> dict[str, Any]:
         "most": max(ratios),
         "p95": np.percentile(singles, 95) / np.median(singles),
     }
-    times = {entry: finite(number, 3) for entry, number in times.items()}
+    times = {entry: significant(number) for entry, number in times.items()}
     return {"model": name, "method": method.name, **periods, **machine(), **times, **found}
 
 
-def run(output: Path, models: tuple[str, ...], methods: tuple[str, ...] = ()) -> Records:
-    """Measure and keep what is asked for, and Adam; the newest records of this machine."""
+def run(
+    output: Path = Path("results"), models: tuple[str, ...] = ("autoencoder", "cnn"), methods: tuple[str, ...] = ()
+) -> Records:
+    """Measure and keep what is asked for, and Adam; show the newest records of this machine.
+
+    Args:
+        output: folder of the records and of the picture.
+        models: "autoencoder", "cnn", "transformer", or "tiny", a dense net of a few units.
+        methods: names as in the table or as in the package; none for all. Adam is always measured.
+    """
     models = tuple(chosen(MODELS, models))
     asked = chosen(dict.fromkeys(name for method in METHODS for name in (method.name, method.of)), methods)
     wanted = [method for method in METHODS if method is ADAM or {method.name, method.of} & {*asked}]
@@ -223,7 +219,9 @@ def run(output: Path, models: tuple[str, ...], methods: tuple[str, ...] = ()) ->
     made(ADAM, noise("tiny"))  # a process loads the compiler with its first program
     for name, method in track([(name, method) for name in tasks for method in wanted], "measuring"):
         keep(path, [measure(name, tasks[name], method)])
-    return [record for record in newest(kept(path, machine())) if record["model"] in models]
+    found = [record for record in newest(kept(path, machine())) if record["model"] in models]
+    figures.present(SHOWN, found, output)
+    return found
 
 
 def newest(records: Records) -> Records:
@@ -235,31 +233,28 @@ def newest(records: Records) -> Records:
 
 
 FIGURES = {
-    "step": ("a step", ("step",)),
-    "compile": ("compilation", ("compile",)),
-    "memory": ("memory: held between steps (dark) / peak (light)", ("held", "peak")),
+    "a step": ("step",),
+    "compilation": ("compile",),
+    "memory: held between steps (dark) / peak (light)": ("held", "peak"),
 }
-"""Panels: their titles, and the ratios in each."""
+"""Panels, and the ratios in each."""
 COLUMNS = (
     *(("statistics", "statistics_every"), ("refresh", "refresh_every"), ("ms", "milliseconds"), ("x Adam", "step")),
     *(("range", "range"), ("compile s", "compile_seconds"), ("x Adam", "compile"), ("held MB", "held_bytes")),
-    *(("x Adam", "held"), ("peak MB", "peak_bytes"), ("x Adam", "peak")),
+    *(("x Adam", "held"), ("peak MB", "peak_bytes"), ("x Adam", "peak"), ("p95 / median", "p95")),
+    *(("program lines", "program_lines"), ("x Adam", "program"), ("flops x Adam, nothing due", "least_flops")),
+    *(("all due", "most_flops"), ("bound", "bound")),
 )
-LATER = (
-    *(("p95 / median", "p95"), ("program lines", "program_lines"), ("x Adam", "program")),
-    *(("flops x Adam, nothing due", "least_flops"), ("all due", "most_flops"), ("bound", "bound")),
-)
-"""Headings and figures; older records do not have the later ones."""
+"""Headings and figures; older records do not have the last six."""
 COLORS = ("#1f5f99", "#a9c4de")
 
 
 def table(records: Records) -> Table:
     """Every figure, with its ratio to Adam's."""
-    columns = COLUMNS + tuple(pair for pair in LATER if any(record.get(pair[1]) for record in records))
     return figures.table(
         "A step, its compilation and its memory, over those of Adam (x Adam)",
-        ("model", "method", *(heading for heading, _ in columns)),
-        [(record["model"], record["method"], *(cell(record, entry) for _, entry in columns)) for record in records],
+        ("model", "method", *(heading for heading, _ in COLUMNS)),
+        [(record["model"], record["method"], *(cell(record, entry) for _, entry in COLUMNS)) for record in records],
         "A step: median over rounds, and their range; held: parameters and state; MB are a million bytes.",
         names=2,
     )
@@ -283,22 +278,20 @@ def label(record: dict[str, Any]) -> str:
 
 def picture(records: Records) -> Figure:
     """The ratios to Adam's as bars from 1: a row of panels for each model, a panel for each figure."""
-    models = list(dict.fromkeys(record["model"] for record in records))
-    rows = [[record for record in records if record["model"] == model] for model in models]
-    heights = [len(row) for row in rows]
-    size = (16, 1.2 + sum(0.9 + 0.27 * height for height in heights))
-    ratios = {"height_ratios": [height + 3 for height in heights]}
-    figure, axes = figures.panels(len(models), len(FIGURES), figsize=size, gridspec_kw=ratios, sharey="row")
-    for model, row, line in zip(models, rows, axes, strict=True):
-        for axis, (title, ratios) in zip(line, FIGURES.values(), strict=True):
-            bars(axis, row, ratios)
+    models = grouped(records, "model")
+    heights = [len(rows) + 3 for rows in models.values()]
+    size = (16, 1.2 + sum(0.09 + 0.27 * height for height in heights))
+    options: Any = {"figsize": size, "gridspec_kw": {"height_ratios": heights}, "sharey": "row"}
+    figure, axes = figures.panels(len(models), len(FIGURES), **options)
+    for (model, rows), line in zip(models.items(), axes, strict=True):
+        for axis, (title, ratios) in zip(line, FIGURES.items(), strict=True):
+            bars(axis, rows, ratios)
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        line[0].set_yticks(range(len(row)), [label(record) for record in row])
+        line[0].set_yticks(range(len(rows)), [label(record) for record in rows])
         line[0].invert_yaxis()
         line[0].set_ylabel(model, fontweight="bold")
-    figure.suptitle(
-        "Times Adam's, same model (in brackets: steps between statistics, between refreshes)", x=0.01, ha="left"
-    )
+    title = "Times Adam's, same model (in brackets: steps between statistics, between refreshes)"
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -328,22 +321,7 @@ def bars(axis: Axes, records: Records, ratios: tuple[str, ...]) -> None:
 
 SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest, "make bench")
 
-
-def main(
-    output: Path = Path("results"), models: tuple[str, ...] = ("autoencoder", "cnn"), methods: tuple[str, ...] = ()
-) -> None:
-    """Measure, print the table, write the picture.
-
-    Args:
-        output: folder of the records and of the picture.
-        models: "autoencoder", "cnn", "transformer", or "tiny", a dense net of a few units.
-        methods: names as in the table or as in the package; none for all. Adam is always measured.
-    """
-    jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
-    records = run(output, models, methods)
-    figures.present([table(records)], picture(records), output / "speed.png")
-
-
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
     plt.switch_backend("agg")
-    tyro.cli(main, description=figures.question(__doc__))
+    tyro.cli(run, description=figures.question(__doc__))

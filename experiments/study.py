@@ -9,8 +9,8 @@ Rows are kept in a file, and what it has is not run again; a run that is stopped
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,25 +23,13 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import figures
-from experiments.courses import Case, Compiled, Entry, Limits, adam, cosine, grid, in_turn
+from experiments.courses import Case, Compiled, Entry, Limits, adam, cosine, grid, in_turn, natural, staying
 from experiments.records import Records, chosen, keep, kept, machine, state_path
 from experiments.running import Numbers
 
-__all__ = [
-    "Case",
-    "Entry",
-    "Limits",
-    "Numbers",
-    "Options",
-    "Study",
-    "adam",
-    "cosine",
-    "grid",
-    "main",
-    "run",
-    "shared_out",
-]
-"""What the file of a study needs."""
+__all__ = ["Case", "Entry", "Limits", "Numbers", "Study", "adam", "cosine", "grid", "main", "natural", "run"]
+
+TRIAL_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -72,20 +60,14 @@ class Options:
 
 
 class Study(NamedTuple):
-    """An experiment.
+    """An experiment; its name is that of its records, its title stands over its part of the report.
 
     Attributes:
-        name: of its records.
-        title: over its part of the report.
         cases: {problem: how it is made}.
-        entries: {name: method}, or those of a case.
-        limits: of the runs.
-        table: rows -> table.
-        picture: rows -> picture.
+        entries: {name: method, or case -> method}.
         config: numbers that the rows depend on, beside the limits.
         seeds: of the runs; without any the trials are all.
         trial: limits of the trials, if others.
-        trial_seed: their seed.
         is_double: whether it computes in float64.
         command: that makes its records, if not `make` and its name.
         image: name of its picture, if it is another one.
@@ -95,14 +77,13 @@ class Study(NamedTuple):
     name: str
     title: str
     cases: Mapping[str, Callable[[], Case]]
-    entries: Mapping[str, Entry] | Callable[[Case], Mapping[str, Entry]]
+    entries: Mapping[str, Any]
     limits: Limits
     table: Callable[[Records], Table]
     picture: Callable[[Records], Figure] | None = None
     config: Mapping[str, Any] = {}
     seeds: Sequence[int] = (0,)
     trial: Limits | None = None
-    trial_seed: int = 0
     is_double: bool = False
     command: str = ""
     image: str = ""
@@ -120,29 +101,17 @@ class Study(NamedTuple):
         return "seconds" if np.isfinite(self.limits.seconds) else "steps"
 
     def asked(self, options: Options) -> "Study":
-        """The part of it that is asked for; a `ValueError` if there is no problem or method of a name."""
-        entries: Any = self.entries
-        names = chosen(entries, options.methods) if isinstance(entries, Mapping) else options.methods
-        limits = self.limits.shorter(options.steps, options.seconds)
-        trial = self.trial and self.trial.shorter(**{"steps": None, "seconds": None, self.ends: options.trial})
-
-        def those(case: Case) -> Mapping[str, Entry]:
-            found = entries(case) if callable(entries) else entries
-            stays = {"stays": True} if options.stays else {}
-            return {name: found[name]._replace(**stays) for name in names or found}
-
+        """The part of it that is asked for."""
+        short = {"steps": None, "seconds": None, self.ends: options.trial}
+        cases = some(self.cases, options.problems)
         return self._replace(
             name=self.name + "_stays" * options.stays,
-            cases={name: self.cases[name] for name in chosen(self.cases, options.problems)},
-            entries=those,
-            limits=limits,
-            trial=trial,
+            cases={name: partial(staying, make) for name, make in cases.items()} if options.stays else cases,
+            entries=some(self.entries, options.methods),
+            limits=self.limits.shorter(options.steps, options.seconds),
+            trial=self.trial and self.trial.shorter(**short),
             seeds=self.seeds if options.seeds is None or not self.seeds else range(options.seeds),
         )
-
-    def precision(self) -> Any:
-        """A context in which it computes."""
-        return jax.enable_x64(True) if self.is_double else nullcontext()
 
     def known(self, folder: Path) -> Records:
         """Its rows in a folder, at the numbers of the newest."""
@@ -155,19 +124,24 @@ class Study(NamedTuple):
         return [row for row in kept(path, {**key, "trial": True}) if own.items() <= row["config"].items()]
 
 
+def some(there: Mapping[str, Any], asked: Sequence[str]) -> dict[str, Any]:
+    """Those that are asked for; all if none is."""
+    return {name: found for name, found in there.items() if not asked or name in asked}
+
+
 def run(study: Study, folder: Path, is_estimate: bool = False) -> Records:
     """Choose the numbers of every entry, and run all in turn from every seed, but for what is in the folder.
 
     An estimate says how long that will take, and runs nothing.
     """
     path = folder / f"{study.name}.jsonl"
-    with study.precision():
+    with jax.enable_x64(study.is_double):
         return [row for make in study.cases.values() for row in _run(study, make(), path, is_estimate)]
 
 
 def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
     """The rows of a case."""
-    wanted, seeds = study.entries(case) if callable(study.entries) else study.entries, study.seeds
+    seeds, wanted = study.seeds, {name: of(case) if callable(of) else of for name, of in study.entries.items()}
     keys = {name: {**case.fields, "name": name, "config": study.key} for name in wanted}
     tried = {name: study.tried(path, {**case.fields, "name": name}) for name in wanted}
     known = {name: kept(path, keys[name] | {"trial": False}) for name in wanted}
@@ -176,7 +150,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
     about, short = ", ".join(map(str, case.fields.values())), study.trial or study.limits
 
     def made(name: str) -> Compiled:
-        with study.precision():  # which is of a thread
+        with jax.enable_x64(study.is_double):  # which is of a thread
             return Compiled(wanted[name], case, study.limits, study.compiler)
 
     with ThreadPoolExecutor(2) as pool:  # XLA takes one core for a program
@@ -188,7 +162,7 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
         return []
     for name in track(missing, f"{about}: trials"):
         if not tried[name]:
-            some = compiled[name].tried(short.of(wanted[name]), study.trial_seed, bool(seeds))
+            some = compiled[name].tried(short.of(wanted[name]), TRIAL_SEED, bool(seeds))
             tried[name] = [{**keys[name], "trial": True, **machine(), **row} for row in some]
             keep(path, tried[name])
     first = {name: wanted[name].tried[0] for name in missing}
@@ -202,42 +176,22 @@ def _run(study: Study, case: Case, path: Path, is_estimate: bool) -> Records:
             keep(path, known[name][-1:])
             places[name].unlink(missing_ok=True)
     rows = [row for name in wanted for row in (known[name] if seeds else tried[name])]
-    return [row for row in rows if row["seed"] in (seeds or (study.trial_seed,))]
+    return [row for row in rows if row["seed"] in (seeds or (TRIAL_SEED,))]
 
 
-def shared_out(studies: Sequence[Study], options: Options) -> list[tuple[Study, Options]]:
-    """The studies of a file with what is asked of each, without those that have none of the methods or problems.
-
-    A `ValueError` if there is no study with a name that is asked for.
-    """
-    if len(studies) == 1:
-        return [(studies[0], options)]
-    entries: list[Any] = [study.entries for study in studies]  # mappings: others have a file of their own
-    chosen([name for known in entries for name in known], options.methods)
+def parts(studies: Sequence[Study], options: Options) -> list[Study]:
+    """What is asked of the studies of a file, without those that have none of it; an unknown name is a `ValueError`."""
+    chosen([name for study in studies for name in study.entries], options.methods)
     chosen([name for study in studies for name in study.cases], options.problems)
-    found = []
-    for study, known in zip(studies, entries, strict=True):
-        own = {
-            "methods": tuple(name for name in options.methods if name in known),
-            "problems": tuple(name for name in options.problems if name in study.cases),
-        }
-        if all(bool(names) == bool(getattr(options, what)) for what, names in own.items()):
-            found.append((study, replace(options, **own)))
-    return found
+    found = [study.asked(options) for study in studies]
+    return [part for part in found if part.entries and part.cases]
 
 
 def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
-    """Ask what is wanted of the studies of a file; run them, print their tables, write their pictures.
-
-    Args:
-        studies: of the file.
-        problems: those that run if none is asked for; all if none is named.
-    """
+    """Ask what is wanted of the studies of a file, by default of some problems; run them, show their rows."""
     plt.switch_backend("agg")
-    description = figures.question(sys.modules["__main__"].__doc__)
-    options = tyro.cli(Options, description=description, default=Options(problems=problems))
-    for study, own in shared_out(studies, options):
-        part = study.asked(own)
+    text = sys.modules["__main__"].__doc__
+    options = tyro.cli(Options, description=figures.question(text), default=Options(problems=problems))
+    for part in parts(studies, options):
         if rows := run(part, options.output, options.estimate):
-            picture = part.picture(rows) if part.picture else None
-            figures.present([part.table(rows)], picture, options.output / f"{part.image or part.name}.png")
+            figures.present(part, rows, options.output)

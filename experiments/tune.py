@@ -1,20 +1,17 @@
 """Which learning rate and damping are best for each method on a problem, if all have the same number of trials?
 
 A trial is a short run from the same start on the same batches; the one with the least training loss at its end is the
-best. Every method tries its usual numbers, of its authors or of earlier trials, and as many more within the ranges of
-`methods`, drawn log-uniformly, one in each stratum. `make autoencoder` and `make classify` take the best that is kept
-here, and make their trials where there are none.
+best. Every method tries its usual numbers, and as many more within the ranges of `methods`. `make autoencoder` and
+`make classify` take the best that is kept, and make trials where there are none.
 
 Expected: with six trials every method within a tenth of its best loss, but for those whose stable settings are a narrow
 diagonal (of K-FAC and its relatives the step is the learning rate over the damping), where half the trials diverge.
 
     make tune                                        (MNIST; some 40 minutes on two cores)
-    make tune ARGS="--problems curves"
     make tune ARGS="--problems 'fashion, 16 channels' --trial 400"
 """
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,6 +21,8 @@ from rich.table import Table
 from experiments import autoencoder, classify, figures, study
 from experiments.figures import ends, setting
 from experiments.records import Records, grouped
+
+LONG = (*autoencoder.STUDIES, *classify.STUDIES)
 
 
 def table(rows: Records, title: str) -> Table:
@@ -44,20 +43,18 @@ def table(rows: Records, title: str) -> Table:
 
 def starred(index: int, rows: Records) -> str:
     """The numbers of a trial; with a star if one of them is the least or the largest that was tried."""
-    text = setting(rows[index]["numbers"])
-    for name, number in rows[index]["numbers"].items():
-        tried = [row["numbers"][name] for row in rows]
-        if min(tried) < max(tried) and number in (min(tried), max(tried)):
-            return f"{text}*"
-    return text
+    chosen = rows[index]["numbers"]
+    tried = ((chosen[name], [row["numbers"][name] for row in rows]) for name in chosen)
+    is_edge = any(min(each) < max(each) and number in (min(each), max(each)) for number, each in tried)
+    return setting(chosen) + "*" * is_edge
 
 
 def picture(rows: Records, title: str) -> Figure:
     """Loss against learning rate, a panel for each tuned method; the color is the damping, a cross a diverged trial."""
     runs = {name: own for name, own in grouped(rows).items() if own[0]["numbers"]}
     columns = min(5, len(runs))
-    size = {"figsize": (0.6 + 2.5 * columns, 0.8 + 2.1 * -(-len(runs) // columns))}
-    figure, axes = figures.panels(-(-len(runs) // columns), columns, sharey=True, **size)
+    lines = -(-len(runs) // columns)
+    figure, axes = figures.panels(lines, columns, sharey=True, figsize=(0.6 + 2.5 * columns, 0.8 + 2.1 * lines))
     highest = max(row["losses"][-1] or 0.0 for row in rows)
     for axis, (name, own) in zip(axes.flat, runs.items(), strict=False):
         rates, dampings = (np.array([row["numbers"][entry] for row in own]) for entry in ("rate", "damping"))
@@ -89,10 +86,9 @@ def picture(rows: Records, title: str) -> Figure:
 def of(whole: study.Study) -> study.Study:
     """The trials of a study alone; they have its records."""
     (label,) = whole.cases
-    entries: Any = whole.entries
     return whole._replace(
         title=f"{whole.title}, trials",
-        entries={name: entry for name, entry in entries.items() if name not in autoencoder.AUTHORS},
+        entries={name: entry for name, entry in whole.entries.items() if name not in autoencoder.AUTHORS},
         seeds=(),
         table=partial(table, title=whole.title),
         picture=partial(picture, title=whole.title),
@@ -102,4 +98,4 @@ def of(whole: study.Study) -> study.Study:
 
 
 if __name__ == "__main__":
-    study.main(*map(of, (*autoencoder.STUDIES, *classify.STUDIES)), problems=("mnist",))
+    study.main(*map(of, LONG), problems=("mnist",))

@@ -29,13 +29,14 @@ import tyro
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 from rich import print as say
+from rich.console import Console
 from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
 from experiments.data import digits
 from experiments.nets import Perceptron
-from experiments.records import State, save, saved
+from experiments.records import save, saved
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
 HERE = Path(__file__).parent
@@ -185,16 +186,16 @@ def train(config: Config, checkpoint: Path) -> Iterator[tuple[int, float]]:
         return jax.make_array_from_callback(rows.shape, apart, lambda part: rows[part])
 
     carry = jax.device_put((variables, tx.init(variables["params"])), everywhere)
-    found, first = saved(checkpoint), 0
-    if found is not None:
-        first = found.rows[-1]["steps"]
-        carry = jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), found.leaves), everywhere)
+    (leaves, rows), first = saved(checkpoint), 0
+    if rows:
+        first = rows[-1]["steps"]
+        carry = jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), leaves), everywhere)
     for number in range(first, config.steps):
         chosen = np.random.default_rng(number).choice(len(images), config.batch, replace=False)
         *carry, loss = step(*carry, spread(images[chosen]), spread(labels[chosen]), jax.random.key(number))
         yield number, float(loss)
         if (number + 1) % config.every == 0 and jax.process_index() == 0:
-            save(checkpoint, State(jax.tree.leaves(jax.device_get(carry)), [{"steps": number + 1}]))
+            save(checkpoint, jax.tree.leaves(jax.device_get(carry)), [{"steps": number + 1}])
 
 
 def table(config: Config, runs: dict[str, Ended]) -> Table:
@@ -224,7 +225,7 @@ def main(config: Config) -> None:
     """Run the story, print its table, and say whether it is as expected."""
     with tempfile.TemporaryDirectory() as folder:
         runs = story(config, Path(folder))
-    figures.present([table(config, runs)], None, Path())
+    Console(width=170).print(table(config, runs))
     one, several, _, again = runs.values()
     far = max(abs(one.losses[step] - several.losses[step]) for step in one.losses)
     say(f"Largest difference between one process and several in the loss of a step: {far:.1e}")

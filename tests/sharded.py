@@ -11,7 +11,6 @@ and a step the direction. Statistics send as much as the gradient, so that they 
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,6 +19,7 @@ import optax
 from collectives import Program
 from devices import on_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -151,7 +151,7 @@ def main() -> None:
     """Compile everything, and print the table."""
     script = "import json; from sharded import *; print(json.dumps(measure(Config())))"
     rows = [row for count in track((1, 2, 4, 8), "compiling") for row in json.loads(on_devices(count, script))]
-    figures.present([table(rows)], None, Path())
+    Console(width=170).print(table(rows))
 
 
 if __name__ == "__main__":

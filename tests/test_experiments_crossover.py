@@ -23,7 +23,7 @@ def test_every_cell_is_measured_and_shown(monkeypatch):
 @pytest.mark.parametrize("name", crossover.METHODS)
 def test_a_step_is_due_for_no_refresh_and_a_refresh_does_both(name):
     bench = crossover.Bench(name, 4, 3)
-    bench.steps(5)
+    bench.time("step", 5)
     assert int(bench.state.metrics.refreshes) == int(bench.state.metrics.statistics) == 1
-    bench.refresh()
+    bench.time("refresh")
     assert int(bench.state.metrics.refreshes) == int(bench.state.metrics.statistics) == 2

@@ -43,14 +43,14 @@ def test_the_published_files_are_read(fashion):
     assert found.train.images.dtype == np.float32 and found.train.images.max() == 1
     assert found.train.images[0, 0, 5, 0] == np.float32(5) / np.float32(255)
     assert list(found.train.labels) == [0, 1, 2] and found.train.labels.dtype == np.int32
-    rows = found.mirrored()
-    assert rows.test.images.shape == (2, 784) and rows.train.labels is rows.train.images
-    np.testing.assert_array_equal(rows.train.images[1], found.train.images[1].ravel())
+    rows = found.train.mirrored()
+    assert rows.images.shape == (3, 784) and rows.labels is rows.images
+    np.testing.assert_array_equal(rows.images[1], found.train.images[1].ravel())
 
 
 def test_a_missing_file_is_named_with_what_to_do(fashion):
     (fashion / "fashion_mnist" / "t10k-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte.gz is missing; NATGRAD_DATA, or --data"):
+    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte.gz is missing; NATGRAD_DATA names"):
         data.fashion_mnist(fashion)
 
 

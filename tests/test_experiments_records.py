@@ -51,10 +51,10 @@ def test_half_a_letter_is_half_a_line(tmp_path):
 
 def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
     path = records.state_path(tmp_path / "classify.jsonl", {"name": "a"})
-    assert path.parent == tmp_path / "classify_states" and records.saved(path) is None
+    assert path.parent == tmp_path / "classify_states" and records.saved(path) == ([], [])
     assert path != records.state_path(tmp_path / "classify.jsonl", {"name": "b"})
     leaves = [np.arange(3.0), np.array(7, np.int32)]
-    records.save(path, records.State(leaves, [{"epoch": 0}]))
+    records.save(path, leaves, [{"epoch": 0}])
 
     def killed(file, *arrays, **named):
         file.write(b"PK half of it")
@@ -62,18 +62,19 @@ def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(np, "savez", killed)
-        records.save(path, records.State(leaves, [{"epoch": 0}, {"epoch": 1}]))
-    found = records.saved(path)
-    assert found.rows == [{"epoch": 0}]
-    for mine, own in zip(found.leaves, leaves, strict=True):
+        records.save(path, leaves, [{"epoch": 0}, {"epoch": 1}])
+    found, rows = records.saved(path)
+    assert rows == [{"epoch": 0}]
+    for mine, own in zip(found, leaves, strict=True):
         assert mine.dtype == own.dtype
         np.testing.assert_array_equal(mine, own)
-    records.save(path, records.State(leaves[:1], [{"epoch": 2}]))
-    assert records.saved(path).rows == [{"epoch": 2}] and len(records.saved(path).leaves) == 1
+    records.save(path, leaves[:1], [{"epoch": 2}])
+    found, rows = records.saved(path)
+    assert rows == [{"epoch": 2}] and len(found) == 1
 
 
 def test_a_number_that_is_not_finite_is_none():
-    assert [records.finite(number, 2) for number in (1.2345, np.nan, -np.inf)] == [1.23, None, None]
+    assert [records.significant(number, 3) for number in (1.2345, np.nan, -np.inf)] == [1.23, None, None]
 
 
 def test_a_machine_is_a_release_of_jax_and_a_device_with_the_cores_that_it_may_use(monkeypatch):

@@ -70,7 +70,7 @@ def test_the_demo_has_every_method_on_both_problems():
     for make in demo.STUDY.cases.values():
         case = make()
         shapes = jax.eval_shape(case.task.init, jax.random.key(0))
-        for entry in demo.entries(case).values():
+        for entry in (make(case) for make in demo.STUDY.entries.values()):
             layers = entry.labels and case.task.capture(entry.labels).layers(shapes, case.task.batch.images)
             jax.eval_shape(entry.make({"horizon": 10.0}, layers).init, shapes["params"])
     rows = [row("classifier", "Adam", [2.0, 1.0, 0.5]), row("classifier", "K-FAC", [2.0, 0.4, 0.1])]
@@ -87,7 +87,7 @@ def test_the_demo_has_every_method_on_both_problems():
 def test_the_race_shows_levels_and_ratios():
     entries = race.STUDY.entries
     assert len(entries["Adam"].tried) == 12 and entries["Adam"].steps == 2000
-    assert [*race.STUDY.asked(Options(methods=("K-FAC",))).entries(None)] == ["K-FAC"]
+    assert [*race.STUDY.asked(Options(methods=("K-FAC",))).entries] == ["K-FAC"]
     shared = {"config": {"levels": [1.0, 0.1]}}
     adam = {"numbers": {"rate": 0.001, "falls": 1}} | shared
     rows = [row("autoencoder", "Adam", [9.0, 0.9, 0.2], seed=seed, **adam) for seed in (0, 1)]

@@ -1,5 +1,7 @@
 """The engine of the short studies: what is chosen, when runs end, what is kept and not run again."""
 
+from itertools import islice
+
 import jax
 import numpy as np
 import optax
@@ -117,11 +119,13 @@ def test_what_is_asked_for_is_a_part_of_a_study_and_what_is_not_there_is_refused
     assert whole.key == {"seconds": 60.0, "trial": 20.0, "a": 1}
     part = whole.asked(study.Options(methods=("two",), seconds=5.0, trial=2.0, seeds=3, stays=True))
     assert part.key == {"seconds": 5.0, "trial": 2.0, "a": 1} and len(part.seeds) == 3
-    assert part.name == "study_stays" and part.entries(None) == {"two": ENTRY._replace(stays=True)}
+    assert part.name == "study_stays" and part.entries == {"two": ENTRY}
+    case = part.cases["line"]()
+    assert [*islice(case.stream(0), 2)] == 2 * [PART]
     assert whole.asked(study.Options()).key == whole.key
     for wrong in ({"methods": ("three",)}, {"problems": ("circle",)}):
         with pytest.raises(ValueError, match=r"There is no \['(three|circle)'\]; there are \['(one|line)'"):
-            whole.asked(study.Options(**wrong))
+            study.parts((whole,), study.Options(**wrong))
 
 
 @pytest.mark.full
@@ -155,7 +159,7 @@ def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
             return np.zeros(0), 1.0
 
     runner, case = Listening(), study.Case({}, None, lambda seed: iter(range(9)), lambda variables: 1.0)
-    course = courses.Course(runner, case, {}, 0, LIMITS, stays)
+    course = courses.Course(runner, courses.staying(lambda: case) if stays else case, {}, 0, LIMITS)
     while not course.is_over:
         course.advance()
     assert [*runner.batches] == seen
@@ -164,8 +168,8 @@ def test_an_entry_that_stays_sees_its_first_batch_alone(stays, seen):
 def test_of_several_studies_those_run_that_have_what_is_asked_for():
     one, other = defaults.WITH_RATES, defaults.WITHOUT
     for methods, expected in (((), [one, other]), (("kfac",), [one]), (("kfac", "kfac, no rate"), [one, other])):
-        found = study.shared_out((one, other), study.Options(methods=methods))
-        assert [each for each, _ in found] == expected
-        assert sorted({name for _, own in found for name in own.methods}) == sorted(methods)
+        found = study.parts((one, other), study.Options(methods=methods))
+        assert [each.title for each in found] == [each.title for each in expected]
+        assert not methods or sorted(name for each in found for name in each.entries) == sorted(methods)
     with pytest.raises(ValueError, match="no \\['sgd'\\]"):
-        study.shared_out((one, other), study.Options(methods=("kfac", "sgd")))
+        study.parts((one, other), study.Options(methods=("kfac", "sgd")))
