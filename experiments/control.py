@@ -12,7 +12,6 @@ Expected: with all the images the quadratic model wins, with 16 it loses, as ste
 long for the others, and a damping that is tested on the 16 images that the step was made for falls too far.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,66 +26,48 @@ from experiments import digits, figures, study
 from experiments.figures import ends
 from experiments.nets import Perceptron
 from experiments.records import Records, grouped
-from experiments.study import Entry, Limits, Numbers, grid
+from experiments.study import Limits, grid
 
-KFAC: dict[str, Any] = {"statistics_every": 2, "refresh_every": 10}
 RATES, DAMPINGS = (0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
 MORE = (1e-4, 1e-3, *DAMPINGS)
 STEPS, LOOKS, BATCHES, CODE, HIDDEN = 300, 30, (16, 128, 1797), (32, 8, 32), (32,)
 LEAST = 1e-6
 """Losses below it are rounding in float32."""
-
-
 NOTHING = "nothing said"
 
 
-def control(make: Callable[..., Any], tried: tuple[Numbers, ...]) -> Entry:
-    """A way of choosing the step: layers, a rate that falls from the one tried, and the other numbers -> optimizer."""
-
-    def made(numbers: Numbers, layers: Any) -> Any:
-        others = {name: number for name, number in numbers.items() if name not in ("rate", "horizon")}
-        return make(layers, study.cosine(numbers.get("rate", 0.0), numbers["horizon"]), **others)
-
-    return Entry(made, tried, stretch=STEPS // LOOKS)
-
-
-def given(layers: Any, rate: Any, damping: Any, bound: Any = None) -> Any:
-    """A given rate, and maybe a step shortened by the KL clip."""
-    return ng.kfac(rate, layers, damping=damping, kl_clip=bound, **KFAC)
-
-
-def grafted(layers: Any, rate: Any, damping: Any) -> Any:
+def grafted(layers: Any, learning_rate: Any, **options: Any) -> Any:
     """The direction is K-FAC's, the length of every array of parameters Adam's."""
-    direction = ng.graft(ng.scale_by_kfac(layers, damping=damping, **KFAC), optax.scale_by_adam())
-    return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(rate))
+    direction = ng.graft(ng.scale_by_kfac(layers, **options), optax.scale_by_adam())
+    return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
 
 
-def of_model(layers: Any, rate: Any, damping: Any, momentum: Any = "quadratic") -> Any:
-    """The learning rate comes from the model, and maybe the momentum."""
-    return ng.kfac("quadratic", layers, damping=damping, momentum=momentum, **KFAC)
+def clipped(bound: Any, **options: Any) -> Any:
+    """K-FAC, its step shortened by the KL clip."""
+    return ng.kfac(kl_clip=bound, **options)
 
 
-def adapted(layers: Any, rate: Any, momentum: Any) -> Any:
-    """The damping adapts itself beside a given rate."""
-    return ng.kfac(rate, layers, damping=ng.adaptive_damping(), momentum=momentum, **KFAC)
+def bounded(least: Any, **options: Any) -> Any:
+    """K-FAC with a damping that adapts itself above a bound."""
+    return ng.kfac(damping=replace(ng.adaptive_damping(), least=least), **options)
 
 
-def adaptive(layers: Any, rate: Any, least: Any) -> Any:
-    """Everything comes from the model; the damping stays above a bound."""
-    return of_model(layers, rate, replace(ng.adaptive_damping(), least=least))
-
-
+control = partial(study.natural, stretch=STEPS // LOOKS, statistics_every=2, refresh_every=10)
+of_model = partial(control, learning_rate="quadratic")
+adaptive = partial(of_model, bounded, momentum="quadratic")
 CONTROLS = {
-    "learning rate": control(given, grid(rate=RATES, damping=DAMPINGS)),
-    "learning rate, KL clip": control(given, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
+    "learning rate": control(ng.kfac, grid(rate=RATES, damping=DAMPINGS), kl_clip=None),
+    "learning rate, KL clip": control(clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
     "learning rate, Adam's length": control(grafted, grid(rate=(0.003, 0.01, 0.03, 0.1), damping=DAMPINGS)),
-    "quadratic rate": control(of_model, grid(damping=MORE, momentum=(0.0,))),
-    "quadratic rate, momentum 0.9": control(of_model, grid(damping=MORE, momentum=(0.9,))),
-    "quadratic rate and momentum": control(of_model, grid(damping=MORE)),
-    "adaptive damping, learning rate": control(adapted, grid(rate=RATES[1:], momentum=(0.0, 0.9))),
-    "everything adaptive": control(adaptive, grid(least=(1e-8,))),
-    "everything adaptive, bounded": control(adaptive, grid(least=MORE)),
-    NOTHING: control(lambda layers, rate: ng.kfac(layers=layers, **KFAC), ({},)),
+    "quadratic rate": of_model(ng.kfac, grid(damping=MORE, momentum=(0.0,))),
+    "quadratic rate, momentum 0.9": of_model(ng.kfac, grid(damping=MORE, momentum=(0.9,))),
+    "quadratic rate and momentum": of_model(ng.kfac, grid(damping=MORE), momentum="quadratic"),
+    "adaptive damping, learning rate": control(
+        ng.kfac, grid(rate=RATES[1:], momentum=(0.0, 0.9)), damping=ng.adaptive_damping()
+    ),
+    "everything adaptive": adaptive(grid(least=(1e-8,))),
+    "everything adaptive, bounded": adaptive(grid(least=MORE)),
+    NOTHING: control(ng.kfac),
 }
 
 

@@ -173,10 +173,14 @@ def curves(
     *,
     across: str = "log",
     up: str = "log",
-    levels: Mapping[str, float] = {},
+    levels: Sequence[float] = (),
+    rivals: Sequence[str] = (),
     units: tuple[str, str] = ("seconds of training", "steps"),
 ) -> Figure:
-    """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick."""
+    """Losses against seconds and steps, a row of panels for each problem: every run thin, the middle one thick.
+
+    Dotted is the last of the `goals` by levels or rivals.
+    """
     problems, before = grouped(rows, "problem"), []
     figure, axes = panels(len(problems), 2, figsize=(11, 0.8 + 3.6 * len(problems)), sharey="row")
     first = int(across == "log")  # there is no step 0
@@ -192,8 +196,8 @@ def curves(
         for axis, unit in zip(pair, units, strict=True):
             axis.set(xscale=across, yscale=up, xlabel=unit)
             plain(axis.xaxis, "")
-            if problem in levels:
-                axis.axhline(levels[problem], color="grey", linewidth=0.8, linestyle=":", zorder=0)
+            for goal in goals(methods, levels, rivals)[-1:]:
+                axis.axhline(goal, color="grey", linewidth=0.8, linestyle=":", zorder=0)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
         if [*methods] != before:
@@ -272,6 +276,11 @@ def reached(row: Mapping[str, Any], level: float) -> tuple[float, float]:
     return next(found, (np.inf, np.inf))
 
 
+def goals(runs: Mapping[str, Records], levels: Sequence[float], rivals: Sequence[str]) -> Sequence[float]:
+    """Some levels of the loss; without any the one where the first of the rivals that ran ends, if one did."""
+    return levels or [float(np.median(ends(runs[name]))) for name in rivals if name in runs][:1]
+
+
 def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[float] = (), note: str = "") -> Table:
     """Where methods end, when they reach some levels, and the seconds to the last level over those of rivals.
 
@@ -281,13 +290,13 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
     there = [name for name in rivals if any(row["name"] == name for row in rows)]
     for problem, some in grouped(rows, "problem").items():
         runs = grouped(some)
-        goals = levels or (float(np.median(ends(runs[there[0]]))) if there else -np.inf,)
+        wanted = goals(runs, levels, rivals) or [np.nan]
         for own in runs.values():
             cells = []
-            for goal in goals:
+            for goal in wanted:
                 steps, seconds = np.median([reached(row, goal) for row in own], axis=0)
                 cells.append(f"{steps:.0f} / {seconds:.3g} s" if np.isfinite(steps) else "-")
-            cells += [ratio(own, runs[name], goals[-1]) for name in there if name in runs]
+            cells += [ratio(own, runs[name], wanted[-1]) for name in there if name in runs]
             pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
             chosen = (f"{name} {number:g}" for name, number in own[0]["numbers"].items())
             name = ", ".join([own[0]["name"], *chosen])

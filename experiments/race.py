@@ -14,18 +14,15 @@ kfac-jax, whose steps are of the same kind.
     make race ARGS="--seeds 1 --methods Adam K-FAC"
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import optax
-from matplotlib.figure import Figure
-from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import digits, figures, study
 from experiments.methods import ADAPTIVE
 from experiments.nets import Perceptron
-from experiments.records import Records
 from experiments.running import Peer, has_peer
 from experiments.study import Entry, Limits, Numbers
 
@@ -43,20 +40,10 @@ CONFIG = {
 }
 
 
-def ours(method: Callable[..., Any], **options: Any) -> Entry:
-    """A method that chooses its own steps."""
-    return Entry(lambda numbers, layers: method(layers=layers, **ADAPTIVE | options))
-
-
 def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
     """Adam at a rate that is constant (`falls` is 0) or falls like a cosine (1)."""
     falls, fall = numbers["falls"], study.cosine(1.0, numbers["horizon"])
     return optax.adam(lambda count: numbers["rate"] * (1 - falls + falls * fall(count)))
-
-
-def peer(task: Any) -> Peer:
-    """That of kfac-jax."""
-    return Peer(task, CONFIG["peer_damping"], inverse_update_period=5)
 
 
 def case() -> study.Case:
@@ -64,17 +51,8 @@ def case() -> study.Case:
     return digits.case(Perceptron(WIDTHS), digits.rows(digits.images(28)), BATCH, {"problem": "autoencoder"})
 
 
-def table(rows: Records) -> Table:
-    """When each level was reached, and the last one beside Adam and kfac-jax."""
-    title, note = "Steps and seconds to a gap", "Gap: loss above the entropy of the pixels, nats an image."
-    return figures.outcome(rows, title, (ADAM, PEER), rows[0]["config"]["levels"], note)
-
-
-def picture(rows: Records) -> Figure:
-    """Losses against seconds and steps."""
-    return figures.curves(rows, "training loss above its floor, nats an image", levels={"autoencoder": min(LEVELS)})
-
-
+ours = partial(study.natural, **ADAPTIVE)
+peer = partial(Peer, damping=CONFIG["peer_damping"], inverse_update_period=5)
 STUDY = study.Study(
     "race",
     "The race by steps that choose themselves",
@@ -88,8 +66,14 @@ STUDY = study.Study(
         **({PEER: Entry(None, peer=peer)} if has_peer() else {}),
     },
     Limits(250, 5, level=min(LEVELS)),
-    table,
-    picture,
+    partial(
+        figures.outcome,
+        title="Steps and seconds to a gap",
+        rivals=(ADAM, PEER),
+        levels=LEVELS,
+        note="Gap: loss above the entropy of the pixels, nats an image.",
+    ),
+    partial(figures.curves, label="training loss above its floor, nats an image", levels=LEVELS),
     CONFIG,
     seeds=range(5),
 )

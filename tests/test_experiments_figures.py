@@ -36,7 +36,9 @@ def test_curves_have_a_row_of_panels_for_a_problem_and_the_middle_run_of_a_metho
         for end in last
     ]
     assert middle(rows[:3]) is rows[2] and list(ends(rows[2:4])) == [2.0, np.inf]
-    figure = curves(rows, "loss", across="linear", levels={"one": 1.0, "two": 2.0})
+    figure = curves(rows, "loss", across="linear", rivals=("K-FAC", "Adam"))
     assert [len(axis.lines) for axis in figure.axes] == [5, 5, 2, 2]
+    assert [axis.lines[-1].get_ydata()[0] for axis in figure.axes] == [np.inf, np.inf, 1.0, 1.0]
+    assert [len(axis.lines) for axis in curves(rows, "loss").axes] == [4, 4, 1, 1]
     assert [line.get_linewidth() for line in figure.axes[0].lines[:3]] == [0.6, 0.6, 1.8]
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["Adam", "K-FAC"]

@@ -81,18 +81,17 @@ def test_the_demo_has_every_method_on_both_problems():
         ["10 / 1 s", "5 / 0.5 s"],
         ["1.00", "0.50"],
     ]
-    assert len(demo.picture(rows).axes) == 2
+    assert len(demo.STUDY.picture(rows).axes) == 2
 
 
 def test_the_race_shows_levels_and_ratios():
     entries = race.STUDY.entries
     assert len(entries["Adam"].tried) == 12 and entries["Adam"].steps == 2000
     assert [*race.STUDY.asked(Options(methods=("K-FAC",))).entries] == ["K-FAC"]
-    shared = {"config": {"levels": [1.0, 0.1]}}
-    adam = {"numbers": {"rate": 0.001, "falls": 1}} | shared
+    adam = {"numbers": {"rate": 0.001, "falls": 1}}
     rows = [row("autoencoder", "Adam", [9.0, 0.9, 0.2], seed=seed, **adam) for seed in (0, 1)]
-    rows += [row("autoencoder", "K-FAC", [9.0, end, 0.05], seed=seed, **shared) for seed, end in enumerate((0.09, 0.5))]
-    table = race.table(rows)
+    rows += [row("autoencoder", "K-FAC", [9.0, end, 0.05], seed=seed) for seed, end in enumerate((0.09, 0.5))]
+    table = partial(race.STUDY.table, levels=(1.0, 0.1))(rows)
     assert list(table.columns[1].cells) == ["Adam, rate 0.001, falls 1", "K-FAC"]
     assert list(table.columns[5].cells) == ["-", "8 / 0.75 s"]
     assert list(table.columns[6].cells) == ["-", "<0.75 (0.50-1.00)"]
