@@ -54,6 +54,7 @@ class Entry(NamedTuple):
         steps: most of them, if others than those of the study.
         look: steps between two looks at the loss, if others than those of the study, or of a program.
         stretch: steps that are compiled into one program; they divide those of a look.
+        product_stride: of the capture.
         is_static: whether each of the numbers is compiled by itself.
         peer: task -> what runs instead of a `Runner`.
         stays: whether it stays on the first batch of the stream.
@@ -66,6 +67,7 @@ class Entry(NamedTuple):
     steps: int | None = None
     look: int | None = None
     stretch: int = 1
+    product_stride: int = 1
     is_static: bool = False
     peer: Callable[[Any], Peer] | None = None
     stays: bool = False
@@ -115,6 +117,7 @@ def natural(
     tried: tuple[Numbers, ...] = ({},),
     labels: Labels | None = "sampled",
     stretch: int = 1,
+    product_stride: int = 1,
     **options: Any,
 ) -> Entry:
     """A method of the package with options; of what is tried "rate" falls like a cosine, the rest are keywords."""
@@ -125,7 +128,7 @@ def natural(
             given["learning_rate"] = cosine(numbers["rate"], numbers["horizon"])
         return method(layers=layers, **given, **options)
 
-    return Entry(make, tried, labels, stretch=stretch)
+    return Entry(make, tried, labels, stretch=stretch, product_stride=product_stride)
 
 
 def adam(tried: tuple[Numbers, ...], stretch: int = 1) -> Entry:
@@ -204,7 +207,8 @@ class Compiled:
         """Compile, with options of XLA."""
         self.entry, self.limits = entry, limits.of(entry)
         self._case = staying(lambda: case) if entry.stays else case
-        options: Any = {"stretch": entry.stretch, "clock": self.limits.clock, "compiler": compiler}
+        options: Any = {"stretch": entry.stretch, "product_stride": entry.product_stride}
+        options |= {"clock": self.limits.clock, "compiler": compiler}
 
         def runner(numbers: Numbers) -> Any:
             if entry.peer:

@@ -3,8 +3,9 @@
 The digits of 8x8 pixels that scikit-learn ships, by a convnet and by dense layers with tanh. Every complete optimizer
 is given a learning rate from 0.001 to 1 and nothing else, once with its own `kl_clip` and once with none; then methods
 without a learning rate train with batches from 32 images to all of them, beside K-FAC and Adam with rates that fall to
-zero like a cosine. Losses are those of all the images after the last step; "over": above the loss at the start, or not
-finite.
+zero like a cosine. "elsewhere" are forty steps with a learning rate alone of an autoencoder, a transformer on letters
+and a ResNet with batch normalisation. Losses are those of all the images after the last step, or of what the other two
+are measured on; "over": above the loss at the start, or not finite.
 
 Expected: with the clip no cell diverges, and the best cell of a row is as good as without. Without a learning rate
 large batches are far ahead, since the steps become Newton's, and small ones do not blow up.
@@ -20,7 +21,9 @@ from flax import linen as nn
 from rich.table import Table
 
 import natgrad_jax as ng
-from experiments import digits, figures, study
+from experiments import digits, figures, study, text
+from experiments.data import digits as digits_of
+from experiments.data import endless
 from experiments.figures import ends
 from experiments.nets import Convnet, Perceptron
 from experiments.records import Records
@@ -68,6 +71,25 @@ def case(net: str, batch: int) -> study.Case:
     return digits.case(NETS[net], digits.images(), batch, {"problem": net, "batch": batch})
 
 
+def resnet() -> study.Case:
+    """A ResNet of 8 layers on the digits in colour; its loss is that of 512 of them, normalised by their moments."""
+    images = digits_of(32, 3).train
+    task, few = Task(ResNet(8, 8), digits.CLASSES, images.first(BATCH), {"train": True}), images.first(512)
+
+    @jax.jit
+    def loss(variables):
+        outputs, _ = task.model.apply(variables, few.images, train=True, mutable=["batch_stats"])
+        return digits.CLASSES(outputs, few.labels)
+
+    return study.Case({"problem": "resnet"}, task, partial(endless, images, BATCH), lambda found: float(loss(found)))
+
+
+def autoencoder() -> study.Case:
+    """An autoencoder of the digits with a code of 30 numbers."""
+    net, fields = Perceptron((250, 30, 250), linear=1), {"problem": "autoencoder"}
+    return digits.case(net, digits.rows(digits.images(28)), BATCH, fields)
+
+
 def table(rows: Records, title: str) -> Table:
     """Final losses: of one run, or the median of several with the worst in brackets."""
 
@@ -108,5 +130,17 @@ WITHOUT = study.Study(
     seeds=range(5),
 )
 
+ELSEWHERE = study.Study(
+    "defaults_elsewhere",
+    "With a learning rate alone, elsewhere",
+    {"autoencoder": autoencoder, "transformer": partial(text.case, 16, 32, 32), "resnet": resnet},
+    {name: one for name, one in with_rates().items() if "None" not in name},
+    Limits(40, 40),
+    partial(table, title="With a learning rate alone: 40 steps"),
+    config={"rates": [*RATES]},
+    seeds=(),
+    command='make defaults ARGS="--problems autoencoder transformer resnet"',
+)
+
 if __name__ == "__main__":
-    study.main(WITH_RATES, WITHOUT)
+    study.main(WITH_RATES, WITHOUT, ELSEWHERE)

@@ -120,9 +120,9 @@ class Task(NamedTuple):
         outputs = {name: function(variables["params"], x[name]) for name, function in self.functions.items()}
         return sum(jnp.mean((outputs[name] - y[name]) ** 2) / 2 for name in outputs)
 
-    def capture(self, labels: Any) -> Any:
+    def capture(self, labels: Any, product_stride: int = 1) -> Any:
         """What watches the two terms, as functions of variables."""
-        options: Any = {"jacobian": "examples", "verify": False}  # what the suite verifies
+        options: Any = {"jacobian": "examples", "product_stride": product_stride, "verify": False}  # the suite verifies
         squared, functions = ng.losses.squared_error, self.functions.items()
         terms = ng.terms({name: ng.capture(function, squared, **options) for name, function in functions})
         return SimpleNamespace(

@@ -33,8 +33,9 @@ from experiments.figures import markdown, series
 from experiments.records import Records, grouped
 
 OTHERS = (
-    *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY, race.STUDY),
-    *(control.STUDY, demo.STUDY, defaults.WITH_RATES, defaults.WITHOUT),
+    *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY),
+    *(race.STUDY, race.MNIST, race.CURVES, control.STUDY, demo.STUDY),
+    *(defaults.WITH_RATES, defaults.ELSEWHERE, defaults.WITHOUT),
 )
 PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in tune.LONG), *((each,) for each in OTHERS)]
 """What shares a part of the page: runs and their trials, or one experiment."""

@@ -50,9 +50,9 @@ class Task(NamedTuple):
         loss = jax.jit(self.loss)
         return lambda variables: float(np.mean([loss(variables, *part) for part in parts]))
 
-    def capture(self, labels: Labels) -> Any:
+    def capture(self, labels: Labels, product_stride: int = 1) -> Any:
         """What watches the model."""
-        return ng.linen.capture(self.model, self.likelihood, labels=labels)
+        return ng.linen.capture(self.model, self.likelihood, labels=labels, product_stride=product_stride)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -82,18 +82,20 @@ class Runner:
         labels: Labels | None = "sampled",
         *,
         stretch: int = 1,
+        product_stride: int = 1,
         clock: Callable[[], float] = time.perf_counter,
         compiler: Mapping[str, Any] = {},
     ):
         """Watch the model, unless the labels are None, and stand at the start.
 
-        A program has `stretch` steps; the clock says seconds; of the options of XLA those count that this release has.
+        A program has `stretch` steps; products with F are of every `product_stride`-th example; the clock says seconds;
+        of the options of XLA those count that this release has.
         """
         self._task, self._stretch, self._clock, self._compiler = task, stretch, clock, compiler
         self._capture, layers = None, None
         if labels:
             variables = jax.eval_shape(task.init, jax.random.key(0))
-            self._capture = task.capture(labels)
+            self._capture = task.capture(labels, product_stride)
             layers = self._capture.layers(variables, task.batch.images, **task.options)
         self._optimizer = lambda numbers: optax.with_extra_args_support(make(numbers, layers))
         self._start = jax.jit(lambda numbers, params: self._optimizer(numbers).init(params))

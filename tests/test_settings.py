@@ -72,7 +72,7 @@ def test_what_methods_share_means_and_defaults_the_same_but_where_a_class_says_s
             defaults.setdefault(keyword, set()).add(str(parameter.default))
     for shared in ("weight_decay", "weight_decay_mask", "max_factor_dim", "block_size", "merge"):
         assert defaults[shared] == {"None"}
-    assert defaults["kl_clip"] == {"0.001", "0.01"}
+    assert defaults["kl_clip"] == {"0.001", "0.003", "0.01", "0.1"}
     assert defaults["momentum"] == {"0.9", "0.95"} and defaults["refresh_every"] == {"100", "10"}
 
 

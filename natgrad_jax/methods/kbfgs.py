@@ -151,7 +151,7 @@ class KBFGSOptimizer(Settings):
         "bound on a step s of gradient g, momentum in front: the largest product -learning_rate <g, s>, as that of "
         "`clip_by_kl`; None for none.",
         Number(),
-    ] = 1e-2
+    ] = 0.1
 
     def completed(self, learning_rate: ScalarOrSchedule, layers: Layers) -> Transformation:
         """The complete optimizer for the layers of a model."""

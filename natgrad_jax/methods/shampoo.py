@@ -119,7 +119,7 @@ class ShampooOptimizer(Completed, Shampoo):
         "average unbiased: a learning rate that is tuned for Adam then carries over. None for its own.",
     ] = None
     graft_decay: Annotated[Scalar, "weight of the old value in that average.", Number(below=1)] = 0.999
-    kl_clip: Scalar | None = 1e-2  # its directions are divided by a root: no divergence, and longer
+    kl_clip: Scalar | None = 0.1  # its directions are divided by a root: no divergence, and longer
     damping: Damping = 0.01
     smoothing = staticmethod(optax.trace)
 

@@ -319,8 +319,8 @@ class Completed(Settings):
     kl_clip: Annotated[
         Scalar | None,
         "bound of `clip_by_kl` on how far a step may move the model: on the product of gradient and direction times "
-        "the squared learning rate. With 1e-3 no learning rate from 1e-3 to 1 diverged in our trials; the scripts of "
-        "the TENGraD authors have 1e-2. A loss that sums many outputs needs a larger bound. None for none.",
+        "the squared learning rate. With the defaults no learning rate from 1e-3 to 1 diverged in our trials; the "
+        "scripts of the TENGraD authors have 1e-2. A loss that sums many outputs needs a larger bound. None for none.",
         Number(),
     ] = 1e-3
 
