@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from flax import linen as nn
@@ -25,8 +26,9 @@ from experiments import digits, figures, study, text
 from experiments.data import digits as digits_of
 from experiments.data import endless
 from experiments.figures import ends
-from experiments.nets import Convnet, Perceptron
+from experiments.nets import Convnet, Perceptron, ResNet
 from experiments.records import Records
+from experiments.running import Task
 from experiments.study import Entry, Limits, Numbers, cosine
 
 NETS: Mapping[str, nn.Module] = {
