@@ -109,14 +109,13 @@ def natural_gradient(model: nn.Module, params: Any, images: jax.Array, labels: j
     """d* [P] = (F + damping I)^-1 gradient, of all parameters together, in the order of `ravel_pytree`, by autodiff."""
     flat, tree = ravel_pytree(params)
 
-    def logits(flat: jax.Array, image: jax.Array) -> jax.Array:
+    def chances(flat: jax.Array, image: jax.Array) -> jax.Array:
         outputs: Any = model.apply({"params": tree(flat)}, image[None])
-        return outputs[0]
+        return jax.nn.log_softmax(outputs[0])
 
-    jacobian = jax.vmap(jax.jacrev(logits), (None, 0))(flat, images)  # [N, C, P]
-    p = jax.nn.softmax(jax.vmap(logits, (None, 0))(flat, images))
-    gradient = jnp.einsum("nc,ncp->p", p - jax.nn.one_hot(labels, p.shape[-1]), jacobian) / len(images)
-    curved = p[..., None] * (jacobian - jnp.einsum("nc,ncp->np", p, jacobian)[:, None])  # diag(p) - p p^T
-    fisher = jnp.einsum("ncp,ncq->pq", jacobian, curved) / len(images)
+    p = jnp.exp(jax.vmap(chances, (None, 0))(flat, images))
+    scores = jax.vmap(jax.jacrev(chances), (None, 0))(flat, images)  # [N, C, P]
+    gradient = -jnp.mean(scores[jnp.arange(len(labels)), labels], axis=0)
+    fisher = jnp.einsum("nc,ncp,ncq->pq", p, scores, scores) / len(images)
     damped = fisher + damping * jnp.eye(len(flat))
     return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)
