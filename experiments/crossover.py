@@ -80,13 +80,10 @@ def cell(width: int, batch: int) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
     benches = [Bench(name, width, batch) for name in METHODS]
     counts = [int(np.clip(np.ceil(LEAST / bench.time("step")), 1, 100)) for bench in benches]
-    times = {
-        "step": [[bench.time("step", n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
-        "refresh": [[bench.time("refresh") for bench in benches] for _ in range(ROUNDS)],
-    }
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state)) for bench in benches]
     found: dict[str, Any] = {"pair": [*METHODS], "width": width, "batch": batch, "bytes": sizes}
-    for name, rounds in times.items():
+    for name, often in {"step": counts, "refresh": (1, 1)}.items():
+        rounds = [[bench.time(name, n) for bench, n in zip(benches, often, strict=True)] for _ in range(ROUNDS)]
         found[f"{name}_ms"] = [significant(number, 4) for number in np.median(rounds, axis=0)]
         found[name] = significant(np.median([mine / other for mine, other in rounds]), 4)
     return found | {"state": significant(sizes[0] / sizes[1], 4)}

@@ -183,11 +183,9 @@ def holds(row: dict[str, Any], name: str) -> bool:
 def parted(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]], str]:
     """{(model, stage): its layers}, {stage: {method: its angles}}, and a title."""
     layers, angles = ([row for row in records if ("layer" in row) == of_layer] for of_layer in (True, False))
-    blocks: dict[tuple[str, str], Records] = {}
-    for row in layers:
-        blocks.setdefault((row["model"], row["stage"]), []).append(row)
     directions = {stage: grouped(rows, "method") for stage, rows in grouped(angles, "stage").items()}
-    return blocks, directions, f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+    title = f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+    return grouped(layers, "model", "stage"), directions, title
 
 
 def table(records: Records) -> Table:

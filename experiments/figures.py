@@ -69,15 +69,10 @@ def pivot(
     Row -> heading of its column, the rows of a cell -> its text, a dash where there are none; the options are `title`,
     `headings` of the lines, and those of `table`.
     """
-    cells: dict[tuple[str, ...], dict[str, Records]] = {}
-    for row in rows:
-        line = cells.setdefault(tuple(str(row[entry]) for entry in lines), {})
-        line.setdefault(column(row), []).append(row)
-    columns = list(dict.fromkeys(heading for line in cells.values() for heading in line))
-    texts = [
-        (*names, *(cell(line[heading]) if heading in line else "-" for heading in columns))
-        for names, line in cells.items()
-    ]
+    cells = grouped([row | {"heading": column(row)} for row in rows], *lines, "heading")
+    names, columns = dict.fromkeys(key[:-1] for key in cells), dict.fromkeys(key[-1] for key in cells)
+    wanted = {name: [cells.get((*name, heading)) for heading in columns] for name in names}
+    texts = [(*map(str, name), *(cell(own) if own else "-" for own in line)) for name, line in wanted.items()]
     headings = (*options.pop("headings"), *columns)
     return table(options.pop("title"), headings, texts, names=len(lines), **options)
 

@@ -138,7 +138,7 @@ def made(method: Method, task: Task) -> Any:
         jax.clear_caches()  # compilation is measured with empty ones
     else:
         options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
-        runner = Peer(task, 1.0, FIXED | {"momentum": 0.9}, **options)
+        runner = Peer(task, FIXED | {"momentum": 0.9}, **options)
     runner.run([task.batch])
     return runner
 
@@ -226,10 +226,9 @@ def run(
 
 def newest(records: Records) -> Records:
     """The newest record of every method on every model, in the order of the methods; then of those not known here."""
-    entries = ("model", "method", "statistics_every", "refresh_every")
-    found = {tuple(record[entry] for entry in entries): record for record in records}
+    found = grouped(records, "model", "method", "statistics_every", "refresh_every")
     order = [(name, method.name, *method[3:5]) for name in MODELS for method in METHODS]
-    return [found[one] for one in (*filter(found.__contains__, order), *(one for one in found if one not in order))]
+    return [found[one][-1] for one in dict.fromkeys((*order, *found)) if one in found]
 
 
 FIGURES = {
