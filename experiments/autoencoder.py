@@ -97,11 +97,11 @@ def steps_below(runs: Records, level: float) -> float:
     """Steps until a stretch of batches has a mean loss below a level, the median of runs; 0 without any run."""
     found = []
     for run in runs:
-        ends, losses = [], []
+        ends = [np.inf]
         for first, last, parts in zip(run["steps"], run["steps"][1:], run["batch_losses"][1:], strict=False):
-            ends += [*np.linspace(first, last, len(parts) + 1)[1:]]
-            losses += [np.inf if part is None else part for part in parts]
-        found.append(next((end for end, loss in zip(ends, losses, strict=True) if loss < level), np.inf))
+            stretches = zip(np.linspace(first, last, len(parts) + 1)[1:], parts, strict=True)
+            ends += [end for end, loss in stretches if loss is not None and loss < level]
+        found.append(min(ends))
     return float(np.median(found)) if found else 0.0
 
 

@@ -217,13 +217,17 @@ def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs])
 
 
-def last(rows: Records, form: str = ".2g", **options: str) -> Table:
-    """A table of the last losses of methods and, in brackets, their steps, by problems: medians."""
+def last(rows: Records, title: str, caption: str, form: str = ".2g") -> Table:
+    """A table of the last losses of methods and, in brackets, their steps, by problems: medians.
+
+    The title may name numbers of the config, as "{seconds:g}".
+    """
 
     def cell(runs: Records) -> str:
         return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
 
-    return pivot(rows, ["name"], lambda row: row["problem"], cell, headings=["method"], **options)
+    options: Any = {"title": title.format(**rows[0]["config"]), "headings": ["method"], "caption": caption}
+    return pivot(rows, ["name"], lambda row: row["problem"], cell, **options)
 
 
 def series(runs: Records, entry: str = "losses") -> np.ndarray:

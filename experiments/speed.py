@@ -147,18 +147,13 @@ def sizes(runner: Any) -> dict[str, Any]:
     """Seconds of compilation, bytes and lines; None where nothing is known."""
     program = runner.program
     memory = program and program.memory_analysis()
+    together = sum(getattr(memory, f"{part}_size_in_bytes", 0) for part in ("argument", "temp", "output"))
     return {
         "compile_seconds": runner.compile_seconds,
         "held_bytes": sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(runner.carry)),
-        "peak_bytes": memory and peak(memory),
+        "peak_bytes": memory and together - memory.alias_size_in_bytes,
         "program_lines": program and (program.as_text() or "").count("\n"),
     }
-
-
-def peak(memory: Any) -> int:
-    """Bytes that a program needs at once, by what XLA says of it."""
-    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return together - memory.alias_size_in_bytes
 
 
 def flops(method: Method, runner: Any, base: Any) -> dict[str, Any]:

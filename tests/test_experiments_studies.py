@@ -161,7 +161,7 @@ def test_defaults_run(tmp_path):
     cases = {"dense": partial(defaults.case, "dense", 16)}
     first = study.run(few(defaults.WITH_RATES, ["kfac"], cases, Limits(3, 3)), tmp_path)
     second = study.run(few(defaults.WITHOUT, ["kfac, 0.1"], cases, Limits(3, 3), seeds=(0, 1)), tmp_path)
-    assert [each["numbers"]["rate"] for each in first] == [*defaults.RATES]
+    assert [each["numbers"]["learning_rate"] for each in first] == [*defaults.RATES]
     assert [each["seed"] for each in second] == [0, 1]
     assert defaults.WITH_RATES.known(tmp_path) == first and defaults.WITHOUT.known(tmp_path) == second
 
