@@ -13,6 +13,7 @@ refresh, (b) both without the step, (c) the bytes of the state. Expected: (a) cr
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -26,18 +27,16 @@ from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
+from experiments.methods import periods
 from experiments.records import Records, significant
 
 WIDTHS, BATCHES = (128, 256, 512, 1024, 2048), (64, 128, 256, 512, 1024)
 ROUNDS, LEAST, NEVER = 5, 10.0, 1_000_000
 """How often both are timed in turn, milliseconds of steps between two looks at the clock, steps between refreshes."""
-METHODS: dict[str, Callable[[ng.Layers, int], Any]] = {
-    "TENGraD": lambda layers, every: ng.scale_by_tengrad(layers, damping=0.1, refresh_every=every),
-    "K-FAC": lambda layers, every: ng.scale_by_kfac(
-        layers, damping=0.1, statistics_every=every, refresh_every=every, early_refresh=False
-    ),
+METHODS: dict[str, Callable[..., Any]] = {
+    "TENGraD": partial(ng.scale_by_tengrad, damping=0.1),
+    "K-FAC": partial(ng.scale_by_kfac, damping=0.1, early_refresh=False),
 }
-"""Layers, steps between refreshes -> the direction."""
 RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
 
 
@@ -53,10 +52,10 @@ class Bench:
         ((layer, _),) = layers.items()
         evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient={"kernel": (a.T @ g)[None]})}
         self._fixed = {"kernel": a.T @ g / batch}, evidence
-        self.state: Any = METHODS[name](layers, NEVER).init(variables["params"])
+        self.state: Any = METHODS[name](layers).init(variables["params"])
 
         def compiled(every: int, wanted: slice) -> Callable[..., Any]:
-            tx = METHODS[name](layers, every)
+            tx = METHODS[name](layers, **periods(METHODS[name], every, every))
             step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[wanted], donate_argnums=0)
             return step.lower(self.state, *self._fixed).compile()
 

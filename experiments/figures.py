@@ -142,11 +142,10 @@ def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]
     return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
 
 
-def clean(axes: Iterable[Axes], **grid: Any) -> None:
+def clean(axes: Iterable[Axes], alpha: float = 0.2, **grid: Any) -> None:
     """A faint grid, and no frame above and on the right."""
     for axis in axes:
-        options: Any = {"alpha": 0.2, **grid}
-        axis.grid(**options)
+        axis.grid(alpha=alpha, **grid)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
 

@@ -98,25 +98,19 @@ class Method(NamedTuple):
         given: dict[str, Any] = {"kl_clip": None}
         if kind == "classifier":
             given |= {"momentum": 0.9, "weight_decay": decay, "kl_clip": KL_CLIP if self.clips else None}
-            given |= {} if self.has_own_periods else periods(of, STATISTICS_EVERY, refresh_every)
+            given |= {} if self.has_own_periods else periods(getattr(ng, of), STATISTICS_EVERY, refresh_every)
         options = given | options
         return lambda numbers, layers: getattr(ng, of)(numbers["rate"], layers, damping=numbers["damping"], **options)
 
 
-def periods(of: Any, statistics: int, refresh: int) -> dict[str, int]:
+def periods(method: Callable[..., Any], statistics: int, refresh: int) -> dict[str, int]:
     """The keywords for periods that a method of the package has."""
     every = {"statistics_every": statistics, "refresh_every": refresh, "rescale_every": statistics}
-    return {name: steps for name, steps in every.items() if name in inspect.signature(getattr(ng, of)).parameters}
+    return {name: steps for name, steps in every.items() if name in inspect.signature(method).parameters}
 
 
-ADAPTIVE: dict[str, Any] = {
-    "learning_rate": "quadratic",
-    "momentum": "quadratic",
-    "damping": ng.adaptive_damping(),
-    "statistics_every": 5,
-    "refresh_every": 5,
-    "decay": 0.5,
-}
+QUADRATIC: dict[str, Any] = {"learning_rate": "quadratic", "momentum": "quadratic"}
+ADAPTIVE = QUADRATIC | {"damping": ng.adaptive_damping(), "statistics_every": 5, "refresh_every": 5, "decay": 0.5}
 
 
 def sgd(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:

@@ -42,7 +42,7 @@ def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
 
 def case() -> study.Case:
     """The autoencoder."""
-    return digits.case(Perceptron(tuple(WIDTHS)), digits.rows(digits.images(28)), BATCH, {"problem": "autoencoder"})
+    return digits.case(Perceptron(tuple(WIDTHS)), digits.images(28).mirrored(), BATCH, {"problem": "autoencoder"})
 
 
 ours = partial(study.natural, **ADAPTIVE)

@@ -42,7 +42,7 @@ import natgrad_jax as ng
 from experiments import figures, nets
 from experiments.data import Part
 from experiments.figures import shown
-from experiments.methods import ADAPTIVE, periods
+from experiments.methods import QUADRATIC, periods
 from experiments.programs import Program
 from experiments.records import Records, chosen, grouped, keep, kept, machine, significant
 from experiments.running import Labels, Make, Peer, Runner, Task, has_peer
@@ -75,7 +75,7 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
     of = method.__name__
 
     def at(often: tuple[int, int]) -> Method:
-        every = periods(of, *often)
+        every = periods(method, *often)
         given = every | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False}) | options
         steps = every.get("statistics_every"), every.get("refresh_every")
         return Method(name, of, lambda numbers, layers: method(layers=layers, **numbers | given), *steps, labels)
@@ -84,9 +84,7 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
 
 
 ADAM = Method("Adam", "adam", lambda numbers, _: optax.adam(numbers["learning_rate"]))
-STEADY: dict[str, Any] = {name: ADAPTIVE[name] for name in ("learning_rate", "momentum")} | {
-    "damping": ng.adaptive_damping(calibration=0)  # which would test each of the first steps
-}
+STEADY = QUADRATIC | {"damping": ng.adaptive_damping(calibration=0)}  # which would test each of the first steps
 METHODS = (
     ADAM,
     Method("SGD-m", "sgd", lambda numbers, _: optax.sgd(numbers["learning_rate"], 0.9)),
