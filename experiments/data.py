@@ -196,9 +196,7 @@ def content(given: Path, file: str) -> bytes:
     """
     path, again = given / file, f"fetch it again: {_REMEDY} the files as they were published."
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; {_REMEDY} {file}. Without a folder it is downloaded, if it can be."
-        )
+        raise FileNotFoundError(f"{path} is missing; {_REMEDY} {file}; without one it is downloaded, if it can be.")
     found, (size, known) = path.read_bytes(), PUBLISHED[file]
     try:
         found = gzip.decompress(found) if path.suffix == ".gz" else found
