@@ -29,10 +29,10 @@ from experiments.records import Records, grouped
 class Logged(NamedTuple):
     """What the authors ran on MNIST: {epoch: training loss}, and what an epoch cost over SGD-m's."""
 
-    method: str
-    rate: float
-    damping: float
-    losses: Mapping[int, float]
+    method: str = ""
+    rate: float = 0.0
+    damping: float = 0.0
+    losses: Mapping[int, float] = {}
     cost: float | None = None
 
 
@@ -60,10 +60,10 @@ def table(rows: Records, problem: Problem) -> Table:
     runs, epochs, lines = grouped(rows), figures.epochs_of(rows, 1, 3, 5, 10, 20, 50), []
     costs, plateau = figures.costs(runs, BASELINE), PLATEAU if problem.name == "curves" else None
     for name, own in runs.items():
-        losses, test, logged = series(own), series(own, "test_loss"), AUTHORS.get(name)
-        log = logged.losses if logged else {}
-        cells = [spread(losses[:, each], 1) + (f" ({log[each]:.1f})" if each in log else "") for each in epochs]
-        cells += [spread(test[:, -1], 1), costs[name] + (f" ({logged.cost:.2f})" if logged and logged.cost else "")]
+        losses, test, log = series(own), series(own, "test_loss"), AUTHORS.get(name, Logged())
+        logged = {each: f" ({loss:.1f})" for each, loss in log.losses.items()}
+        cells = [spread(losses[:, each], 1) + logged.get(each, "") for each in epochs]
+        cells += [spread(test[:, -1], 1), costs[name] + (f" ({log.cost:.2f})" if log.cost else "")]
         epoch, share = overtaken(runs, name)
         cells += [f"{seconds(own)[-1]:.0f}", f"{epoch:.0f} ({share:.2f})" if np.isfinite(epoch) else "-"]
         if plateau:
@@ -97,11 +97,11 @@ def steps_below(runs: Records, level: float) -> float:
     """Steps until a stretch of batches has a mean loss below a level, the median of runs; 0 without any run."""
     found = []
     for run in runs:
-        ends, losses = [], []
+        ends = [np.inf]
         for first, last, parts in zip(run["steps"], run["steps"][1:], run["batch_losses"][1:], strict=False):
-            ends += [*np.linspace(first, last, len(parts) + 1)[1:]]
-            losses += [np.inf if part is None else part for part in parts]
-        found.append(next((end for end, loss in zip(ends, losses, strict=True) if loss < level), np.inf))
+            stretches = zip(np.linspace(first, last, len(parts) + 1)[1:], parts, strict=True)
+            ends += [end for end, loss in stretches if loss is not None and loss < level]
+        found.append(min(ends))
     return float(np.median(found)) if found else 0.0
 
 

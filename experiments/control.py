@@ -24,6 +24,7 @@ from rich.table import Table
 import natgrad_jax as ng
 from experiments import digits, figures, study
 from experiments.figures import ends
+from experiments.methods import QUADRATIC
 from experiments.nets import Perceptron
 from experiments.records import Records, grouped
 from experiments.study import Limits, grid
@@ -54,7 +55,7 @@ def bounded(least: Any, **options: Any) -> Any:
 
 control = partial(study.natural, stretch=STEPS // LOOKS, statistics_every=2, refresh_every=10)
 of_model = partial(control, learning_rate="quadratic")
-adaptive = partial(of_model, bounded, momentum="quadratic")
+adaptive = partial(control, bounded, **QUADRATIC)
 CONTROLS = {
     "learning rate": control(ng.kfac, grid(rate=RATES, damping=DAMPINGS), kl_clip=None),
     "learning rate, KL clip": control(clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
@@ -77,7 +78,7 @@ def case(problem: str, batch: int) -> study.Case:
     if problem == "classifier":
         return digits.case(Perceptron(HIDDEN, 10), images, batch, fields)
     net = Perceptron(CODE, linear=len(CODE) // 2)
-    return digits.case(net, digits.rows(images), batch, fields)
+    return digits.case(net, images.mirrored(), batch, fields)
 
 
 def table(rows: Records) -> Table:

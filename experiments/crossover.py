@@ -13,6 +13,7 @@ refresh, (b) both without the step, (c) the bytes of the state. Expected: (a) cr
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -26,18 +27,16 @@ from rich.table import Table
 
 import natgrad_jax as ng
 from experiments import figures
+from experiments.methods import periods
 from experiments.records import Records, significant
 
 WIDTHS, BATCHES = (128, 256, 512, 1024, 2048), (64, 128, 256, 512, 1024)
 ROUNDS, LEAST, NEVER = 5, 10.0, 1_000_000
 """How often both are timed in turn, milliseconds of steps between two looks at the clock, steps between refreshes."""
-METHODS: dict[str, Callable[[ng.Layers, int], Any]] = {
-    "TENGraD": lambda layers, every: ng.scale_by_tengrad(layers, damping=0.1, refresh_every=every),
-    "K-FAC": lambda layers, every: ng.scale_by_kfac(
-        layers, damping=0.1, statistics_every=every, refresh_every=every, early_refresh=False
-    ),
+METHODS: dict[str, Callable[..., Any]] = {
+    "TENGraD": partial(ng.scale_by_tengrad, damping=0.1),
+    "K-FAC": partial(ng.scale_by_kfac, damping=0.1, early_refresh=False),
 }
-"""Layers, steps between refreshes -> the direction."""
 RATIOS = {"step": "a step", "refresh": "statistics and a refresh", "state": "bytes of the state"}
 
 
@@ -53,10 +52,10 @@ class Bench:
         ((layer, _),) = layers.items()
         evidence = {layer: ng.Evidence(inputs=(a,), cotangents=(g[None],), gradient={"kernel": (a.T @ g)[None]})}
         self._fixed = {"kernel": a.T @ g / batch}, evidence
-        self.state: Any = METHODS[name](layers, NEVER).init(variables["params"])
+        self.state: Any = METHODS[name](layers).init(variables["params"])
 
         def compiled(every: int, wanted: slice) -> Callable[..., Any]:
-            tx = METHODS[name](layers, every)
+            tx = METHODS[name](layers, **periods(METHODS[name], every, every))
             step = jax.jit(lambda state, grad, found: tx.update(grad, state, curvature=found)[wanted], donate_argnums=0)
             return step.lower(self.state, *self._fixed).compile()
 
@@ -80,13 +79,10 @@ def cell(width: int, batch: int) -> dict[str, Any]:
     """One width and one batch: medians of both methods in turn."""
     benches = [Bench(name, width, batch) for name in METHODS]
     counts = [int(np.clip(np.ceil(LEAST / bench.time("step")), 1, 100)) for bench in benches]
-    times = {
-        "step": [[bench.time("step", n) for bench, n in zip(benches, counts, strict=True)] for _ in range(ROUNDS)],
-        "refresh": [[bench.time("refresh") for bench in benches] for _ in range(ROUNDS)],
-    }
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(bench.state)) for bench in benches]
     found: dict[str, Any] = {"pair": [*METHODS], "width": width, "batch": batch, "bytes": sizes}
-    for name, rounds in times.items():
+    for name, often in {"step": counts, "refresh": (1, 1)}.items():
+        rounds = [[bench.time(name, n) for bench, n in zip(benches, often, strict=True)] for _ in range(ROUNDS)]
         found[f"{name}_ms"] = [significant(number, 4) for number in np.median(rounds, axis=0)]
         found[name] = significant(np.median([mine / other for mine, other in rounds]), 4)
     return found | {"state": significant(sizes[0] / sizes[1], 4)}

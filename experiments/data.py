@@ -142,14 +142,11 @@ def curves(train: int = 20_000, test: int = 10_000, seed: int = 0) -> Data:
 def _drawn(count: int, seed: int) -> np.ndarray:
     t, grid = np.linspace(0, 1, 64), np.arange(28)
     basis = np.stack([2 * (t - 0.5) * (t - 1), -4 * t * (t - 1), 2 * t * (t - 0.5)])
-    points = np.random.default_rng(seed).uniform(3, 24, (count, 3, 2))
+    corners = np.random.default_rng(seed).uniform(3, 24, (count, 3, 2))
     pixels = np.empty((count, 784), np.float32)
-    for first in range(0, count, 100):  # what fits into the cache
-        x, y = np.einsum("npc,pt->ctn", points[first : first + 100], basis)[..., None]
-        nearest = np.full((x.shape[1], 28, 28), np.inf)
-        for across, down in zip((x - grid) ** 2, (y - grid) ** 2, strict=True):
-            np.minimum(nearest, down[:, :, None] + across[:, None, :], out=nearest)
-        pixels[first : first + 100] = np.round(255 * np.exp(-nearest / (2 * 0.7**2))).reshape(-1, 784) / 255
+    for image, (x, y) in zip(pixels, np.einsum("npc,pt->nct", corners, basis)[..., None], strict=True):
+        nearest = ((y - grid) ** 2)[:, :, None] + ((x - grid) ** 2)[:, None, :]
+        image[:] = np.round(255 * np.exp(-nearest.min(axis=0).ravel() / (2 * 0.7**2))) / 255
     return pixels
 
 
@@ -199,9 +196,7 @@ def content(given: Path, file: str) -> bytes:
     """
     path, again = given / file, f"fetch it again: {_REMEDY} the files as they were published."
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; {_REMEDY} {file}. Without a folder it is downloaded, if it can be."
-        )
+        raise FileNotFoundError(f"{path} is missing; {_REMEDY} {file}; without one it is downloaded, if it can be.")
     found, (size, known) = path.read_bytes(), PUBLISHED[file]
     try:
         found = gzip.decompress(found) if path.suffix == ".gz" else found

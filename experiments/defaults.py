@@ -42,18 +42,13 @@ OVER = '"over": above the loss at the start, or not finite'
 
 def entry(name: str, tried: tuple[Numbers, ...] = ({},), **options: Any) -> Entry:
     """A method of the package, with the rates that are tried or with none."""
-
-    def make(numbers: Numbers, layers: Any) -> Any:
-        rate = {"learning_rate": numbers["rate"]} if "rate" in numbers else {}
-        return getattr(ng, name)(layers=layers, **rate, **options)
-
-    return Entry(make, tried, "true" if name == "kbfgs" else "sampled")
+    return study.natural(getattr(ng, name), tried, "true" if name == "kbfgs" else "sampled", **options)
 
 
 def with_rates() -> dict[str, Entry]:
     """The rows of the first table: the rates are trials, and all of them are shown."""
-    tried = study.grid(rate=RATES)
-    rows = {"optax.adam": Entry(lambda numbers, layers: optax.adam(numbers["rate"]), tried)}
+    tried = study.grid(learning_rate=RATES)
+    rows = {"optax.adam": Entry(lambda numbers, layers: optax.adam(numbers["learning_rate"]), tried)}
     for name in METHODS:
         rows |= {name: entry(name, tried), f"{name}, kl_clip=None": entry(name, tried, kl_clip=None)}
     return rows
@@ -89,14 +84,14 @@ def resnet() -> study.Case:
 def autoencoder() -> study.Case:
     """An autoencoder of the digits with a code of 30 numbers."""
     net, fields = Perceptron((250, 30, 250), linear=1), {"problem": "autoencoder"}
-    return digits.case(net, digits.rows(digits.images(28)), BATCH, fields)
+    return digits.case(net, digits.images(28).mirrored(), BATCH, fields)
 
 
 def table(rows: Records, title: str) -> Table:
     """Final losses: of one run, or the median of several with the worst in brackets."""
 
     def column(row: dict[str, Any]) -> str:
-        return f"{row['numbers']['rate']:g}" if "rate" in row["numbers"] else str(row["batch"])
+        return "".join(f"{rate:g}" for rate in row["numbers"].values()) or str(row["batch"])
 
     headings = ["net", "optimizer"]
     return figures.pivot(rows, ["problem", "name"], column, cell, title=title, headings=headings, caption=OVER)

@@ -28,21 +28,19 @@ def falling(start: float, end: float, steps: int) -> optax.Schedule:
 
 KFAC: dict[str, Any] = {"statistics_every": 5, "refresh_every": 20}
 EKFAC: dict[str, Any] = {"statistics_every": 5, "refresh_every": 50, "rescale_every": 5, "decay": 0.98}
+OFTEN: dict[str, Any] = {"refresh_every": 5}
 SHAMPOO = KFAC | {"damping": 1e-8, "graft_to": "adam", "decay": 0.95, "graft_decay": 0.99}
 STEPS = {"classifier": 100, "autoencoder": 200}
 OF_KFAC = (0.1, KFAC | {"damping": 0.15}), (0.1, KFAC | {"damping": falling(3, 0.003, 100)})
 OF_EKFAC = (0.05, EKFAC | {"damping": falling(1, 0.1, 20)}), (0.07, EKFAC | {"damping": falling(3, 0.02, 100)})
+OF_TENGRAD = (0.05, OFTEN | {"damping": falling(1, 0.1, 20)}), (0.1, OFTEN | {"damping": falling(3, 0.3, 100)})
 METHODS: dict[str, Any] = {
     "Adam": (optax.adam, (0.05, {"b2": 0.99}), (0.02, {"b2": 0.95})),
     "K-FAC": (ng.kfac, *OF_KFAC),
     "TKFAC": (ng.tkfac, *OF_KFAC),
     "EKFAC": (ng.ekfac, *OF_EKFAC),
     "TEKFAC": (ng.tekfac, *OF_EKFAC),
-    "TENGraD": (
-        ng.tengrad,
-        (0.05, {"refresh_every": 5, "damping": falling(1, 0.1, 20)}),
-        (0.1, {"refresh_every": 5, "damping": falling(3, 0.3, 100)}),
-    ),
+    "TENGraD": (ng.tengrad, *OF_TENGRAD),
     "TNT": (ng.tnt, (0.03, KFAC | {"damping": 0.03}), (0.1, KFAC | {"damping": falling(3, 0.1, 100)})),
     "MBF": (ng.mbf, (0.003, KFAC | {"damping": 0.01}), (0.003, KFAC | {"damping": 0.1})),
     "Shampoo": (ng.shampoo, (0.003, SHAMPOO), (0.003, SHAMPOO)),
@@ -61,7 +59,7 @@ def case(problem: str) -> study.Case:
     images = digits.images()
     if problem == "classifier":
         return digits.case(Convnet((16,), (2,)), images, 599, {"problem": problem})
-    return digits.case(Perceptron((64, 12, 64), linear=1), digits.rows(images), 599, {"problem": problem})
+    return digits.case(Perceptron((64, 12, 64), linear=1), images.mirrored(), 599, {"problem": problem})
 
 
 def entry(name: str, case: study.Case) -> Entry:

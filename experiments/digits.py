@@ -15,7 +15,6 @@ from experiments.running import Task
 from experiments.study import Case
 
 CLASSES, PIXELS = ng.losses.softmax_cross_entropy, ng.losses.sigmoid_binary_cross_entropy
-rows = Part.mirrored
 
 
 def entropy(rows: np.ndarray) -> float:

@@ -36,13 +36,13 @@ class Direction(NamedTuple):
 
     Attributes:
         make: layers, damping -> transformation.
-        sees: labels "exact" or "sampled", or minibatches of the true ones, one after the other.
+        sees: labels; of the "true" ones minibatches, one after the other.
         dampings: those tried; None for the multiples of the common one.
         scale: by what its update is divided; None where it has no length that compares with d*.
     """
 
     make: Callable[..., optax.GradientTransformation]
-    sees: Literal["exact", "sampled", "batches"] = "exact"
+    sees: Literal["exact", "sampled", "true"] = "exact"
     dampings: tuple[float, ...] | None = None
     scale: float | None = 1.0
 
@@ -59,10 +59,10 @@ DIRECTIONS = {
     "TKFAC": Direction(ng.scale_by_tkfac),
     "TNT": Direction(ng.scale_by_tnt, "sampled"),
     "MBF": Direction(partial(ng.scale_by_mbf, statistics="curvature"), "sampled"),
-    "K-BFGS": Direction(partial(ng.kbfgs, 0.3, kl_clip=None, momentum=None, decay=0.9), "batches", None, -0.3),
-    "SOAP": Direction(partial(ng.scale_by_soap, **OFTEN), "batches", ROOTS, None),
-    "Shampoo": Direction(partial(ng.scale_by_shampoo, **OFTEN), "batches", ROOTS, None),
-    "Adam": Direction(lambda layers, damping: optax.scale_by_adam(0.0, 0.99, eps=damping), "batches", ROOTS, None),
+    "K-BFGS": Direction(partial(ng.kbfgs, 0.3, kl_clip=None, momentum=None, decay=0.9), "true", None, -0.3),
+    "SOAP": Direction(partial(ng.scale_by_soap, **OFTEN), "true", ROOTS, None),
+    "Shampoo": Direction(partial(ng.scale_by_shampoo, **OFTEN), "true", ROOTS, None),
+    "Adam": Direction(lambda layers, damping: optax.scale_by_adam(0.0, 0.99, eps=damping), "true", ROOTS, None),
     "gradient": Direction(lambda layers, damping: optax.identity(), dampings=(1.0,), scale=None),
 }
 
@@ -82,9 +82,8 @@ def angles(name: str, model: nn.Module, params: Any, given: Batches, aim: Any, d
 @cache
 def direction(entry: Direction, model: nn.Module, draws: int) -> Callable[[Any, Batches, float], jax.Array]:
     """Parameters, images, damping -> the direction [P] of a method that has seen what it sees."""
-    true = entry.sees == "batches"
-    labels: Any = "true" if true else entry.sees
-    capture = ng.linen.capture(model, LIKELIHOOD, labels=labels, draws=draws if labels == "sampled" else 1)
+    draws = draws if entry.sees == "sampled" else 1
+    capture = ng.linen.capture(model, LIKELIHOOD, labels=entry.sees, draws=draws)
 
     @jax.jit
     def found(params, given, damping):
@@ -97,7 +96,7 @@ def direction(entry: Direction, model: nn.Module, draws: int) -> Callable[[Any, 
             return state, ravel_pytree(updates)[0]
 
         state = tx.init(params)
-        if true:
+        if entry.sees == "true":
             state, _ = jax.lax.scan(step, state, given.stream)
         return step(state, (given.images, given.labels))[1]
 
@@ -109,14 +108,13 @@ def natural_gradient(model: nn.Module, params: Any, images: jax.Array, labels: j
     """d* [P] = (F + damping I)^-1 gradient, of all parameters together, in the order of `ravel_pytree`, by autodiff."""
     flat, tree = ravel_pytree(params)
 
-    def logits(flat: jax.Array, image: jax.Array) -> jax.Array:
+    def chances(flat: jax.Array, image: jax.Array) -> jax.Array:
         outputs: Any = model.apply({"params": tree(flat)}, image[None])
-        return outputs[0]
+        return jax.nn.log_softmax(outputs[0])
 
-    jacobian = jax.vmap(jax.jacrev(logits), (None, 0))(flat, images)  # [N, C, P]
-    p = jax.nn.softmax(jax.vmap(logits, (None, 0))(flat, images))
-    gradient = jnp.einsum("nc,ncp->p", p - jax.nn.one_hot(labels, p.shape[-1]), jacobian) / len(images)
-    curved = p[..., None] * (jacobian - jnp.einsum("nc,ncp->np", p, jacobian)[:, None])  # diag(p) - p p^T
-    fisher = jnp.einsum("ncp,ncq->pq", jacobian, curved) / len(images)
+    p = jnp.exp(jax.vmap(chances, (None, 0))(flat, images))
+    scores = jax.vmap(jax.jacrev(chances), (None, 0))(flat, images)  # [N, C, P]
+    gradient = -jnp.mean(scores[jnp.arange(len(labels)), labels], axis=0)
+    fisher = jnp.einsum("nc,ncp,ncq->pq", p, scores, scores) / len(images)
     damped = fisher + damping * jnp.eye(len(flat))
     return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped), gradient)

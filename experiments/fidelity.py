@@ -171,8 +171,7 @@ def turned(model: nn.Module, params: Any, data: Part, sizes: Sizes) -> Records:
     rows = np.random.default_rng(0).integers(len(data.images), size=(sizes.batches, 100))
     given = Batches(images, labels, (data.images[rows].astype(np.float64), data.labels[rows]))
     aim = np.asarray(natural_gradient(model, params, images, labels, DAMPING))
-    each = (angles(name, model, params, given, aim, DAMPING, sizes.draws) for name in DIRECTIONS)
-    return [row for rows in each for row in rows]
+    return [row for name in DIRECTIONS for row in angles(name, model, params, given, aim, DAMPING, sizes.draws)]
 
 
 def holds(row: dict[str, Any], name: str) -> bool:
@@ -183,19 +182,16 @@ def holds(row: dict[str, Any], name: str) -> bool:
 def parted(records: Records) -> tuple[dict[tuple[str, str], Records], dict[str, dict[str, Records]], str]:
     """{(model, stage): its layers}, {stage: {method: its angles}}, and a title."""
     layers, angles = ([row for row in records if ("layer" in row) == of_layer] for of_layer in (True, False))
-    blocks: dict[tuple[str, str], Records] = {}
-    for row in layers:
-        blocks.setdefault((row["model"], row["stage"]), []).append(row)
     directions = {stage: grouped(rows, "method") for stage, rows in grouped(angles, "stage").items()}
-    return blocks, directions, f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+    title = f"Fidelity to the Fisher matrix, {records[0]['data']} at 16x16 pixels"
+    return grouped(layers, "model", "stage"), directions, title
 
 
 def table(records: Records) -> Table:
     """The mean errors of the blocks, the directions, and in how many layers the theorems hold."""
     blocks, directions, title = parted(records)
     layers = [row for group in blocks.values() for row in group]
-    held = {name: sum(holds(row, name) for row in layers) for name in NO_WORSE}
-    theorems = "; ".join(f"{name} <= {', '.join(NO_WORSE[name])} in {count}" for name, count in held.items())
+    held = (f"{name} <= {', '.join(NO_WORSE[name])} in {sum(holds(row, name) for row in layers)}" for name in NO_WORSE)
     (damping,) = {row["damping"] for row in records if row.get("same")}
     rows = []
     for name in dict.fromkeys((*DIRECTIONS, *NAMES)):
@@ -212,7 +208,7 @@ def table(records: Records) -> Table:
         rows,
         "Blocks: |F - F~| / |F|, mean over the layers. Directions, of the dense net: cosine with (F + "
         f"{damping:g} I)^-1 gradient and relative error, at the same damping; best cosine of a few dampings "
-        f"(in brackets). Theorems of blocks hold, of {len(layers)} layers: {theorems}.",
+        f"(in brackets). Theorems of blocks hold, of {len(layers)} layers: {'; '.join(held)}.",
     )
 
 

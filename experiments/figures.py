@@ -69,15 +69,10 @@ def pivot(
     Row -> heading of its column, the rows of a cell -> its text, a dash where there are none; the options are `title`,
     `headings` of the lines, and those of `table`.
     """
-    cells: dict[tuple[str, ...], dict[str, Records]] = {}
-    for row in rows:
-        line = cells.setdefault(tuple(str(row[entry]) for entry in lines), {})
-        line.setdefault(column(row), []).append(row)
-    columns = list(dict.fromkeys(heading for line in cells.values() for heading in line))
-    texts = [
-        (*names, *(cell(line[heading]) if heading in line else "-" for heading in columns))
-        for names, line in cells.items()
-    ]
+    cells = grouped([row | {"heading": column(row)} for row in rows], *lines, "heading")
+    names, columns = dict.fromkeys(key[:-1] for key in cells), dict.fromkeys(key[-1] for key in cells)
+    wanted = {name: [cells.get((*name, heading)) for heading in columns] for name in names}
+    texts = [(*map(str, name), *(cell(own) if own else "-" for own in line)) for name, line in wanted.items()]
     headings = (*options.pop("headings"), *columns)
     return table(options.pop("title"), headings, texts, names=len(lines), **options)
 
@@ -147,11 +142,10 @@ def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]
     return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
 
 
-def clean(axes: Iterable[Axes], **grid: Any) -> None:
+def clean(axes: Iterable[Axes], alpha: float = 0.2, **grid: Any) -> None:
     """A faint grid, and no frame above and on the right."""
     for axis in axes:
-        options: Any = {"alpha": 0.2, **grid}
-        axis.grid(**options)
+        axis.grid(alpha=alpha, **grid)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
 
@@ -222,13 +216,17 @@ def ends(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([np.inf if run["losses"][-1] is None else run["losses"][-1] for run in runs])
 
 
-def last(rows: Records, form: str = ".2g", **options: str) -> Table:
-    """A table of the last losses of methods and, in brackets, their steps, by problems: medians."""
+def last(rows: Records, title: str, caption: str, form: str = ".2g") -> Table:
+    """A table of the last losses of methods and, in brackets, their steps, by problems: medians.
+
+    The title may name numbers of the config, as "{seconds:g}".
+    """
 
     def cell(runs: Records) -> str:
         return f"{np.median(ends(runs)):{form}} ({np.median([run['steps'][-1] for run in runs]):.0f})"
 
-    return pivot(rows, ["name"], lambda row: row["problem"], cell, headings=["method"], **options)
+    options: Any = {"title": title.format(**rows[0]["config"]), "headings": ["method"], "caption": caption}
+    return pivot(rows, ["name"], lambda row: row["problem"], cell, **options)
 
 
 def series(runs: Records, entry: str = "losses") -> np.ndarray:

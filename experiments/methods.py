@@ -32,18 +32,18 @@ STATISTICS_EVERY, REFRESH_EVERY, WEIGHT_DECAY, KL_CLIP = 20, 100, 1e-3, 1e-2
 
 
 class Range(NamedTuple):
-    """What is tried of a learning rate and a damping: between `least` and `most`, where these differ."""
+    """What is tried of a learning rate and a damping: from the least to the most; without these it stays as usual."""
 
-    usual: tuple[float, float]
-    least: tuple[float, float]
-    most: tuple[float, float]
+    usual: tuple[float, float] = (0.0, 0.0)
+    rates: tuple[float, float] | None = None
+    dampings: tuple[float, float] | None = None
 
     def tried(self, name: str, budget: int) -> tuple[Numbers, ...]:
         """The usual numbers, and so many drawn log-uniformly to three digits, one in each stratum, by a name's seed."""
-        if self.least == self.most:
+        if self.rates is None:
             return ({},)
         rng, columns = np.random.default_rng([0, crc32(name.encode())]), []
-        for low, high in zip(self.least, self.most, strict=True):
+        for low, high in (self.rates, self.dampings or 2 * self.usual[1:]):
             places = (rng.permutation(budget) + rng.random(budget)) / budget if low < high else np.zeros(budget)
             columns.append([float(f"{number:.3g}") for number in low * (high / (low or 1.0)) ** places])
         pairs = dict.fromkeys((self.usual, *sorted(zip(*columns, strict=True))))
@@ -98,25 +98,19 @@ class Method(NamedTuple):
         given: dict[str, Any] = {"kl_clip": None}
         if kind == "classifier":
             given |= {"momentum": 0.9, "weight_decay": decay, "kl_clip": KL_CLIP if self.clips else None}
-            given |= {} if self.has_own_periods else periods(of, STATISTICS_EVERY, refresh_every)
+            given |= {} if self.has_own_periods else periods(getattr(ng, of), STATISTICS_EVERY, refresh_every)
         options = given | options
         return lambda numbers, layers: getattr(ng, of)(numbers["rate"], layers, damping=numbers["damping"], **options)
 
 
-def periods(of: Any, statistics: int, refresh: int) -> dict[str, int]:
+def periods(method: Callable[..., Any], statistics: int, refresh: int) -> dict[str, int]:
     """The keywords for periods that a method of the package has."""
     every = {"statistics_every": statistics, "refresh_every": refresh, "rescale_every": statistics}
-    return {name: steps for name, steps in every.items() if name in inspect.signature(getattr(ng, of)).parameters}
+    return {name: steps for name, steps in every.items() if name in inspect.signature(method).parameters}
 
 
-ADAPTIVE: dict[str, Any] = {
-    "learning_rate": "quadratic",
-    "momentum": "quadratic",
-    "damping": ng.adaptive_damping(),
-    "statistics_every": 5,
-    "refresh_every": 5,
-    "decay": 0.5,
-}
+QUADRATIC: dict[str, Any] = {"learning_rate": "quadratic", "momentum": "quadratic"}
+ADAPTIVE = QUADRATIC | {"damping": ng.adaptive_damping(), "statistics_every": 5, "refresh_every": 5, "decay": 0.5}
 
 
 def sgd(rate: Any, damping: Any, decay: float) -> optax.GradientTransformation:
@@ -136,31 +130,24 @@ def adam_of_tnt(rate: Any, damping: Any, decay: float) -> optax.GradientTransfor
     return optax.chain(optax.ema(0.9), rms, decayed, optax.scale_by_learning_rate(rate))
 
 
-def tuned(usual: tuple[float, ...], rates: tuple[float, float], dampings: tuple[float, float] | None = None) -> Range:
-    """A range; without `dampings` the damping stays what it is."""
-    rate, damping = (*usual, 0.0)[:2]
-    least, most = zip(rates, dampings or (damping, damping), strict=True)
-    return Range((rate, damping), least, most)
-
-
 def ranges(autoencoder: Range, classifier: Range) -> dict[Kind, Range]:
     """Those of a method."""
     return {"autoencoder": autoencoder, "classifier": classifier}
 
 
-NOTHING = ranges(*2 * (tuned((0.0,), (0.0, 0.0)),))
-KRONECKER = ranges(tuned((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)), tuned((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)))
+NOTHING = ranges(Range(), Range())
+KRONECKER = ranges(Range((0.1, 3.0), (0.02, 0.4), (1.0, 10.0)), Range((1e-2, 0.1), (3e-3, 3e-2), (0.03, 0.3)))
 """Of K-FAC and its relatives. On a classifier the authors of TENGraD have (0.003, 0.1), for EKFAC (0.001, 0.03)."""
-EIGENBASIS = KRONECKER | {"autoencoder": tuned((0.03, 1.0), (0.01, 0.2), (0.5, 5.0))}
-OF_ONE_BATCH = KRONECKER | {"autoencoder": tuned((0.01, 1.0), (2e-3, 3e-2), (0.3, 3.0))}
+EIGENBASIS = KRONECKER | {"autoencoder": Range((0.03, 1.0), (0.01, 0.2), (0.5, 5.0))}
+OF_ONE_BATCH = KRONECKER | {"autoencoder": Range((0.01, 1.0), (2e-3, 3e-2), (0.3, 3.0))}
 """Of TENGraD: where its batch has no gradients, its step is that of SGD with the learning rate over the damping."""
-OF_MOMENTS = ranges(tuned((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), tuned((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
+OF_MOMENTS = ranges(Range((0.3, 0.3), (0.1, 1.0), (0.2, 2.0)), Range((0.03, 0.1), (1e-2, 0.3), (0.03, 0.3)))
 """Of K-BFGS; its authors have (0.3, 0.3) on the autoencoder, those of TENGraD (0.01, 0.03) for K-BFGS(L)."""
-OF_MODES = ranges(tuned((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)), tuned((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)))
-OF_BLOCKS = ranges(tuned((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), tuned((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3)))
-OF_SAMPLES = OF_BLOCKS | {"autoencoder": tuned((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0))}
-OF_BASES = ranges(tuned((5e-3, 1e-16), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (3e-4, 1e-2)))
-OF_LENGTHS = ranges(tuned((3e-4, 1e-8), (5e-5, 2e-3)), tuned((1e-3, 1e-8), (1e-4, 1e-2)))
+OF_MODES = ranges(Range((1e-4, 0.1), (3e-5, 5e-4), (0.05, 0.5)), Range((1e-4, 0.01), (3e-5, 1e-3), (3e-3, 0.1)))
+OF_BLOCKS = ranges(Range((1e-4, 0.1), (2e-5, 1e-3), (0.05, 1.0)), Range((1e-2, 0.1), (1e-3, 1e-1), (0.03, 0.3)))
+OF_SAMPLES = OF_BLOCKS | {"autoencoder": Range((3e-4, 0.1), (1e-4, 3e-3), (0.05, 1.0))}
+OF_BASES = ranges(Range((5e-3, 1e-16), (5e-4, 2e-2)), Range((3e-3, 1e-16), (3e-4, 1e-2)))
+OF_LENGTHS = ranges(Range((3e-4, 1e-8), (5e-5, 2e-3)), Range((1e-3, 1e-8), (1e-4, 1e-2)))
 
 FACTORS: Mapping[str, Any] = {"split": "even", "decay": 0.9, **OFTEN}
 ROTATED: Mapping[str, Any] = {**FACTORS, "rescale_every": 5, "refresh": "qr"}
@@ -171,8 +158,8 @@ GRAFTED: Mapping[str, Any] = {"decay": 0.99, "graft_to": "adam", "graft_decay": 
 FAMILY: Mapping[str, Any] = {"in_front": True, "warm": True, "clips": True}
 
 METHODS = {
-    "SGD-m": Method(sgd, ranges(tuned((3e-3,), (5e-4, 2e-2)), tuned((3e-2,), (1e-3, 2e-1)))),
-    "Adam": Method(adam, ranges(tuned((4e-3,), (3e-4, 1e-2)), tuned((1e-3,), (1e-4, 2e-2)))),
+    "SGD-m": Method(sgd, ranges(Range((3e-3, 0.0), (5e-4, 2e-2)), Range((3e-2, 0.0), (1e-3, 2e-1)))),
+    "Adam": Method(adam, ranges(Range((4e-3, 0.0), (3e-4, 1e-2)), Range((1e-3, 0.0), (1e-4, 2e-2)))),
     "K-FAC": Method("kfac", KRONECKER, FACTORS, **FAMILY),
     "EKFAC": Method("ekfac", EIGENBASIS, ROTATED, **FAMILY),
     "TKFAC": Method("tkfac", KRONECKER, FACTORS, **FAMILY),

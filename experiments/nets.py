@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         if rest or blocks < 1:
             raise ValueError(f"A ResNet of depth {self.depth} has no three equal stages; expected 6 n + 2: 20, 32, ...")
         x = (x - jnp.array(CIFAR_MEAN)) / jnp.array(CIFAR_DEVIATION)
-        x = nn.relu(_norm(train)(convolution(self.channels)(x)))
+        x = nn.relu(norm(not train)(convolution(self.channels)(x)))
         for stage in range(3):
             for block in range(blocks):
                 x = Block(self.channels * 2**stage, 2 if stage and not block else 1)(x, train)
@@ -120,6 +120,7 @@ class ResNet(nn.Module):
 
 CIFAR_MEAN, CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+norm = partial(nn.BatchNorm, momentum=0.9)
 convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=KAIMING)
 
 
@@ -132,15 +133,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Images [N, H, W, C] -> images [N, H / stride, W / stride, channels]."""
-        y = nn.relu(_norm(train)(convolution(self.channels, strides=self.stride)(x)))
-        y = _norm(train)(convolution(self.channels)(y))
+        y = nn.relu(norm(not train)(convolution(self.channels, strides=self.stride)(x)))
+        y = norm(not train)(convolution(self.channels)(y))
         before, after = (more := self.channels - x.shape[-1]) // 2, more - more // 2
         shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, after)))
         return nn.relu(y + shortcut)
-
-
-def _norm(train: bool) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
 
 
 def start(fan_in: int, uniform: bool = True) -> dict[str, Any]:

@@ -52,12 +52,11 @@ def case(name: str, scale: float = 1.0) -> study.Case:
 
 def table(rows: Records) -> Table:
     """The error that is left, and how many times less ours is than that of Adam and L-BFGS."""
-    title = f"Relative L2 error after {rows[0]['config']['seconds']:g} processor seconds"
     note = (
         "Median over the seeds, in brackets the steps. Last line: the least of Adam and L-BFGS over the least of the "
         "others."
     )
-    found = figures.last(rows, ".1e", title=title, caption=note)
+    found = figures.last(rows, "Relative L2 error after {seconds:g} processor seconds", note, ".1e")
     ratios = map(gain, grouped(rows, "problem").values())
     found.add_row("ratio", *(f"{ratio:.1f}" if np.isfinite(ratio) else "-" for ratio in ratios))
     return found

@@ -120,5 +120,4 @@ def entry(method: Method, problem: Problem, tried: tuple[Numbers, ...]) -> Entry
 
 def entries(problem: Problem, budget: int) -> dict[str, Entry]:
     """Every method on a problem, at its usual numbers and at so many others."""
-    tried = {name: method.ranges[problem.kind].tried(name, budget) for name, method in METHODS.items()}
-    return {name: entry(method, problem, tried[name]) for name, method in METHODS.items()}
+    return {name: entry(own, problem, own.ranges[problem.kind].tried(name, budget)) for name, own in METHODS.items()}

@@ -32,18 +32,11 @@ from experiments.running import Peer, has_peer
 from experiments.study import Entry, Limits, Numbers
 
 ADAM, PEER = "Adam", "kfac-jax"
-LEVELS, BATCH, WIDTHS = (30.0, 10.0, 5.0, 2.0), 500, (1000, 500, 250, 30, 250, 500, 1000)
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+LEVELS, BATCH, WIDTHS = [30.0, 10.0, 5.0, 2.0], 500, [1000, 500, 250, 30, 250, 500, 1000]
+RATES = [2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3]
 SELDOM = {"statistics_every": 10, "refresh_every": 20, "rescale_every": 10, "decay": 0.3, "refresh": "qr"}
-CONFIG = {
-    "batch": BATCH,
-    "levels": [*LEVELS],
-    "adam_steps": 2000,
-    "adam_rates": [*RATES],
-    "peer_damping": 3.0,
-    "product_stride": 4,
-    "widths": [*WIDTHS],
-}
+CONFIG: dict[str, Any] = {"batch": BATCH, "levels": LEVELS, "widths": WIDTHS, "product_stride": 4}
+CONFIG |= {"adam_steps": 2000, "adam_rates": RATES, "peer_damping": 3.0}
 
 
 def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
@@ -54,11 +47,11 @@ def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
 
 def case() -> study.Case:
     """The autoencoder."""
-    return digits.case(Perceptron(WIDTHS), digits.rows(digits.images(28)), BATCH, {"problem": "autoencoder"})
+    return digits.case(Perceptron(tuple(WIDTHS)), digits.images(28).mirrored(), BATCH, {"problem": "autoencoder"})
 
 
 ours = partial(study.natural, product_stride=CONFIG["product_stride"], **ADAPTIVE)
-peer = partial(Peer, damping=CONFIG["peer_damping"], inverse_update_period=5)
+peer = partial(Peer, initial_damping=CONFIG["peer_damping"], inverse_update_period=5)
 STUDY = study.Study(
     "race",
     "The race by steps that choose themselves",

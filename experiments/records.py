@@ -10,6 +10,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,11 @@ def machine() -> dict[str, Any]:
     return {"jax": jax.__version__, "device": f"{cores} CPU core{'s' * (cores != 1)}"}
 
 
-def grouped(rows: Records, entry: str = "name") -> dict[Any, Records]:
-    """The rows of every method, or with the same of another entry."""
+def grouped(rows: Records, *entries: str) -> dict[Any, Records]:
+    """The rows of every method, or with the same of another entry, or of several."""
     found: dict[Any, Records] = {}
     for row in rows:
-        found.setdefault(row[entry], []).append(row)
+        found.setdefault(itemgetter(*entries or ("name",))(row), []).append(row)
     return found
 
 

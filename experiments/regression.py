@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 from sklearn.datasets import load_diabetes
 from sklearn.preprocessing import scale
 
@@ -27,7 +26,6 @@ import natgrad_jax as ng
 from experiments import figures, study
 from experiments.data import Part, folder
 from experiments.nets import Perceptron
-from experiments.records import Records
 from experiments.running import Task
 
 CONFIG = {"width": 32, "rows": 2000}
@@ -56,13 +54,6 @@ def case(name: str, width: int = CONFIG["width"]) -> study.Case:
     return study.Case({"problem": name}, task, lambda seed: repeat(whole), task.measured(whole))
 
 
-def table(rows: Records) -> Table:
-    """The loss that is left."""
-    title = f"Loss on the whole table after {rows[0]['config']['seconds']:g} processor seconds"
-    note = "Half the mean squared error of standardised targets, median over the seeds, in brackets the steps."
-    return figures.last(rows, title=title, caption=note)
-
-
 SECONDS = study.Limits(10**9, 1, 20.0, clock=time.process_time)
 full = partial(study.natural, labels="exact", stretch=10)
 STUDY = study.Study(
@@ -76,7 +67,11 @@ STUDY = study.Study(
         "Adam": study.adam(study.grid(rate=(1e-3, 3e-3, 1e-2, 3e-2)), stretch=100),
     },
     SECONDS,
-    table,
+    partial(
+        figures.last,
+        title="Loss on the whole table after {seconds:g} processor seconds",
+        caption="Half the mean squared error of standardised targets, median over the seeds, in brackets the steps.",
+    ),
     partial(figures.curves, label="loss on the whole table", units=("processor seconds", "steps")),
     CONFIG,
     seeds=range(3),

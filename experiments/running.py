@@ -216,10 +216,10 @@ class Peer:
 
     compile_seconds = program = None
 
-    def __init__(self, task: Task, damping: float, fixed: Numbers | None = None, **options: Any):
+    def __init__(self, task: Task, fixed: Numbers | None = None, **options: Any):
         """Compile every branch, and stand at the start.
 
-        Learning rate, momentum and damping are fixed, or adapt themselves from a damping on; options are kfac-jax's.
+        Learning rate, momentum and damping are fixed, or adapt themselves; options are kfac-jax's.
         """
         kfac_jax = importlib.import_module("kfac_jax")
 
@@ -237,7 +237,6 @@ class Peer:
             num_burnin_steps=0,
             multi_device=False,
             **{f"use_adaptive_{name}": fixed is None for name in ("learning_rate", "momentum", "damping")},
-            **({"initial_damping": damping} if fixed is None else {}),
             **options,
         )
         self._task, self._fixed = task, jax.tree.map(jnp.asarray, fixed or {})

@@ -42,7 +42,7 @@ import natgrad_jax as ng
 from experiments import figures, nets
 from experiments.data import Part
 from experiments.figures import shown
-from experiments.methods import ADAPTIVE, periods
+from experiments.methods import QUADRATIC, periods
 from experiments.programs import Program
 from experiments.records import Records, chosen, grouped, keep, kept, machine, significant
 from experiments.running import Labels, Make, Peer, Runner, Task, has_peer
@@ -75,7 +75,7 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
     of = method.__name__
 
     def at(often: tuple[int, int]) -> Method:
-        every = periods(of, *often)
+        every = periods(method, *often)
         given = every | ({} if of in ("kbfgs", "tengrad") else {"early_refresh": False}) | options
         steps = every.get("statistics_every"), every.get("refresh_every")
         return Method(name, of, lambda numbers, layers: method(layers=layers, **numbers | given), *steps, labels)
@@ -84,9 +84,7 @@ def ours(name: str, method: Callable[..., Any], *between: Any, labels: Any = "sa
 
 
 ADAM = Method("Adam", "adam", lambda numbers, _: optax.adam(numbers["learning_rate"]))
-STEADY: dict[str, Any] = {name: ADAPTIVE[name] for name in ("learning_rate", "momentum")} | {
-    "damping": ng.adaptive_damping(calibration=0)  # which would test each of the first steps
-}
+STEADY = QUADRATIC | {"damping": ng.adaptive_damping(calibration=0)}  # which would test each of the first steps
 METHODS = (
     ADAM,
     Method("SGD-m", "sgd", lambda numbers, _: optax.sgd(numbers["learning_rate"], 0.9)),
@@ -138,7 +136,7 @@ def made(method: Method, task: Task) -> Any:
         jax.clear_caches()  # compilation is measured with empty ones
     else:
         options = {"inverse_update_period": method.refresh_every, "estimation_mode": "fisher_gradients"}
-        runner = Peer(task, 1.0, FIXED | {"momentum": 0.9}, **options)
+        runner = Peer(task, FIXED | {"momentum": 0.9}, **options)
     runner.run([task.batch])
     return runner
 
@@ -147,18 +145,13 @@ def sizes(runner: Any) -> dict[str, Any]:
     """Seconds of compilation, bytes and lines; None where nothing is known."""
     program = runner.program
     memory = program and program.memory_analysis()
+    together = sum(getattr(memory, f"{part}_size_in_bytes", 0) for part in ("argument", "temp", "output"))
     return {
         "compile_seconds": runner.compile_seconds,
         "held_bytes": sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(runner.carry)),
-        "peak_bytes": memory and peak(memory),
+        "peak_bytes": memory and together - memory.alias_size_in_bytes,
         "program_lines": program and (program.as_text() or "").count("\n"),
     }
-
-
-def peak(memory: Any) -> int:
-    """Bytes that a program needs at once, by what XLA says of it."""
-    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return together - memory.alias_size_in_bytes
 
 
 def flops(method: Method, runner: Any, base: Any) -> dict[str, Any]:
@@ -226,10 +219,9 @@ def run(
 
 def newest(records: Records) -> Records:
     """The newest record of every method on every model, in the order of the methods; then of those not known here."""
-    entries = ("model", "method", "statistics_every", "refresh_every")
-    found = {tuple(record[entry] for entry in entries): record for record in records}
+    found = grouped(records, "model", "method", "statistics_every", "refresh_every")
     order = [(name, method.name, *method[3:5]) for name in MODELS for method in METHODS]
-    return [found[one] for one in (*filter(found.__contains__, order), *(one for one in found if one not in order))]
+    return [found[one][-1] for one in dict.fromkeys((*order, *found)) if one in found]
 
 
 FIGURES = {

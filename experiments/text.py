@@ -19,14 +19,14 @@ import numpy as np
 import natgrad_jax as ng
 from experiments import figures, study
 from experiments.data import Part, folder, shakespeare
-from experiments.methods import tuned
+from experiments.methods import Range
 from experiments.nets import Transformer
 from experiments.running import Task
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy.reduced("mean")
 SHARED: dict[str, Any] = {"statistics_every": 5, "refresh_every": 20, "kl_clip": 0.01}
-OF_ADAM, OF_SOAP = tuned((3e-3,), (5e-4, 2e-2)), tuned((3e-3, 1e-16), (5e-4, 2e-2))
-NATURAL = tuned((0.1, 0.1), (0.02, 0.5), (0.03, 1.0))
+OF_ADAM, OF_SOAP = Range((3e-3, 0.0), (5e-4, 2e-2)), Range((3e-3, 1e-16), (5e-4, 2e-2))
+NATURAL = Range((0.1, 0.1), (0.02, 0.5), (0.03, 1.0))
 EVERY, BUDGET = 25, 3
 """Steps from one measured loss to the next, and trials beside the usual setting."""
 SIZES = {"batch": 16, "context": 64, "width": 64}

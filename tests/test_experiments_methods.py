@@ -28,8 +28,8 @@ def test_every_method_of_the_package_is_compared():
 def test_the_usual_setting_is_within_what_is_tried():
     for method in ALL.values():
         for found in method.ranges.values():
-            for least, usual, most in zip(found.least, found.usual, found.most, strict=True):
-                assert least <= usual <= most
+            for usual, tried in zip(found.usual, found[1:], strict=True):
+                assert tried is None or tried[0] <= usual <= tried[1]
 
 
 @pytest.mark.full
@@ -65,7 +65,8 @@ def test_every_method_has_the_budget_within_its_range_unless_nothing_of_it_is_tu
         usual, *drawn = within.tried(name, 6)
         assert not usual and not drawn if method.ranges is NOTHING else len(drawn) == 6, name
         for numbers in drawn:
-            for least, number, most in zip(within.least, numbers.values(), within.most, strict=True):
+            sides = within.rates, within.dampings or 2 * within.usual[1:]
+            for number, (least, most) in zip(numbers.values(), sides, strict=True):
                 assert 0.99 * least <= number <= 1.01 * most  # three digits
     assert METHODS["SOAP"].ranges[kind].tried("SOAP", 3)[1]["damping"] == 1e-16
 
@@ -74,7 +75,7 @@ def test_draws_fill_every_stratum_and_are_those_of_a_name():
     within = METHODS["K-FAC"].ranges["classifier"]
     _, *drawn = within.tried("K-FAC", 50)
     columns = zip(*(numbers.values() for numbers in drawn), strict=True)
-    for numbers, least, most in zip(columns, within.least, within.most, strict=True):
+    for numbers, (least, most) in zip(columns, within[1:], strict=True):
         places = 50 * np.log(np.sort(numbers) / least) / np.log(most / least)
         assert np.all(np.abs(places - np.arange(50) - 0.5) < 0.7)  # half a stratum, and three digits
     assert within.tried("K-FAC", 50) == within.tried("K-FAC", 50) != within.tried("EKFAC", 50)

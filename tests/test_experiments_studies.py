@@ -55,8 +55,8 @@ def test_an_epoch_of_the_digits_shows_every_image_at_most_once_and_the_loss_is_a
     case = digits.case(Perceptron((), 10), images._replace(labels=np.arange(1797) % 10), 500, {"problem": "net"})
     batches = [batch.images.tobytes() for batch in islice(case.stream(0), 6)]
     assert len(set(batches)) == 6 and batches[0] == next(case.stream(0)).images.tobytes()
-    assert digits.entropy(digits.rows(digits.images(28)).images) == pytest.approx(282.95, abs=0.01)
-    rows = digits.rows(images)
+    assert digits.entropy(digits.images(28).mirrored().images) == pytest.approx(282.95, abs=0.01)
+    rows = images.mirrored()
     perfect = digits.case(Perceptron(()), rows, 9, {"problem": "net"})
     zeros = jax.tree.map(np.zeros_like, perfect.task.init(jax.random.key(0)))
     expected = 64 * np.log(2) - digits.entropy(rows.images)
@@ -161,7 +161,7 @@ def test_defaults_run(tmp_path):
     cases = {"dense": partial(defaults.case, "dense", 16)}
     first = study.run(few(defaults.WITH_RATES, ["kfac"], cases, Limits(3, 3)), tmp_path)
     second = study.run(few(defaults.WITHOUT, ["kfac, 0.1"], cases, Limits(3, 3), seeds=(0, 1)), tmp_path)
-    assert [each["numbers"]["rate"] for each in first] == [*defaults.RATES]
+    assert [each["numbers"]["learning_rate"] for each in first] == [*defaults.RATES]
     assert [each["seed"] for each in second] == [0, 1]
     assert defaults.WITH_RATES.known(tmp_path) == first and defaults.WITHOUT.known(tmp_path) == second
 
