@@ -10,7 +10,7 @@ Expected: with the clip no cell diverges, and the best cell of a row is as good 
 large batches are far ahead, since the steps become Newton's, and small ones do not blow up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,9 +58,9 @@ def without() -> dict[str, Entry]:
     return rows | {f"{name}, no rate": entry(name) for name in METHODS if name != "kbfgs"}
 
 
-def case(net: str, batch: int) -> study.Case:
-    """A net with batches of a size."""
-    return digits.case(NETS[net], digits.images(), batch, {"problem": net, "batch": batch})
+def case(net: str, batch: int) -> Callable[[], study.Case]:
+    """How a net with batches of a size is made."""
+    return partial(digits.case, NETS[net], {"problem": net, "batch": batch}, batch)
 
 
 def table(rows: Records, title: str) -> Table:
@@ -86,7 +86,7 @@ def cell(rows: Records) -> str:
 WITH_RATES = study.Study(
     "defaults",
     "With a learning rate alone",
-    {net: partial(case, net, BATCH) for net in NETS},
+    {net: case(net, BATCH) for net in NETS},
     with_rates(),
     Limits(200, 200),
     partial(table, title=f"With a learning rate alone: 200 steps, batches of {BATCH}"),
@@ -96,7 +96,7 @@ WITH_RATES = study.Study(
 WITHOUT = study.Study(
     "defaults",
     "Without a learning rate",
-    {f"{net}, {batch}": partial(case, net, batch) for net in NETS for batch in BATCHES},
+    {f"{net}, {batch}": case(net, batch) for net in NETS for batch in BATCHES},
     without(),
     Limits(200, 200),
     partial(table, title="Without a learning rate: 200 steps, by the size of the batch"),
