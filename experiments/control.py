@@ -70,15 +70,12 @@ CONTROLS = {
     "everything adaptive, bounded": adaptive(grid(least=MORE)),
     NOTHING: control(ng.kfac),
 }
-
-
-def case(problem: str, batch: int) -> study.Case:
-    """A problem, with batches of a size."""
-    images, fields = digits.images(), {"problem": problem, "batch": batch}
-    if problem == "classifier":
-        return digits.case(Perceptron(HIDDEN, 10), images, batch, fields)
-    net = Perceptron(CODE, linear=len(CODE) // 2)
-    return digits.case(net, images.mirrored(), batch, fields)
+NETS = {"autoencoder": Perceptron(CODE, linear=len(CODE) // 2), "classifier": Perceptron(HIDDEN, 10)}
+CASES = {
+    f"{name}, {size}": partial(digits.case, net, {"problem": name, "batch": size}, size)
+    for name, net in NETS.items()
+    for size in BATCHES
+}
 
 
 def table(rows: Records) -> Table:
@@ -128,7 +125,7 @@ def picture(rows: Records) -> Figure:
 STUDY = study.Study(
     "control",
     "Which ways of choosing the step survive a small batch",
-    {f"{name}, {size}": partial(case, name, size) for name in ("autoencoder", "classifier") for size in BATCHES},
+    CASES,
     CONTROLS,
     Limits(STEPS, STEPS // LOOKS),
     table,

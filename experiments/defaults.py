@@ -11,7 +11,7 @@ Expected: with the clip no cell diverges, and the best cell of a row is as good 
 large batches are far ahead, since the steps become Newton's, and small ones do not blow up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ NETS: Mapping[str, nn.Module] = {
     "convnet": Convnet((16, 32), (2, 2), (64,)),
     "dense": Perceptron((64, 64, 64), 10),
 }
+CODE_OF_30 = Perceptron((250, 30, 250), linear=1)
 METHODS = ("kfac", "ekfac", "tkfac", "tekfac", "tengrad", "tnt", "mbf", "kbfgs", "shampoo", "soap")
 RATES, BATCH, BATCHES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0), 128, (32, 64, 256, 1797)
 OVER = '"over": above the loss at the start, or not finite'
@@ -63,9 +64,9 @@ def without() -> dict[str, Entry]:
     return rows | {f"{name}, no rate": entry(name) for name in METHODS if name != "kbfgs"}
 
 
-def case(net: str, batch: int) -> study.Case:
-    """A net with batches of a size."""
-    return digits.case(NETS[net], digits.images(), batch, {"problem": net, "batch": batch})
+def case(net: str, batch: int) -> Callable[[], study.Case]:
+    """How a net with batches of a size is made."""
+    return partial(digits.case, NETS[net], {"problem": net, "batch": batch}, batch)
 
 
 def resnet() -> study.Case:
@@ -79,12 +80,6 @@ def resnet() -> study.Case:
         return digits.CLASSES(outputs, few.labels)
 
     return study.Case({"problem": "resnet"}, task, partial(endless, images, BATCH), lambda found: float(loss(found)))
-
-
-def autoencoder() -> study.Case:
-    """An autoencoder of the digits with a code of 30 numbers."""
-    net, fields = Perceptron((250, 30, 250), linear=1), {"problem": "autoencoder"}
-    return digits.case(net, digits.images(28).mirrored(), BATCH, fields)
 
 
 def table(rows: Records, title: str) -> Table:
@@ -110,7 +105,7 @@ def cell(rows: Records) -> str:
 WITH_RATES = study.Study(
     "defaults",
     "With a learning rate alone",
-    {net: partial(case, net, BATCH) for net in NETS},
+    {net: case(net, BATCH) for net in NETS},
     with_rates(),
     Limits(200, 200),
     partial(table, title=f"With a learning rate alone: 200 steps, batches of {BATCH}"),
@@ -120,7 +115,7 @@ WITH_RATES = study.Study(
 WITHOUT = study.Study(
     "defaults",
     "Without a learning rate",
-    {f"{net}, {batch}": partial(case, net, batch) for net in NETS for batch in BATCHES},
+    {f"{net}, {batch}": case(net, batch) for net in NETS for batch in BATCHES},
     without(),
     Limits(200, 200),
     partial(table, title="Without a learning rate: 200 steps, by the size of the batch"),
@@ -130,7 +125,11 @@ WITHOUT = study.Study(
 ELSEWHERE = study.Study(
     "defaults_elsewhere",
     "With a learning rate alone, elsewhere",
-    {"autoencoder": autoencoder, "transformer": partial(text.case, 16, 32, 32), "resnet": resnet},
+    {
+        "autoencoder": partial(digits.case, CODE_OF_30, {"problem": "autoencoder"}, BATCH, 28),
+        "transformer": partial(text.case, 16, 32, 32),
+        "resnet": resnet,
+    },
     {name: one for name, one in with_rates().items() if "None" not in name},
     Limits(40, 40),
     partial(table, title="With a learning rate alone: 40 steps"),

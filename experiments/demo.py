@@ -54,12 +54,7 @@ WARMUP, LOOKS = 0.05, 25
 """Share of the steps in which a rate rises to its peak, and how often in a run the loss is measured."""
 
 
-def case(problem: str) -> study.Case:
-    """A convolution and a dense layer, or an autoencoder."""
-    images = digits.images()
-    if problem == "classifier":
-        return digits.case(Convnet((16,), (2,)), images, 599, {"problem": problem})
-    return digits.case(Perceptron((64, 12, 64), linear=1), images.mirrored(), 599, {"problem": problem})
+NETS = {"classifier": Convnet((16,), (2,)), "autoencoder": Perceptron((64, 12, 64), linear=1)}
 
 
 def entry(name: str, case: study.Case) -> Entry:
@@ -83,7 +78,7 @@ def entry(name: str, case: study.Case) -> Entry:
 STUDY = study.Study(
     "demo",
     "Every method on two small problems",
-    {problem: partial(case, problem) for problem in STEPS},
+    {name: partial(digits.case, net, {"problem": name}, 599) for name, net in NETS.items()},
     {name: partial(entry, name) for name in METHODS},
     Limits(STEPS["autoencoder"], 1),
     partial(

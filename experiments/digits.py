@@ -28,9 +28,10 @@ def images(size: int = 8) -> Part:
     return Part(*(np.concatenate(pair) for pair in zip(data.train, data.test, strict=True)))
 
 
-def case(net: nn.Module, data: Part, batch: int, fields: Mapping[str, Any]) -> Case:
-    """A net on the digits; an autoencoder's loss is that above the entropy of its pixels."""
-    is_classifier = data.labels.ndim == 1
+def case(net: nn.Module, fields: Mapping[str, Any], batch: int, size: int = 8) -> Case:
+    """A net on the digits: a classifier, or an "autoencoder", whose loss is that above the entropy of its pixels."""
+    is_classifier = fields["problem"] != "autoencoder"
+    data = images(size) if is_classifier else images(size).mirrored()
     batch = min(batch, len(data.labels))
     task = Task(net, CLASSES if is_classifier else PIXELS, data.first(batch))
     floor, loss = 0.0 if is_classifier else entropy(data.images), task.measured(jax.device_put(data))

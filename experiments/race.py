@@ -45,17 +45,12 @@ def adam(numbers: Numbers, layers: Any) -> optax.GradientTransformation:
     return optax.adam(lambda count: numbers["rate"] * (1 - falls + falls * fall(count)))
 
 
-def case() -> study.Case:
-    """The autoencoder."""
-    return digits.case(Perceptron(tuple(WIDTHS)), digits.images(28).mirrored(), BATCH, {"problem": "autoencoder"})
-
-
 ours = partial(study.natural, product_stride=CONFIG["product_stride"], **ADAPTIVE)
 peer = partial(Peer, initial_damping=CONFIG["peer_damping"], inverse_update_period=5)
 STUDY = study.Study(
     "race",
     "The race by steps that choose themselves",
-    {"autoencoder": case},
+    {"autoencoder": partial(digits.case, Perceptron(tuple(WIDTHS)), {"problem": "autoencoder"}, BATCH, 28)},
     {
         ADAM: Entry(adam, study.grid(rate=RATES, falls=(0, 1)), None, CONFIG["adam_steps"], look=20),
         "K-FAC": ours(ng.kfac, split="even"),
