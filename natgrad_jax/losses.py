@@ -46,6 +46,7 @@ class Likelihood:
         root_transpose: outputs, v -> R^T v.
         check: outputs, targets -> None, or a sentence on what does not fit.
         reduction: over the positions of an example, "sum" or "mean"; see `reduced`.
+        is_positive: whether no term is ever below 0.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Likelihood:
     root_transpose: Callable[[Array, Array], Array]
     check: Callable[[Array, Array], str | None]
     reduction: str = "sum"
+    is_positive: bool = False
 
     def reduced(self, reduction: str) -> "Likelihood":
         """The same likelihood, its loss summed or averaged over the positions of an example.
@@ -214,6 +216,7 @@ softmax_cross_entropy = Likelihood(
     root=_softmax_root,
     root_transpose=_softmax_root_transpose,
     check=_labels_or_distributions,
+    is_positive=True,
 )
 """Categorical: outputs are logits, targets integer labels [N, ...] or probabilities (one-hot) [N, ..., C].
 
@@ -238,6 +241,7 @@ sigmoid_binary_cross_entropy = Likelihood(
     root=_scaled_root(_deviation),
     root_transpose=_scaled_root(_deviation),
     check=_same_shape,
+    is_positive=True,
 )
 """Independent Bernoullis: outputs are logits, targets in [0, 1] of the same shape.
 
@@ -277,6 +281,7 @@ def gaussian(variance: float = 1.0) -> Likelihood:
         root=_scaled_root(constant),
         root_transpose=_scaled_root(constant),
         check=_same_shape,
+        is_positive=True,
     )
 
 

@@ -115,7 +115,7 @@ def dense_fisher(x):
 def test_a_step_has_the_length_that_minimises_the_model_of_these_examples():
     steps = {}
     for stride in (1, 5):
-        capture = ng.capture(apply, LOSS, labels="exact", product_stride=stride)
+        capture = ng.capture(apply, LOSS, labels="exact", product_stride=stride, objective=LOSS)  # of unknown least
         tx = ng.kfac(layers=capture.layers(PARAMS, X), damping=0.125)
         out = capture.value_and_grad(PARAMS, X, Y, key=jax.random.key(0))
         step, _ = tx.update(out.grad, tx.init(PARAMS), PARAMS, curvature=out.curvature)
@@ -127,7 +127,7 @@ def test_a_step_has_the_length_that_minimises_the_model_of_these_examples():
 
 
 def test_where_a_part_weighs_nothing_the_damping_is_all_the_curvature():
-    capture = ng.capture(apply, LOSS, labels="true", product_stride=5)
+    capture = ng.capture(apply, LOSS, labels="true", product_stride=5, objective=LOSS)
     tx = ng.kfac(layers=capture.layers(PARAMS, X), damping=0.125)
     out = capture.value_and_grad(PARAMS, X, Y, weights=1.0 * (np.arange(10) % 5 > 0))
     step, _ = tx.update(out.grad, tx.init(PARAMS), PARAMS, curvature=out.curvature)
@@ -150,6 +150,74 @@ def test_inputs_without_examples_are_refused():
     out = capture.value_and_grad(PARAMS, (X, jnp.ones(())), Y)
     with pytest.raises(ValueError, match=r"`product_stride` is 2, but .*\(\)\]; expected that all lead with the 10"):
         out.curvature.along(PARAMS)
+
+
+@pytest.mark.parametrize("inputs", [ng.Inputs(X, scale=np.ones((10, 1))), ng.Inputs(x=X)], ids=["one", "all"])
+def test_keywords_with_examples_are_refused(inputs):
+    capture = ng.capture(lambda params, x, scale=1.0: scale * apply(params, x), LOSS, labels="true", product_stride=99)
+    out = capture.value_and_grad(PARAMS, inputs, Y)
+    with pytest.raises(ValueError, match=r"keywords \['(scale|x)'\] lead with the 10 examples; .* by position"):
+        out.curvature.along(PARAMS)
+
+
+class Random(nnx.Module):
+    def __init__(self):
+        self.body, self.drop = Nnx(), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.body(self.drop(x))
+
+
+def test_the_random_streams_of_a_model_are_where_they_were_at_its_step():
+    model, direction = Random(), jax.tree.map(jnp.ones_like, nnx.state(Random(), nnx.Param))
+    found = ng.nnx.capture(model, LOSS, labels="true", product_stride=2).value_and_grad(model, X, Y)
+    other = Random()
+    few = ng.nnx.capture(other, LOSS, labels="true").value_and_grad(other, X[::2], Y[::2])
+    same(found.curvature.along(direction), few.curvature.along(direction))
+
+
+def foretold(capture, x, y, params, **options):
+    tx = ng.kfac(layers=capture.layers(params, x), **options)
+
+    @jax.jit
+    def step(params, state):
+        out = capture.value_and_grad(params, x, y, key=jax.random.key(0))
+        return tx.update(out.grad, state, params, curvature=out.curvature)[1].last, out.value
+
+    last, value = step(params, tx.init(params))
+    return float(last.foretold), float(value)
+
+
+@pytest.mark.parametrize(
+    "decay", [{}, pytest.param({"weight_decay": 1e-3}, marks=pytest.mark.full)], ids=["plain", "l2"]
+)
+def test_no_step_foretells_more_than_there_is_to_gain(decay):
+    """A part of the batch in which the inputs are zero has no curvature: the model is a line."""
+    x, y, params = X * (np.arange(10) % 5 > 0)[:, None], DRAW(size=(10, 3)), {"w": DRAW(size=(4, 3))}
+
+    def line(params, x):
+        return x @ params["w"]
+
+    given = line, ng.losses.squared_error
+    least = 1e-3 / 2 * np.sum(params["w"] ** 2) if decay else 0
+    fall, value = foretold(ng.capture(*given, product_stride=5), x, y, params, damping=1e-6, **decay)
+    assert -1.0 - 1e-6 < fall / (value + least) < -0.9
+    unknown = ng.capture(*given, product_stride=5, objective=ng.losses.squared_error)
+    assert foretold(unknown, x, y, params, damping=1e-6, **decay)[0] < -100 * value
+
+
+def test_the_least_loss_is_known_of_what_is_never_negative():
+    def floor(likelihood, weights=None, **options):
+        capture = ng.capture(apply, likelihood, labels="true", **options)
+        targets = Y if likelihood is LOSS else np.ones((10, 3))
+        return capture.value_and_grad(PARAMS, X, targets, weights=weights).curvature.floor
+
+    assert floor(LOSS, product_stride=2) == floor(LOSS, WEIGHTS, product_stride=2, microbatches=2) == 0
+    assert floor(LOSS, WEIGHTS - 1, product_stride=2) == -np.inf
+    assert floor(LOSS) is floor(ng.losses.poisson, product_stride=2) is None
+    term = ng.capture(apply, LOSS, labels="true", product_stride=2)
+    out = ng.terms({"a": term}).value_and_grad(PARAMS, {"a": X}, {"a": Y})
+    assert out.curvature.floor == 0
 
 
 @pytest.mark.parametrize("stride", [0, -1, 1.5])

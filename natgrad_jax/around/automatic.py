@@ -9,6 +9,7 @@ know it, and the slope there along the last step costs nothing: its gradient g i
     4  m <- (1 - gain) m + gain g
     5  u <- -direction of m at the damping
     6  d <- -(g^T u) / (u^T (F + damping I) u) u             the minimiser along u of the model of this batch
+       with F of a part of the batch: u^T F u is at least (g^T u)^2 / 2 (h - least h)
     7  step <- s d
     8  if the loss is not finite or four times the last, and this batch says that the last step raised it by more than
        ten times what was foretold: step <- -(the last step), damping <- 2 damping
@@ -18,6 +19,10 @@ step), and the share that minimises along d is -(slope before the step) / d^T F 
 near 1, the gain goes to 1 and the damping to 0: Newton's steps. With few data the averaging lengthens until the
 directions hold beyond their batch. The averages of line 1 forget by 0.9 per step. Numbers by measurement, on the digits
 at batches of 32 to 1797; see `experiments/defaults.py`.
+
+Where F is of a part of the batch (`product_stride`), it may lack the examples that g comes from, and is far too small
+along u. A loss with this slope that never falls below its least has at least the curvature of line 6. A GRU on 128
+sequences without that bound, F of 32: at a loss of 0.007 the model foretold a fall of 4.5, and the loss rose to 2.6.
 
 Not here: the test of a step on its own batch; see `control`.
 """
@@ -33,7 +38,7 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.around.model import change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
+from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
 from natgrad_jax.base import Array, ScalarOrSchedule
 from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
@@ -167,7 +172,7 @@ def automatic(
             given = extra | {"curvature": curvature, "damping": strength, "gradient": seen}
             found, inner = direction.update(state.average, state.direction, params, **given)
             u = jax.tree.map(jnp.negative, found)  # 5
-            model = model_of(curvature, (u,), slope, penalised)
+            model = _bounded(model_of(curvature, (u,), slope, penalised), curvature, value, penalised, params)
             weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
             rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
             foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
@@ -191,6 +196,19 @@ def automatic(
         return step, state._replace(count=jnp.asarray(optax.safe_increment(state.count)), ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bounded(model: Model, curvature: Any, value: Array, penalised: Callable[[Any], Any] | None, params: Any) -> Model:
+    """The model with at least the curvature that a loss above its least has; as it is if F is of the whole batch."""
+    least = getattr(curvature, "floor", None)
+    if least is None:
+        return model
+    above = value - least
+    if penalised is not None:
+        above = above + trees.dot(penalised(params), params) / 2
+    bent = jnp.where(above > 0, model.slope[0] ** 2 / jnp.where(above > 0, 2 * above, 1), 0)
+    bent = jnp.where(jnp.isfinite(bent), bent, 0).astype(model.curvature.dtype)
+    return model._replace(curvature=model.curvature.at[0, 0].max(bent))
 
 
 def _judged(state: AutomaticState, slope: Any, value: Array, heard: Array) -> AutomaticState:

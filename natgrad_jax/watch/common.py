@@ -32,6 +32,7 @@ from natgrad_jax.watch.reading import Reading, parts_of
 from natgrad_jax.watch.scaled import along, precise, scaled
 from natgrad_jax.watch.segments import by_example, weights_of
 from natgrad_jax.watch.space import Space
+from natgrad_jax.watch.strides import floor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,6 +69,11 @@ class Curvature:
     def count(self) -> Array:
         """W, the total weight of the examples."""
         return total_weight(self._batch.weights, self._forward.examples)
+
+    @property
+    def floor(self) -> Array | None:
+        """What the loss cannot fall below, where products are of a part of the batch; None elsewhere, or if unknown."""
+        return floor(self._problem, self._batch.weights)
 
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch.

@@ -176,7 +176,7 @@ class Watch:
             forward = self._replica(self._forward(model, inputs.args, inputs.kwargs))
 
             def few():
-                args = every(stride, inputs.args, forward.examples)
+                args = every(stride, inputs.args, inputs.kwargs, forward.examples)
                 return self._replica(self._forward(model, args, inputs.kwargs))
 
             share = partial(share_of, axis=self.axis_name) if self.axis_name else None

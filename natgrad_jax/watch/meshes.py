@@ -43,6 +43,11 @@ class Meshed:
         """W, the total weight of the examples."""
         return self._asked(lambda: self._inner.count)
 
+    @property
+    def floor(self) -> Array | None:
+        """What the loss cannot fall below; see `common.Curvature.floor`."""
+        return self._asked(lambda: self._inner.floor)
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of the batch, at the parameters of this step or at others."""
         return self._asked(self._inner, params)

@@ -24,7 +24,7 @@ from natgrad_jax.losses import total_weight
 from natgrad_jax.watch import common
 from natgrad_jax.watch.problem import Evaluation, Forward, Problem, no_argument
 from natgrad_jax.watch.space import Space, chunked, products
-from natgrad_jax.watch.strides import every
+from natgrad_jax.watch.strides import every, floor
 
 ForwardOf = Callable[[Any, Mapping[str, Any], Array], Forward]
 
@@ -58,6 +58,12 @@ class Pieces:
         found, counts = self._mapped(lambda curvature: (curvature.along(direction), curvature.count))
         scale = jnp.sqrt(_shares(counts))  # each is divided by the root of its own count
         return _flat(found * scale.reshape(-1, *(1,) * (found.ndim - 1)).astype(found.dtype))
+
+    @property
+    def floor(self) -> Array | None:
+        """What the loss cannot fall below; see `common.Curvature.floor`."""
+        _, _, weights, *_ = self._pieces
+        return floor(self._problem, weights)
 
     def space(self) -> "PiecedSpace":
         """The batch as the rows of the Jacobian, of which nothing is kept; see `common.Curvature.space`."""
@@ -212,7 +218,7 @@ def in_pieces(
 
     def of_piece(others, params, args, targets, weights, key, number):
         forward, stride = forward_of(args, others, number), problem.product_stride
-        few = None if stride == 1 else lambda: forward_of(every(stride, args, forward.examples), others, number)
+        few = None if stride == 1 else lambda: forward_of(every(stride, args, {}, forward.examples), others, number)
         return common.evaluate(problem, forward, params, targets, weights, key, few=few), forward.layers
 
     seen = []  # the layers are static: the trace of the scan leaves them here

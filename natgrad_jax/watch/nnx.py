@@ -180,6 +180,7 @@ class Capture:
             _, _, rest = nnx.split((copy, others), self._is_parameter, ...)
             return outputs, {"state": rest}
 
+        rest = jax.tree.map(lambda leaf: leaf, rest)  # else it moves with the model, and what is lazy sees that
         own = params.get(_MODEL, nnx.State({}))
         return _Bound(Model(function, own, {"state": rest}, name, root=name), inputs, (model, objects))
 

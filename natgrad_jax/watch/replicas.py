@@ -50,6 +50,12 @@ class Replicas:
 
     dtype = no_argument
 
+    @property
+    def floor(self) -> Array | None:
+        """What the loss cannot fall below; see `common.Curvature.floor`."""
+        least = self._local.floor
+        return None if least is None else jax.lax.pmin(trees.own(least, self._axis), self._axis)
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of all replicas at the parameters of this step, or at others."""
         found = self._local(None if params is None else trees.own(params, self._axis))

@@ -218,6 +218,12 @@ class TermsCurvature:
         """W, the total weight of the examples of all terms."""
         return jnp.sum(jnp.stack([jnp.asarray(part.count) for part in self._parts.values()]))
 
+    @property
+    def floor(self) -> Array | None:
+        """What the loss cannot fall below, if that is known of all terms; see `common.Curvature.floor`."""
+        least = {name: part.floor for name, part in self._parts.items()}
+        return None if None in least.values() else self._sum(least)
+
     def __call__(self, params: Tree | None = None) -> dict[str, Evidence]:
         """The evidence of all terms, at the parameters of this step or at others."""
         total = self.count
