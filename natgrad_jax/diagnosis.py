@@ -113,6 +113,7 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
             f"`state` is of type {type(state).__name__} and has no state of natgrad_jax in it; expected what `tx.init` "
             "or `tx.update` of one of its optimizers returned."
         )
+    automatic = any(isinstance(each, AutomaticState) for each in found)
     numbers, causes = {}, {}
     for each in found:
         numbers |= _of_the_whole(each)
@@ -123,6 +124,8 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
                 row |= _step(name, layers, params, updates)
             numbers |= {f"{name}/{column}": row[column] for column in COLUMNS if column in row}
             causes[name] = _cause(row)
+            if automatic and "damping" in causes[name]:
+                causes[name] += "; without a setting the steps adapt it, and `damping=` fixes it"
     return Diagnosis(numbers, causes)
 
 

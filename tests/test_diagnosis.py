@@ -92,12 +92,12 @@ def causes_of(problem):
     def step(params, state, x, damping):
         return _step(problem._replace(x=x), optimizer(damping), params, state, 0)
 
-    def found(params=problem.params, x=problem.x, damping=0.1, factor=1.0):
+    def found(params=problem.params, x=problem.x, damping=0.1, factor=1.0, around=lambda state: state):
         state = optimizer(damping).init(params)
         for _ in range(3):
             updates, state = step(params, state, x, jnp.float32(damping))
         updates = jax.tree.map(lambda leaf: np.float32(factor) * leaf, jax.device_get(updates))
-        return ng.diagnose(state, problem.layers, params=params, updates=updates).causes
+        return ng.diagnose(around(state), problem.layers, params=params, updates=updates).causes
 
     return found
 
@@ -107,7 +107,10 @@ def test_what_is_wrong_is_named():
     causes = causes_of(plain)
     assert causes(factor=1e-2)["Dense_0"] == ""
     assert "no gradient reaches it" in causes_of(_problem(Dead(), plain.x))()["dead"]
-    assert "damping is larger" in causes(damping=1e4)["Dense_0"]
+    assert causes(damping=1e4)["Dense_0"].endswith("as in gradient descent: lower it")
+    automatic = ng.kfac(layers=plain.layers).init(plain.params)
+    adapting = causes(damping=1e4, around=lambda state: automatic._replace(direction=state))
+    assert adapting["Dense_0"].endswith("lower it; without a setting the steps adapt it, and `damping=` fixes it")
     params, x = plain.params, np.asarray(plain.x)
     small = {**params["Dense_0"], "kernel": params["Dense_0"]["kernel"] / 1e12}
     assert "are huge" in causes({**params, "Dense_0": small}, 1e12 * x, 1e8)["Dense_0"]
