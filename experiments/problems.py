@@ -20,7 +20,7 @@ from rich import print as say
 import natgrad_jax as ng
 from experiments import data
 from experiments.courses import Case, Entry
-from experiments.data import Data, digits, endless, folder
+from experiments.data import Data, Part, digits, endless, folder
 from experiments.digits import CLASSES, PIXELS
 from experiments.methods import METHODS, Kind, Method
 from experiments.nets import Convnet, ResNet, autoencoder
@@ -60,13 +60,16 @@ class Problem(NamedTuple):
             return found
         return Data(found.name, found.train.mirrored(), found.test.mirrored())
 
-    def case(self) -> Case:
-        """What is trained on what."""
+    def case(self, looked_at: int | None = None) -> Case:
+        """What is trained on what; the loss is that of all images, or for frequent looks of some to train on."""
         found = self.data(folder())
         task = Task(self.net, self.likelihood, found.train.first(self.batch), {"train": True})
         fields = {"problem": self.name, "data": found.name}
         stream = partial(endless, found.train, self.batch, moved=self.crops)
-        return Case(fields, task, stream, partial(self.measured, data=found))
+        if looked_at is None:
+            return Case(fields, task, stream, partial(self.measured, data=found))
+        stride = len(found.train.labels) // looked_at
+        return Case(fields, task, stream, task.measured(Part(*(array[::stride] for array in found.train))))
 
     def measured(self, variables: Mapping[str, Any], data: Data, size: int = 2000) -> dict[str, float]:
         """Losses in nats an image, and of a classifier the shares of the images that it has right."""

@@ -25,7 +25,6 @@ import optax
 import natgrad_jax as ng
 from experiments import digits, figures, problems, study
 from experiments.autoencoder import PLATEAU
-from experiments.data import Part, folder
 from experiments.methods import ADAPTIVE
 from experiments.nets import Perceptron
 from experiments.problems import Problem
@@ -74,19 +73,12 @@ STUDY = study.Study(
 )
 
 
-def few(problem: Problem, images: int = 5000) -> study.Case:
-    """A problem whose loss is that of so many of its images, for a look every other step."""
-    train, case = problem.data(folder()).train, problem.case()
-    part = Part(*(array[:: len(train.labels) // images] for array in train))
-    return case._replace(loss=case.task.measured(part))
-
-
 def to_level(problem: Problem, rate: float, steps: int, level: float) -> study.Study:
     """Ours beside Adam at its best constant rate by `make autoencoder`, to a loss on one of the papers' data."""
     return study.Study(
         f"race_{problem.name}",
         f"The race to {level:g} nats: {problem.name}",
-        {problem.name: partial(few, problem)},
+        {problem.name: partial(problem.case, 5000)},
         {
             ADAM: Entry(adam, ({"rate": rate, "falls": 0},), None, steps, look=10),
             "K-FAC": ours(ng.kfac, split="even"),
