@@ -130,7 +130,7 @@ def test_a_small_change_is_read_from_slopes_and_a_large_one_from_values(change, 
     zeros = {"w": jnp.zeros(1)}
     found, kept = control._tested(Known(change, slope), zeros, jnp.array([1.0, 0.0]), None, model, zeros)
     np.testing.assert_allclose(found, ratio, rtol=1e-4)
-    assert bool(kept) is taken
+    assert kept == taken
 
 
 WAYS = {

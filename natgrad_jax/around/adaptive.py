@@ -19,7 +19,7 @@ class AdaptiveDamping:
         initial: damping of the first step.
         factor: by which the damping falls in a step where the model is good, to the power of `every` when tested.
         every: steps between tests.
-        calibration: number of first steps that are tested each, with `calibration_factor`, up to the first bad test.
+        calibration: number of first steps that are tested each, unless a bad test follows a better one.
         calibration_factor: by which the damping falls or rises in each of them, and in each that follows a bad test.
         least: lower bound of the damping.
         most: upper bound of the damping.
@@ -37,9 +37,10 @@ class AdaptiveDamping:
         """Whether a step is tested: in its turn, while calibrating, or because the ratio of the last test was bad."""
         return self._moves_fast(count, ratio, calibrating) | (count % self.every == 0)
 
-    def calibrates(self, count: Array, ratio: Array, calibrating: Array) -> Array:
-        """Whether the step after this one is of the calibration, too, given the ratio of this one's test."""
-        return calibrating & (count + 1 < self.calibration) & (ratio >= BAD)
+    def calibrates(self, count: Array, before: Array, ratio: Array, calibrating: Array) -> Array:
+        """Whether the step after this one is of the calibration, too, given the ratios of its last two tests."""
+        is_bracketed = (before >= BAD) & ~(ratio >= BAD)
+        return calibrating & (count + 1 < self.calibration) & ~is_bracketed
 
     def adapted(self, damping: Array, before: Array, ratio: Array, count: Array, calibrating: Array) -> Array:
         """The damping after a test.
@@ -109,9 +110,10 @@ def adaptive_damping(
     as in Martens and Grosse (2015), section 6.5, whose factor is 0.95; 0.9 is kfac-jax's. A change below half of the
     digits of h is read from its slopes at both ends, so that rounding does not move the damping. Each of the first
     `calibration` steps is tested and moves the damping by `calibration_factor`. So you need not know the initial
-    damping to an order of magnitude. The first bad rho or NaN ends this calibration. Each step after a test with a bad
-    rho or NaN is tested, too, until one is good. A tested step that raises the loss of its own batch, or makes it NaN,
-    is rejected.
+    damping to an order of magnitude. A bad rho or NaN after a better one ends this calibration: the damping is between
+    the two. Each step after a test with a bad rho or NaN is tested, too, until one is good. Where a tested step raises
+    the loss of its own batch, or makes it NaN, a fourth of it is tried, and so on down to a 256th; where none lowers
+    the loss, the step is rejected.
 
     A step more than twice as long as the last tested one is tested out of its turn; a good test then leaves the
     damping. And where the loss of a batch is not finite, or four times that of the batch before, it is compared with
@@ -126,7 +128,7 @@ def adaptive_damping(
         initial: damping of the first step.
         factor: by which the damping falls per step while the model is good, in (0, 1); it rises by the inverse.
         every: steps between tests; a test costs one forward pass.
-        calibration: number of first steps that are tested each, unless a test is bad before; 0 for none.
+        calibration: number of first steps that are tested each, unless a bad test follows a better one; 0 for none.
         calibration_factor: by which the damping falls in each of these, and after a bad test, in (0, 1); it rises by
             the inverse.
         least: lower bound of the damping.

@@ -6,13 +6,16 @@
     4  w <- argmin of b^T w + w^T (B + damping V^T V) w / 2   w = (learning rate, momentum), what is given held fixed
     5  step <- V w
     6  rho <- (h(theta + step) - h(theta)) / (b^T w + w^T B w / 2)        only on tested steps, inside a cond
-    7  damping <- less for a good rho, more for a bad one; no step if the loss rose        only on tested steps
+    7  damping <- less for a good rho, more for a bad one                                 only on tested steps
+    8  where the loss rose: step <- step / 4, at most four times, until it falls; else no step
 
 With an adaptive damping, unusually long steps are tested out of their turn, and one that the next batch finds ruinous
 is taken back; see `bounds`.
 
 Martens and Grosse (2015), https://arxiv.org/abs/1503.05671, sections 6.4-7. Line 6 leaves the damping out of the
 model, as both public implementations of that group do. A product with F is one forward-mode pass, `curvature.along`.
+Line 8 is ours. Where a bad step was only rejected, the curves of `make race` took 27 steps off the plateau, now 22 (six
+seeds), and the digits 75 to a gap of 2, now 60 (three seeds): a rejected step costs a gradient, a shorter one a loss.
 
 Not here: what the direction is; how `adaptive.AdaptiveDamping` moves the damping.
 """
@@ -48,10 +51,10 @@ class ControlState(NamedTuple):
     Attributes:
         count: steps done, int32.
         damping: of the next step if it is adaptive, else of the last.
-        learning_rate: of the last step.
+        learning_rate: of the last step, as short as it was made.
         momentum: of the last step, the weight of the step before it.
         ratio: of the last test, the change of the loss over the change foretold; NaN before the first test.
-        rejected: steps that were not taken, since a test found the loss risen or they were not finite, int32.
+        rejected: steps that were not taken, since the loss rose however short they were or they were not finite, int32.
         calibrating: whether the next step is of the calibration, whose steps are tested each.
         last: the last step that was taken, a tree like the parameters; None if neither momentum nor an adaptive damping
             needs it.
@@ -153,12 +156,12 @@ def controlled(
                 weights, model = minimiser(quadratic, strength, weights, free), lambda: quadratic  # 4
             step = trees.scaled(u, weights[0])  # 5
             step = step if momentum is None else trees.add(step, last, weights[1])
-            new, taken = state._replace(damping=strength.astype(jnp.float32)), jnp.array(True)
-            sound = guards.finite(step, 0)
+            new, share = state._replace(damping=strength.astype(jnp.float32)), jnp.ones((), wide)
             if rule:
                 test = partial(_tested, curvature, params, weights, penalised)
-                new, taken = _adapted(rule, state, strength, step, heard, lambda: test(model(), step))  # 6, 7
-            taken = taken & sound
+                new, share = _adapted(rule, state, strength, step, heard, lambda: test(model(), step))  # 6-8
+                step, weights = trees.scaled(step, share), share * weights
+            taken = (share > 0) & guards.finite(step, 0)
             rate, weight = weights.astype(jnp.float32)
             zeros = jax.tree.map(jnp.zeros_like, step)
             return trees.select(taken & heard, step, zeros), new._replace(
@@ -194,30 +197,34 @@ def controlled(
 def _adapted(
     rule: AdaptiveDamping, state: ControlState, strength: Array, step: Any, heard: Array, test: Callable[[], Any]
 ) -> tuple[ControlState, Array]:
-    """Lines 6 and 7, where they are due: the state with the damping, and whether the step is taken.
+    """Lines 6 to 8, where they are due: the state with the damping, and the share of the step that is made.
 
     A good test out of its turn, of a step that is longer than usual, leaves the damping.
     """
     length = jnp.sqrt(trees.dot(step, step)).astype(jnp.float32)
     in_turn = rule.is_due(state.count, state.ratio, state.calibrating)
     is_due = (in_turn | is_unusual(state.bounds, length)) & heard  # a batch of weight zero tests nothing
-    ratio, taken = when(is_due, lambda _: test(), (state.ratio, jnp.array(True)))  # 6
+    ratio, share = when(is_due, lambda _: test(), (state.ratio, jnp.ones(())))  # 6
     adapted = rule.adapted(strength, state.ratio, ratio, state.count, state.calibrating)
     damping = jnp.where(is_due & (in_turn | ~(ratio >= BAD)), adapted, strength)  # 7
-    calibrating = jnp.where(heard, rule.calibrates(state.count, ratio, state.calibrating), state.calibrating)
-    known = jnp.where(is_due & taken & jnp.isfinite(length), length, state.bounds.length)
+    calibrating = jnp.where(
+        heard, rule.calibrates(state.count, state.ratio, ratio, state.calibrating), state.calibrating
+    )
+    known = jnp.where(
+        is_due & (share > 0) & jnp.isfinite(length), (share * length).astype(jnp.float32), state.bounds.length
+    )
     new = state._replace(damping=damping.astype(jnp.float32), ratio=ratio, calibrating=calibrating)
-    return new._replace(bounds=state.bounds._replace(length=known)), taken
+    return new._replace(bounds=state.bounds._replace(length=known)), share
 
 
-_NEITHER = 0.5
-"""The ratio of a test that says nothing: all stays as it is."""
+_NEITHER, _LEAST_SHARE = 0.5, 4.0**-4
+"""The ratio of a test that says nothing: all stays as it is. The least share of a step that is tried."""
 
 
 def _tested(
     curvature: Any, params: Any, weights: Array, penalised: Callable[[Any], Any] | None, model: Model, step: Any
 ) -> tuple[Array, Array]:
-    """Line 6: the change of the loss over the change foretold, and whether the loss has not risen.
+    """Lines 6 and 8: the change of the loss over the change foretold, and the share of the step that is made.
 
     With outputs y and residuals r, the loss is known to a share of eps |y / r|: a hundred times the rounding of its
     mean, if the fit is good. A change of less than half of the digits is therefore read from the slopes at both ends,
@@ -236,6 +243,27 @@ def _tested(
         share = jnp.finfo(value.dtype).eps ** power
         return jnp.maximum(jnp.abs(foretold), jnp.abs(change)) <= share * jnp.abs(value)
 
-    change = jnp.where(within(0.5, by_values), by_slopes, by_values)
+    is_small = within(0.5, by_values)
+    change = jnp.where(is_small, by_slopes, by_values)
     lost = within(1.5, change)
-    return jnp.where(lost, _NEITHER, ratio_of(change, foretold)), lost | (change <= 0)
+    taken = lost | (change <= 0)
+    shorter = partial(_shortened, curvature, params, step, value, penalised)
+    share = when(~taken & ~is_small, lambda _: shorter(), taken.astype(value.dtype))
+    return jnp.where(lost, _NEITHER, ratio_of(change, foretold)), share
+
+
+def _shortened(curvature: Any, params: Any, step: Any, value: Array, penalised: Callable[[Any], Any] | None) -> Array:
+    """Line 8: the largest share of a step that lowers the loss, 1/4, 1/16, 1/64 or 1/256; 0 if none does."""
+
+    def is_wanted(carry: tuple[Array, Array]) -> Array:
+        share, found = carry
+        return ~found & (share > _LEAST_SHARE)
+
+    def shorter(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        share = carry[0] / 4
+        part = trees.scaled(step, share)
+        change = curvature.value(trees.add(params, part, 1.0)) - value
+        return share, change + change_of_penalty(penalised, trees.add(params, part, 0.5), part) < 0
+
+    share, found = jax.lax.while_loop(is_wanted, shorter, (jnp.ones_like(value), jnp.array(False)))
+    return jnp.where(found, share, 0)
