@@ -246,7 +246,7 @@ class Half(nn.Module):
 def test_a_net_that_computes_in_half_precision_trains_with_an_adaptive_damping_as_in_float32():
     x, y = task("mlp").x[0], task("mlp").y[0]
     ends, dampings = {}, {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         capture = ng.linen.capture(Half(dtype), ng.losses.softmax_cross_entropy, labels="exact")
         start = capture.model.init(jax.random.key(0), x)
         tx = ng.kfac("quadratic", capture.layers(start, x), momentum="quadratic", damping=ng.adaptive_damping())
@@ -262,7 +262,7 @@ def test_a_net_that_computes_in_half_precision_trains_with_an_adaptive_damping_a
 
         (_, state), losses = jax.jit(run)(start["params"])
         ends[dtype], dampings[dtype] = float(losses[-1]), float(state.damping)
-    assert ends["bfloat16"] < 1.2 * ends["float32"] + 1e-3 and ends["float32"] < 0.01
+    assert max(ends.values()) < 1.2 * ends["float32"] + 1e-3 and ends["float32"] < 0.01
     assert max(dampings.values()) < 1  # it has fallen from where it starts
 
 

@@ -4,10 +4,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import linen as nn
+from flax.core import FrozenDict, freeze
 from products import N, flat, found, model, rows_give_the_gradient_of_every_example, watched
-from reference import normal
+from reference import assert_equal, normal
+
+import natgrad_jax as ng
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.filterwarnings("ignore:.*has no layer")]
 Dense = partial(nn.Dense, param_dtype="float64")
@@ -90,6 +95,13 @@ def frozen(_, x):
     return Dense(3, name="d")(nn.tanh(Dense(4, parent=None).apply(variables, x)))
 
 
+def low_rank(module, x):
+    layer = Dense(3, name="d")
+    nn.share_scope(module, layer)
+    left, right = (module.param(name, nn.initializers.normal(), shape) for name, shape in LOW.items())
+    return layer(x) + x @ left @ right
+
+
 def masked(a, kernel, *args, **kwargs):
     return jax.lax.dot_general(a, jnp.triu(kernel), *args, **kwargs)
 
@@ -103,6 +115,7 @@ def both_ways(x):
     return nn.Bidirectional(*ways)(x).sum(1)
 
 
+LOW = {"left": (4, 2), "right": (2, 3)}
 _zeros = nn.initializers.zeros
 GATES = " ".join(f"{way}/{gate}" for way in ("left", "right") for gate in ("if", "in", "hf", "hn"))
 CASES = {
@@ -143,6 +156,7 @@ CASES = {
     "in and out of a scan": lambda: model(net(in_and_out_of_a_scan), (N, 4), "d"),
     "called for nothing": lambda: model(net(called_for_nothing), (N, 4), "d"),
     "tied by hand": lambda: model(net(tied_by_hand), (N, 4), "d"),
+    "a pair of low rank in the scope of its layer": lambda: model(net(low_rank), (N, 4), "kernel left right"),
     "called with different ranks": lambda: model(
         net(lambda m, x: (d := Dense(4, name="d"))(nn.tanh(d(x)).mean(1))), (N, 5, 4), "d"
     ),
@@ -181,3 +195,71 @@ def test_c2_rows_of_a_module_give_the_gradient_of_every_example(name):
     _, layers, evidence, grad, jacobian = watched(CASES[name])
     idle = ("b",) if "cond" in name else ()  # the branch that is not taken
     rows_give_the_gradient_of_every_example(layers, evidence, grad, jacobian, idle)
+
+
+# Batches and trees of parameters --------------------------------------------------------------------------------------
+
+
+def stepped(module, variables, x, **call):
+    """The parameters after a step of K-FAC on a batch, its layers found in another."""
+    capture = ng.linen.capture(module, ng.losses.squared_error, labels="true")
+    layers = capture.layers(variables, normal(8, *x.shape[1:]), **call)
+    tx = ng.kfac(0.1, layers, damping=0.1, statistics_every=1, refresh_every=1)
+
+    @jax.jit
+    def step(params):
+        outputs = jax.eval_shape(partial(module.apply, **call), variables, x)
+        out = capture.value_and_grad({**variables, "params": params}, x, jnp.ones(outputs.shape), **call)
+        updates, _ = tx.update(out.grad, tx.init(params), params, curvature=out.curvature)
+        return optax.apply_updates(params, updates)
+
+    return layers, step(variables["params"])
+
+
+def placed(_, x):
+    """A table with as many rows as a batch has examples, and a layer for these rows."""
+    code = Dense(3, name="position")(jnp.linspace(0, 1, 8)[:, None])
+    return Dense(2, name="head")((x * code).mean(1))
+
+
+def test_layers_found_in_one_batch_serve_a_shorter_one():
+    module, x = net(placed), normal(3, 8, 3)
+    layers, after = stepped(module, variables := module.init(jax.random.key(0), x), x)
+    assert list(layers) == ["head"] and {block.name.partition("/")[0] for block in layers.rest} == {"position"}
+    assert all(jax.tree.leaves(jax.tree.map(lambda new, old: jnp.all(new != old), after, variables["params"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("around", "kind"),
+    [
+        (lambda params: freeze(params), FrozenDict),
+        (lambda params: {**params, "kernel": nn.LogicallyPartitioned(params["kernel"], ("in", "out"))}, dict),
+    ],
+    ids=["frozen", "boxed"],
+)
+def test_a_tree_of_another_make_has_the_same_step_and_keeps_its_make(around, kind):
+    module, x = Dense(3), normal(N, 4)
+    params = module.init(jax.random.key(0), x)["params"]
+    layers, expected = stepped(module, {"params": params}, x)
+    (found_layers, found), other = stepped(module, {"params": around(params)}, x), around(expected)
+    assert found_layers == layers and isinstance(found, kind) and jax.tree.structure(found) == jax.tree.structure(other)
+    jax.tree.map(assert_equal, found, other)
+    assert not np.allclose(expected["kernel"], params["kernel"])
+
+
+def test_a_head_in_training_alone_is_no_matter_of_the_likelihood():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            h = nn.tanh(Dense(4, name="torso")(x))
+            if train:
+                self.sow("aux", "z", Dense(2, name="aux")(h))
+            return Dense(3, name="head")(h)
+
+    module, x = Net(), normal(N, 4)
+    variables = {"params": module.init(jax.random.key(0), x, train=True)["params"]}
+    (layers, in_training), (_, after) = (stepped(module, variables, x, train=train) for train in (True, False))
+    assert list(layers) == ["torso", "head"] and all("likelihood" in block.note for block in layers.rest)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9), in_training, after)
+    assert not np.allclose(after["torso"]["kernel"], variables["params"]["torso"]["kernel"])
