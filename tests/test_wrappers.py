@@ -120,6 +120,21 @@ def test_what_refuses_or_drops_it_passes_it_on_where_it_is_wrapped(name):
     assert becomes(WRAPPERS[name], around=ng.wrapped) == "passed on"
 
 
+def test_multi_steps_updates_what_it_wraps_at_every_micro_batch():
+    calls = []
+
+    def update(updates, state, params=None):
+        jax.debug.callback(lambda: calls.append(1))
+        return updates, state
+
+    tx = optax.MultiSteps(optax.GradientTransformation(lambda params: optax.EmptyState(), update), 2)
+    state, step = tx.init(PARAMS), jax.jit(tx.update)
+    for _ in range(4):
+        _, state = step(GRADS, state, PARAMS)
+    jax.effects_barrier()
+    assert len(calls) == 4 and int(state.gradient_step) == 2
+
+
 def test_nothing_is_held_after_a_call():
     seen = []
     tx = ng.wrapped(lambda inner: optax.chain(inner), spy(seen))
