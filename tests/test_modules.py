@@ -102,6 +102,52 @@ def low_rank(module, x):
     return layer(x) + x @ left @ right
 
 
+def noisy(module, x):
+    """A kernel with a noise of its own size, as Rainbow has it."""
+    mean, size = (module.param(name, nn.initializers.normal(), (4, 3)) for name in ("mean", "size"))
+    return x @ (mean + size * normal(4, 3, seed=3))
+
+
+def factorised(module, x):
+    """A kernel as lengths and directions, as PINNs have it."""
+    lengths, directions = (
+        module.param(*each) for each in (("g", _ones, (3,)), ("v", nn.initializers.normal(), (4, 3)))
+    )
+    return x @ (lengths * directions)
+
+
+def spectral(module, x):
+    """A complex product of every frequency, as neural operators have it."""
+    real, imaginary = (module.param(name, nn.initializers.normal(), (3, 2, 2)) for name in ("real", "imaginary"))
+    waves = jnp.einsum("nkc,kcd->nkd", jnp.fft.rfft(x, axis=1), real + 1j * imaginary)
+    return jnp.fft.irfft(waves, axis=1)
+
+
+def with_offsets(module, x):
+    """A layer whose input is a table, the same for all examples."""
+    code = Dense(4, use_bias=False, name="offsets")(jnp.linspace(0, 1, 5)[:, None])
+    return Dense(2, name="head")(nn.tanh(x[:, None] + code).sum(1))
+
+
+def with_token(module, x):
+    token = module.param("token", nn.initializers.normal(), (1, 1, 4))
+    x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 4)), x], axis=1)
+    return nn.tanh(Dense(3, name="d")(x)).sum(1)
+
+
+def of_two_ranks(_, x):
+    layer = nn.Conv(4, (2,), name="c", param_dtype="float64")
+    return layer(layer(x)[:, None].mean(1)).sum(1)
+
+
+class OneExample(nn.Module):
+    """A module that knows no axis of examples."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.tanh(Dense(3, name="d")(x)).sum(0)
+
+
 def masked(a, kernel, *args, **kwargs):
     return jax.lax.dot_general(a, jnp.triu(kernel), *args, **kwargs)
 
@@ -116,7 +162,7 @@ def both_ways(x):
 
 
 LOW = {"left": (4, 2), "right": (2, 3)}
-_zeros = nn.initializers.zeros
+_zeros, _ones = nn.initializers.zeros, nn.initializers.ones
 GATES = " ".join(f"{way}/{gate}" for way in ("left", "right") for gate in ("if", "in", "hf", "hn"))
 CASES = {
     "nn.jvp": lambda: model(
@@ -168,6 +214,21 @@ CASES = {
     ),
     "mapped variables, from the start": lambda: model(
         through(jax.nn.softplus, init=True), (N, 4), "", {"d/kernel": "custom derivative rule"}
+    ),
+    "a noisy kernel": lambda: model(net(noisy), (N, 4), "", {"mean": "added", "size": "factor entry by entry"}),
+    "a factorised kernel": lambda: model(
+        net(factorised), (N, 4), "", {"g": "factor entry by entry", "v": "factor entry by entry"}
+    ),
+    "a complex product": lambda: model(
+        net(spectral), (N, 5, 2), "", {"real": "before any product", "imaginary": "before any product"}
+    ),
+    "a table of offsets": lambda: model(
+        net(with_offsets), (N, 4), "head", {"offsets/kernel": "no axis of the 6 examples"}
+    ),
+    "a token that is joined": lambda: model(net(with_token), (N, 5, 4), "d", {"token": "goes through `concatenate`"}),
+    "a convolution of two ranks": lambda: model(net(of_two_ranks), (N, 5, 4), "c"),
+    "a module of one example, by nn.vmap": lambda: model(
+        nn.vmap(OneExample, variable_axes={"params": None}, split_rngs={"params": False})(), (N, 5, 4), "d"
     ),
     "a masked product": lambda: model(
         net(lambda m, x: Dense(4, use_bias=False, dot_general=masked, name="d")(x)),
