@@ -49,6 +49,9 @@ WRAPPERS = {
     "optax.selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask={"a": False, "b": True}),
     "optax.with_extra_args_support": optax.with_extra_args_support,
     "optax.snapshot": lambda tx: optax.chain(tx, optax.snapshot("norm", optax.tree.norm)),
+    "optax.monitor": lambda tx: optax.chain(
+        tx, optax.monitor({"norm": lambda updates, *_, **__: optax.tree.norm(updates)})
+    ),
     "optax.add_noise": lambda tx: optax.chain(tx, optax.add_noise(0.1, 0.5, 0)),
     "optax.add_decayed_weights": lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
     "optax.clip_by_global_norm": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
