@@ -77,6 +77,71 @@ class Step(nn.Module):
         return nn.tanh(nn.Dense(x.shape[-1])(x)), None
 
 
+class Spectral(nn.Module):
+    """A dense layer whose kernel is divided by its largest singular value."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.SpectralNorm(nn.Dense(3))(x, update_stats=False)
+
+
+class OwnProduct(nn.Module):
+    """A product that a module writes itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (4, 6))
+        return jnp.einsum("nd,dhk->nhk", x, kernel.reshape(4, 2, 3))
+
+
+class OwnTable(nn.Module):
+    """A lookup that a module writes itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("table", nn.initializers.normal(), (7, 4))[x]
+
+
+class Standardised(nn.Conv):
+    """A convolution whose kernel is standardised before it is used."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return (value - value.mean((0, 1, 2))) / value.std((0, 1, 2)) if name == "kernel" else value
+
+
+class Own(nnx.Module):
+    """A product or a lookup that a module writes itself."""
+
+    def __init__(self, array, use):
+        self.array, self.use = nnx.Param(array), use
+
+    def __call__(self, x):
+        return self.use(self.array[...], x)
+
+
+class Stack(nnx.Module):
+    """Dense layers, three of them, as one scan."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0)
+        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+    def __call__(self, x):
+        turn = nnx.scan(lambda x, layer: nnx.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return turn(x, self.layers)
+
+
+class Rematerialised(nnx.Module):
+    """A dense layer whose outputs are computed again in the backward pass."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.remat(lambda layer, x: layer(x))(self.layer, x)
+
+
 class Tied(nnx.Module):
     """A table that is tied to the head."""
 
@@ -147,14 +212,41 @@ ROWS = (
         lambda r: nnx.RNN(nnx.OptimizedLSTMCell(4, 3, rngs=r), rngs=r),
     ),
     Row("GRU", SEQUENCE, lambda: nn.RNN(nn.GRUCell(3)), lambda r: nnx.RNN(nnx.GRUCell(4, 3, rngs=r), rngs=r)),
-    Row("`nn.scan` over layers", (4,), Scanned, None),
-    Row("`nn.remat`", (4,), lambda: nn.remat(nn.Dense)(3), None),
+    Row(
+        "both ways in time",
+        SEQUENCE,
+        lambda: nn.Bidirectional(nn.RNN(nn.SimpleCell(3)), nn.RNN(nn.SimpleCell(3))),
+        lambda r: nnx.Bidirectional(*(nnx.RNN(nnx.SimpleCell(4, 3, rngs=r), rngs=r) for _ in range(2)), rngs=r),
+    ),
+    Row("`scan` over layers", (4,), Scanned, Stack),
+    Row("`remat`", (4,), lambda: nn.remat(nn.Dense)(3), Rematerialised),
+    Row(
+        "a module's own product",
+        (4,),
+        OwnProduct,
+        lambda r: Own(r.normal((4, 3)), lambda kernel, x: x @ kernel),
+    ),
+    Row("a module's own table", PLACES, OwnTable, lambda r: Own(r.normal((7, 4)), lambda table, x: table[x])),
     Row("LoRA", (4,), None, lambda r: nnx.LoRA(4, 2, 3, rngs=r)),
     Row("layer norm", (4,), lambda: nn.LayerNorm(), lambda r: nnx.LayerNorm(4, rngs=r)),
     Row("RMS norm", (4,), lambda: nn.RMSNorm(), lambda r: nnx.RMSNorm(4, rngs=r)),
     Row("group norm", IMAGE, lambda: nn.GroupNorm(2), lambda r: nnx.GroupNorm(4, 2, rngs=r)),
+    Row("instance norm", IMAGE, lambda: nn.InstanceNorm(), lambda r: nnx.InstanceNorm(4, rngs=r)),
+    Row(
+        "batch norm, in evaluation",
+        (4,),
+        lambda: nn.BatchNorm(use_running_average=True),
+        lambda r: nnx.BatchNorm(4, use_running_average=True, rngs=r),
+    ),
     Row("`PReLU`", (4,), lambda: nn.PReLU(), lambda r: nnx.PReLU()),
-    Row("weight norm", (4,), lambda: nn.WeightNorm(nn.Dense(3)), None),
+    Row(
+        "weight norm",
+        (4,),
+        lambda: nn.WeightNorm(nn.Dense(3)),
+        lambda r: nnx.WeightNorm(nnx.Linear(4, 3, rngs=r), rngs=r),
+    ),
+    Row("spectral norm", (4,), Spectral, lambda r: nnx.SpectralNorm(nnx.Linear(4, 3, rngs=r), rngs=r)),
+    Row("standardised convolution", IMAGE, lambda: Standardised(3, (3, 3)), None),
 )
 
 

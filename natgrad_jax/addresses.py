@@ -6,7 +6,7 @@ Dicts, tuples, NamedTuples and dataclasses all read alike: `{"encoder": {"kernel
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +30,15 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
     Returns:
         {address: leaf}, without masked leaves.
+
+    Raises:
+        ValueError: if two leaves have one address, as those of {"a/b": 1, "a": {"b": 2}}.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_address(path): leaf for path, leaf in leaves}
+    found = {_address(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        raise _told_apart(path for path, _ in leaves)
+    return found
 
 
 def masked(tree: Tree) -> frozenset[str]:
@@ -126,6 +132,21 @@ def parted(tree: Tree, sort: Callable[[Any], str]) -> tuple[dict[str, list[Any]]
         return jax.tree.unflatten(structure, [next(given[each]) for each in sorts])
 
     return parts, whole
+
+
+def _told_apart(paths: Iterable[tuple[Any, ...]]) -> ValueError:
+    """Of the first two paths with one address."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for path in paths:
+        address = _address(path)
+        if address in seen:
+            first, second = map(jax.tree_util.keystr, (seen[address], path))
+            return ValueError(
+                f"The tree has {first} and {second}, which are both called {address!r} here; expected names that "
+                'differ when they are joined by "/". Rename one of them.'
+            )
+        seen[address] = path
+    raise AssertionError("all addresses differ")
 
 
 def _address(path: tuple[Any, ...]) -> str:

@@ -51,7 +51,17 @@ def number(
     if not _is_number(value):
         raise TypeError(f"`{name}` is {shown(value)}; expected {bounds}{or_schedule}.")
     if not least <= float(value) < below:
-        raise ValueError(f"`{name}` is {value}; expected {bounds}.")
+        raise ValueError(f"`{name}` is {value}; expected {bounds}.{_of_rounding(value)}")
+
+
+def _of_rounding(value: Any) -> str:
+    """What to do where a number is one of bfloat16, as Optax makes them for such parameters."""
+    if np.asarray(value).dtype.name != "bfloat16":
+        return ""
+    return (
+        " It is in bfloat16, which rounds 0.999 to 1. `optax.inject_hyperparams` gives numbers the dtype of the "
+        "parameters unless told another: `inject_hyperparams(f, hyperparam_dtype=jnp.float32)`."
+    )
 
 
 def period(name: str, value: Any) -> None:

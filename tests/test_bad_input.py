@@ -1,6 +1,7 @@
 """What a user gets wrong is a clear sentence, before any work: what was found, what was expected, what to do."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, struct
 from methods_table import ALL_NAMES, NAMES, SETTINGS, direction, evaluate, measured, row, task
 
 import natgrad_jax as ng
@@ -131,15 +132,29 @@ def test_variables_without_parameters():
             call()
 
 
+@struct.dataclass
+class Output:
+    """Outputs of a model, which cannot be set."""
+
+    logits: Any
+    count: Any
+
+
 def test_a_model_with_several_outputs_and_no_readout():
     class Pair(nn.Module):
         @nn.compact
         def __call__(self, x):
             return nn.Dense(3)(x), x
 
-    capture, variables = watch(Pair())
-    with says(TypeError, "likelihood reads tuple ((8, 3), (8, 5))", "expected one floating-point array", "`readout`"):
-        capture.value_and_grad(variables, X, LABELS, key=KEY)
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Output(nn.Dense(3)(x), jnp.arange(2))
+
+    for model, words in ((Pair(), "tuple ((8, 3), (8, 5))"), (Named(), "Output(logits=(8, 3), count=(2,))")):
+        capture, variables = watch(model)
+        with says(TypeError, "likelihood reads", words, "expected one floating-point array", "`readout`"):
+            capture.value_and_grad(variables, X, LABELS, key=KEY)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

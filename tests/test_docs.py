@@ -95,7 +95,15 @@ def test_the_table_of_layers_says_what_is_watched():
     made = table()
     lines = made.TABLE.read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == [row.name for row in made.ROWS]
-    some = ("dense", "grouped", "embedding tied to the head", "layer norm", "LoRA")
+    some = (
+        "dense",
+        "grouped",
+        "embedding tied to the head",
+        "layer norm",
+        "LoRA",
+        "a module's own table",
+        "weight norm",
+    )
     for row, line in zip(made.ROWS, lines, strict=True):
         if row.name in some:
             assert made.line(row, verify=False) == line

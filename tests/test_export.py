@@ -87,3 +87,20 @@ def test_a_batch_in_pieces_and_steps_that_choose_themselves_are_exported(how):
     }[how]
     step, again, leaves, _ = exported(make(problem.layers), problem, size="2*n" if how == "pieces" else "n")
     assert_same(step, again, leaves, problem, (8, 4))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["kfac pi", "ekfac per_example", "soap"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_step_is_exported_for_a_platform_that_is_not_here(platform, method):
+    problem, tx = task("dense"), build(method, "dense")
+    params = problem.variables["params"]
+
+    @jax.jit
+    def step(params, state, x, y, seed):
+        out = problem.capture.value_and_grad({"params": params}, x, y, key=jax.random.key(seed))
+        return tx.update(out.grad, state, params, curvature=out.curvature)
+
+    shapes = jax.eval_shape(lambda: (params, tx.init(params), problem.x[0], problem.y[0], jnp.uint32(0)))
+    found = export.export(step, platforms=[platform])(*shapes)
+    assert found.platforms == (platform,) and len(found.out_avals) == len(jax.tree.leaves(shapes[:2]))

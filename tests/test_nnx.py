@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from methods_table import ALL_NAMES, of_the_lifting, row
+from reference import normal
 
 import natgrad_jax as ng
 
@@ -353,3 +354,23 @@ def test_a_bridged_model_is_watched_as_what_it_becomes(to):
     layers = capture.layers(model, jnp.ones((8, 4)))
     assert layers.rest == () and [layer.shape for layer in layers.known] == [(5, 3)]
     assert jnp.isfinite(capture.value_and_grad(model, jnp.ones((8, 4)), Y).value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["WeightNorm", "SpectralNorm"])
+def test_parameters_that_a_call_writes_stay_as_they_are_and_other_state_moves(wrapper):
+    if not hasattr(nnx, wrapper):
+        pytest.skip("there is no such module")
+    x, y = normal(8, 4, dtype="float32"), normal(8, 3, seed=1, dtype="float32")
+    first, plain, model = (
+        getattr(nnx, wrapper)(nnx.Linear(4, 3, rngs=(rngs := nnx.Rngs(0))), rngs=rngs) for _ in "abc"
+    )
+    grad = nnx.grad(lambda m: 0.5 * jnp.mean(jnp.sum((m(x) - y) ** 2, axis=1)))(plain)
+    capture = ng.nnx.capture(model, ng.losses.squared_error, labels="true", verify=False)
+    found = capture.value_and_grad(model, x, y).grad
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, grad)
+    start, written, kept = (each.layer_instance.kernel[...] for each in (first, plain, model))
+    np.testing.assert_array_equal(kept, start)
+    assert not np.allclose(written, start)
+    others = (nnx.to_pure_dict(nnx.state(each, nnx.Not(nnx.Param))) for each in (model, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), *others)

@@ -68,6 +68,25 @@ def table(rngs):
     return nnx.Embed(7, WIDTH, param_dtype="float64", rngs=rngs)
 
 
+class Own(nnx.Linear):
+    """A dense layer with a call of its own."""
+
+    def __call__(self, x):
+        return jnp.tanh(jnp.einsum("...i,io->...o", x, self.kernel[...]) + self.bias[...])
+
+
+def own(rngs):
+    return Own(WIDTH, 3, param_dtype="float64", rngs=rngs)
+
+
+def triangular(a, kernel, *args, **kwargs):
+    return jax.lax.dot_general(a, jnp.triu(kernel), *args, **kwargs)
+
+
+def masked(rngs):
+    return nnx.Linear(WIDTH, 3, use_bias=False, dot_general=triangular, param_dtype="float64", rngs=rngs)
+
+
 def stack(rngs):
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0,))
@@ -217,6 +236,10 @@ CASES = {
     "rnn": lambda: case(lambda m, x: m.rnn(x).sum(1), "rnn/cell/dense_i rnn/cell/dense_h", x=(N, 5, WIDTH), rnn=rnn),
     "attention in windows, whose projections are cut apart": lambda: case(
         in_windows, "a/linear b/linear", x=(N, 4, WIDTH), a=Block, b=Block
+    ),
+    "a subclass with a call of its own": lambda: case(lambda m, x: m.a(x), "a", a=own),
+    "a kernel that is changed on the way": lambda: case(
+        lambda m, x: m.b(m.a(x)), "a", notes={"b/kernel": "goes through `select_n`"}, a=linear, b=masked
     ),
     "an array that is no Variable": lambda: case(
         lambda m, x: m.a(x) * m.scale, "a/linear", a=Block, scale=lambda rngs: nnx.data(jnp.arange(1.0, 1 + WIDTH))

@@ -46,6 +46,15 @@ def test_c48_the_coupled_newton_root_is_that_of_the_eigendecomposition(dtype, po
     assert_differs(found, by_definition(matrices, 1 + damping, 1 / power))
 
 
+@pytest.mark.parametrize("root", roots.ROOTS)
+def test_the_root_of_a_multiple_is_a_multiple_of_the_root_at_any_size(root):
+    matrices, damping = moments(3, dtype="float32"), jnp.asarray([0.01, 0.02, 0.03], "float32")
+    expected = by_definition(matrices, damping, 0.5)
+    for scale in (1e20, 1e-22, 1e30, 1e-28):
+        assert_equal(find(scale * matrices, scale * damping, 0.5, root) * scale**0.5, expected)
+        assert_differs(find(scale * matrices, damping, 0.5, root) * scale**0.5, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exponent", [1 / 6, 0.3, 0.5, 1.0, 1.7])
 def test_by_eigendecomposition_any_exponent_will_do(dtype, exponent):

@@ -230,6 +230,16 @@ def test_settings_in_bfloat16_as_optax_makes_them_for_such_parameters_are_taken(
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_decay_that_bfloat16_would_round_to_one_is_injected_in_float32(dtype):
+    tx = optax.inject_hyperparams(ng.shampoo, hyperparam_dtype=jnp.float32)(0.1)
+    state = tx.init({"w": jnp.ones((3, 2), dtype)})
+    assert state.hyperparams["graft_decay"] == np.float32(0.999)
+    with pytest.raises(ValueError, match=r"`graft_decay` is 1\.0.*hyperparam_dtype=jnp\.float32"):
+        optax.inject_hyperparams(ng.shampoo)(0.1).init({"w": jnp.ones((3, 2), "bfloat16")})
+
+
 def test_periods_that_were_made_floats_stay_exact():
     assert [count for count in range(100_000, 100_401) if bool(due(jnp.int32(count), jnp.bfloat16(100)))] == [
         100_000,

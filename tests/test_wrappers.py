@@ -49,6 +49,9 @@ WRAPPERS = {
     "optax.selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask={"a": False, "b": True}),
     "optax.with_extra_args_support": optax.with_extra_args_support,
     "optax.snapshot": lambda tx: optax.chain(tx, optax.snapshot("norm", optax.tree.norm)),
+    "optax.monitor": lambda tx: optax.chain(
+        tx, optax.monitor({"norm": lambda updates, *_, **__: optax.tree.norm(updates)})
+    ),
     "optax.add_noise": lambda tx: optax.chain(tx, optax.add_noise(0.1, 0.5, 0)),
     "optax.add_decayed_weights": lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)),
     "optax.clip_by_global_norm": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
@@ -118,6 +121,21 @@ def test_what_becomes_of_the_curvature_is_what_the_page_says(name):
 @pytest.mark.parametrize("name", [name for name, what in rows().items() if what in ("refused", "dropped")])
 def test_what_refuses_or_drops_it_passes_it_on_where_it_is_wrapped(name):
     assert becomes(WRAPPERS[name], around=ng.wrapped) == "passed on"
+
+
+def test_multi_steps_updates_what_it_wraps_at_every_micro_batch():
+    calls = []
+
+    def update(updates, state, params=None):
+        jax.debug.callback(lambda: calls.append(1))
+        return updates, state
+
+    tx = optax.MultiSteps(optax.GradientTransformation(lambda params: optax.EmptyState(), update), 2)
+    state, step = tx.init(PARAMS), jax.jit(tx.update)
+    for _ in range(4):
+        _, state = step(GRADS, state, PARAMS)
+    jax.effects_barrier()
+    assert len(calls) == 4 and int(state.gradient_step) == 2
 
 
 def test_nothing_is_held_after_a_call():

@@ -35,6 +35,16 @@ def gram(trees: Any, others: Any = None) -> Array:
     return jnp.stack([dots(others or trees, tree) for tree in trees])
 
 
+def bias_corrected(tree: Any, decay: Scalar, count: Array) -> Any:
+    """Averages that began at zero, over the sum of their weights, 1 - decay^count.
+
+    The same as `optax.tree.bias_correction`, which raises under strict promotion.
+    """
+    wide = jnp.result_type(float)
+    weight = 1 - jnp.asarray(decay, wide) ** count.astype(wide)
+    return jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), tree)
+
+
 def add(tree: Any, other: Any, weight: Scalar) -> Any:
     """Tree + weight other, in the dtypes of the tree."""
     return jax.tree.map(lambda a, b: (a + weight * b).astype(a.dtype), tree, other)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import addresses, checks
-from natgrad_jax.algebra.trees import dot, scaled
+from natgrad_jax.algebra.trees import bias_corrected, dot, scaled
 from natgrad_jax.base import Array, Scalar
 from natgrad_jax.lift.requests import answered
 
@@ -125,7 +125,7 @@ def divide_by_rms(decay: Scalar, *, debias: bool, eps: Scalar = 1e-8) -> optax.G
         del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         squares = optax.tree.update_moment_per_elem_norm(_seen(updates, gradient), state.squares, decay, 2)
-        fair = optax.tree.bias_correction(squares, decay, count) if debias else squares
+        fair = bias_corrected(squares, decay, count) if debias else squares
         found = jax.tree.map(lambda u, s: u / (jnp.sqrt(s) + eps), updates, fair)
         return found, RMSState(count, squares)
 

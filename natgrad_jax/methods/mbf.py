@@ -43,7 +43,7 @@ from natgrad_jax.algebra.moments import second_moment
 from natgrad_jax.algebra.stacks import Diagonal, damped_inverse
 from natgrad_jax.algebra.truncated import Kept
 from natgrad_jax.around.adaptive import Damping
-from natgrad_jax.around.graft import of_gradient
+from natgrad_jax.around.graft import divide_by_rms, of_gradient
 from natgrad_jax.base import Layer, Layers, Method, Scalar, ScalarOrSchedule
 from natgrad_jax.blocks import tensor
 from natgrad_jax.layers.views import axes, sources, view
@@ -144,8 +144,7 @@ def _is_vector(source: Layer) -> bool:
 
 def _smoothed_rms() -> optax.GradientTransformationExtraArgs:
     """Line 4, of the gradient itself whatever stands in front."""
-    rms = optax.scale_by_rms(0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
-    return of_gradient(optax.chain(optax.ema(0.9, debias=False), rms))
+    return of_gradient(optax.chain(optax.ema(0.9, debias=False), divide_by_rms(0.999, debias=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

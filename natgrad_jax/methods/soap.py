@@ -29,6 +29,7 @@ from natgrad_jax.algebra.eigenbasis import columns, moved
 from natgrad_jax.algebra.eigenbasis import turned as off_diagonal
 from natgrad_jax.algebra.modes import product
 from natgrad_jax.algebra.stacks import eigh
+from natgrad_jax.algebra.trees import bias_corrected
 from natgrad_jax.algebra.truncated import coordinates, filtered, squares, turn
 from natgrad_jax.around.adaptive import Damping
 from natgrad_jax.around.control import Quadratic
@@ -158,6 +159,17 @@ class SOAP(OfCutTensors):
         return Method(init, observe, refresh, apply, rescale, turned=turned, gradual=parts)
 
 
+def _smoothed(decay: Scalar) -> optax.GradientTransformation:
+    """The average of the gradients, its bias corrected."""
+    average = optax.ema(decay, debias=False)
+
+    def update(updates, state, params=None):
+        updates, state = average.update(updates, state, params)
+        return bias_corrected(updates, decay, optax.tree.get(state, "count")), state
+
+    return optax.GradientTransformation(average.init, update)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SOAPOptimizer(Completed, SOAP):
     """SOAP: the bias-corrected average of the gradient, its direction, decoupled weight decay, the learning rate.
@@ -169,7 +181,7 @@ class SOAPOptimizer(Completed, SOAP):
 
     momentum: Scalar | Quadratic | None = 0.95
     kl_clip: Scalar | None = 1e-2  # its directions are divided by a root: no divergence, and longer
-    smoothing = staticmethod(optax.ema)
+    smoothing = staticmethod(_smoothed)
 
 
 scale_by_soap = direction_of_tensors(SOAP)

@@ -126,6 +126,8 @@ class Capture:
     ) -> Evaluation:
         """Loss, gradient, lazy curvature and outputs of one batch; the state of the model moves as in its own call.
 
+        Parameters stay, also where a call writes them (`nnx.WeightNorm`, `nnx.SpectralNorm`).
+
         Args:
             model: the model.
             inputs: what it is called with; a tuple stands for several positional arguments, `ng.Inputs` for any.
