@@ -14,6 +14,7 @@ from methods_table import NAMES, of_the_lifting, row, task
 from watching import LIKELIHOODS, mlp
 
 import natgrad_jax as ng
+from natgrad_jax.around.automatic import _adapted
 
 every_method = of_the_lifting(NAMES)
 LOSS = "softmax_cross_entropy"
@@ -105,12 +106,14 @@ def test_with_all_the_data_in_a_batch_it_is_newtons_method():
 
 
 def test_noise_lengthens_the_averages_and_shortens_the_steps():
-    noise = jax.random.normal(jax.random.key(0), (400, 3))
-    _, (losses, states) = descent(NEWTON, noise)
-    assert np.mean(states.share[100:]) < 0.5 and np.mean(states.momentum[100:]) > 0.8
-    ends = np.mean(losses[200:])
-    greedy = np.mean(np.sum(BENT * noise[200:] ** 2, axis=-1) / 2)  # of one who trusts each batch
-    assert ends < 0.2 * greedy
+    """Beside one who trusts each batch, in the mean over four streams."""
+    shares = []
+    for noise in jax.random.normal(jax.random.key(0), (4, 400, 3)):
+        _, (losses, states) = descent(NEWTON, noise)
+        assert np.mean(states.share[100:]) < 0.5 and np.mean(states.momentum[100:]) > 0.8
+        greedy = np.mean(np.sum(BENT * noise[200:] ** 2, axis=-1) / 2)
+        shares.append(np.mean(losses[200:]) / greedy)
+    assert np.mean(shares) < 0.2
 
 
 def test_a_given_damping_stays():
@@ -173,10 +176,40 @@ def test_a_rise_within_the_rounding_of_the_first_loss_is_not_tested():
     bowl = Bowl(params["x"], jnp.zeros(3))
     _, state = tx.update(bowl.gradient, tx.init(params), params, curvature=bowl)
     higher = Bowl(jnp.array([3e-3, 0.0, 0.0]), jnp.zeros(3))  # nine times the loss
-    for first, tested in ((state.first, True), (jnp.float32(10.0), False)):
-        known = state._replace(first=first)
+    for first, tested in ((state.losses.first, True), (jnp.float32(10.0), False)):
+        known = state._replace(losses=state.losses._replace(first=first))
         _, after = tx.update(higher.gradient, known, {"x": higher.x}, curvature=higher)
         assert np.isfinite(after.ratio) == tested
+
+
+@pytest.mark.parametrize(
+    ("values", "high"),
+    [
+        ([1.0] * 30, False),
+        ([1.0] * 10 + [4.0] * 5, False),  # the average is 1.68
+        ([1.0] * 10 + [4.0] * 6, True),  # 1.79
+        ([1.0] * 10 + [np.nan] * 50, False),
+        ([-1.0] * 10 + [2.0] * 5, False),  # the same, 2 lower: a rise of three fourths of the size of the least
+        ([-1.0] * 10 + [2.0] * 6, True),
+        ([1e8] + [1.0] * 300 + [4.0] * 30, False),  # within the rounding of the first
+        ([1.0] * 10 + [2.0] * 100, True),
+        ([1.0] * 10 + [2.0] * 900, False),  # it is no longer held against harder data
+    ],
+)
+def test_a_loss_that_stays_far_above_its_least_raises_the_damping(values, high):
+    def seen(losses, value):
+        return losses.with_one(value, jnp.isfinite(value)), losses
+
+    state = ng.automatic(IDENTITY).init({"x": jnp.zeros(3)})
+    losses, _ = jax.lax.scan(seen, state.losses, jnp.array(values, jnp.float32))
+    level, least = np.nan, np.inf
+    for value in filter(np.isfinite, values):
+        level = value if np.isinf(least) else 0.95 * level + 0.05 * value
+        least = min(least + 0.001 * abs(least), level)
+    np.testing.assert_allclose([losses.level, losses.least], [level, least], rtol=1e-4)
+    assert losses.are_high() == high
+    state = state._replace(losses=losses, count=jnp.int32(9), share=jnp.float32(0.3))  # a share that moves nothing
+    np.testing.assert_allclose(_adapted(state, None).damping, 0.11 if high else 0.1, rtol=1e-6)
 
 
 @pytest.mark.full
