@@ -53,6 +53,11 @@ def bounded(least: Any, **options: Any) -> Any:
     return ng.kfac(damping=replace(ng.adaptive_damping(), least=least), **options)
 
 
+def averaged(layers: Any) -> Any:
+    """Nothing said, and the average of the parameters over some 20 steps."""
+    return ng.averaged(ng.kfac(layers=layers), 0.95)
+
+
 control = partial(study.natural, stretch=STEPS // LOOKS, statistics_every=2, refresh_every=10)
 of_model = partial(control, learning_rate="quadratic")
 adaptive = partial(control, bounded, **QUADRATIC)
@@ -68,7 +73,8 @@ CONTROLS = {
     ),
     "everything adaptive": adaptive(grid(least=(1e-8,))),
     "everything adaptive, bounded": adaptive(grid(least=MORE)),
-    NOTHING: control(ng.kfac),
+    NOTHING: study.natural(ng.kfac, stretch=STEPS // LOOKS),
+    f"{NOTHING}, averaged": study.natural(averaged, stretch=STEPS // LOOKS),
 }
 NETS = {"autoencoder": Perceptron(CODE, linear=len(CODE) // 2), "classifier": Perceptron(HIDDEN, 10)}
 CASES = {

@@ -68,7 +68,7 @@ class Problem(NamedTuple):
         stream = partial(endless, found.train, self.batch, moved=self.crops)
         if looked_at is None:
             return Case(fields, task, stream, partial(self.measured, data=found))
-        stride = len(found.train.labels) // looked_at
+        stride = max(1, len(found.train.labels) // looked_at)
         return Case(fields, task, stream, task.measured(Part(*(array[::stride] for array in found.train))))
 
     def measured(self, variables: Mapping[str, Any], data: Data, size: int = 2000) -> dict[str, float]:

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 import natgrad_jax as ng
 from experiments.data import Part
+from natgrad_jax.around.averaging import AveragedState
 
 Numbers = dict[str, Any]
 """What is tried of a method by name, such as its learning rate; on the device they are arrays."""
@@ -157,8 +158,9 @@ class Runner:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The model's variables where it stands."""
-        return {"params": self.carry[0], **self.carry[2]}
+        """The model's variables where it stands, or the averages of its parameters if the optimizer keeps some."""
+        params, state, others = self.carry
+        return {"params": ng.averaged_params(state) if isinstance(state, AveragedState) else params, **others}
 
     def begin(self, numbers: Numbers, seed: int = 0) -> None:
         """Go back to the start; the seed is that of the parameters and of the labels drawn."""

@@ -1,5 +1,6 @@
 """What the experiments train with: batches, crops, runs that go on, a net with batch norm."""
 
+from functools import partial
 from itertools import islice
 
 import jax
@@ -102,6 +103,23 @@ def test_several_steps_in_one_program_are_those_of_several_programs():
         for leaf, same in zip(one, other, strict=True):
             np.testing.assert_allclose(leaf, same, rtol=1e-5, atol=1e-7)
     assert not np.allclose(ends[0][0], ends[4][0])
+
+
+def test_a_run_is_measured_at_the_averages_that_its_optimizer_keeps():
+    net, given = Perceptron((3,), 10), part(12, 2, 1)
+    task = Task(net, ng.losses.softmax_cross_entropy, given.first(4))
+    kept, plain = (Runner(make, {"rate": 0.1}, task, None) for make in (averaged_sgd, sgd))
+    path = []
+    for batch in batches(given, 4, 0, 0):
+        kept.run([batch])
+        plain.run([batch])
+        path.append(plain.variables["params"])
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *path)  # of the first 1 / (1 - 0.9) steps
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), kept.variables["params"], mean)
+
+
+def averaged_sgd(numbers, layers):
+    return ng.averaged(sgd(numbers, layers), 0.9)
 
 
 def sgd(numbers, layers):
