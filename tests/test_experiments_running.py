@@ -113,7 +113,7 @@ def test_a_run_is_measured_at_the_averages_that_its_optimizer_keeps():
     for batch in batches(given, 4, 0, 0):
         kept.run([batch])
         plain.run([batch])
-        path.append(plain.variables["params"])
+        path.append(jax.tree.map(np.array, plain.variables["params"]))
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *path)  # of the first 1 / (1 - 0.9) steps
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), kept.variables["params"], mean)
 
