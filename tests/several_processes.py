@@ -40,8 +40,8 @@ from experiments.records import save, saved
 
 LIKELIHOOD = ng.losses.softmax_cross_entropy
 HERE = Path(__file__).parent
-ERROR = re.compile(r"^(?:[EF]\d{4} [^\]]*\] (.*)|([\w.]*Error: .*))", re.MULTILINE)
-"""A line by which JAX or Python says why a process ends."""
+END = re.compile(r"^(?:F\d{4} [^\]]*\] (.*)|([\w.]*Error: .*))", re.MULTILINE)
+"""The line with which JAX or Python ends a process; lines of errors that end nothing come in any order before it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Ended(NamedTuple):
     Attributes:
         codes: their exit codes, in order; negative for a signal.
         losses: of each step that process 0 has done.
-        said: the first line by which each process says what went wrong.
+        said: the line by which each process says why it ends.
         seconds: from the start to the end of all.
         after: seconds from the end of the first process to that of the last.
     """
@@ -131,10 +131,8 @@ def run(config: Config, folder: Path, processes: int, killed: int = -1) -> Ended
             each.wait()
     lines = (folder / "losses.txt").read_text().splitlines()
     losses = {int(step): float(loss) for step, loss in map(str.split, lines)}
-    errors = (
-        re.search(r"^(?:[EF]\d{4} [^\]]*\] (.*)|([\w.]*Error: .*))", log.read_text(), re.MULTILINE) for log in logs
-    )
-    said = [found[1] or found[2] if found else "" for found in errors]
+    ends_with = (END.search(log.read_text()) for log in logs)
+    said = [found[1] or found[2] if found else "" for found in ends_with]
     last, first = max(ends.values()), min(ends.values())
     return Ended([each.returncode for each in group], losses, said, last - start, last - first)
 

@@ -46,7 +46,8 @@ def test_every_method_is_traced_under_strict_promotion(method, where, flag):
 @pytest.mark.full
 @every_flag
 @pytest.mark.parametrize(
-    "name", ["adaptive", "newton", "wide", "limited", "kl_clip", "exact", "weights", "positions", "microbatches"]
+    "name",
+    ["adaptive", "newton", "wide", "limited", "kl_clip", "exact", "weights", "positions", "microbatches", "rolling"],
 )
 def test_what_goes_with_the_methods_is_traced_under_strict_promotion(name, flag):
     problem, settings = task("mlp"), {}
@@ -60,6 +61,8 @@ def test_what_goes_with_the_methods_is_traced_under_strict_promotion(name, flag)
         tx = ng.kfac(0.1, layers, max_factor_dim=4)
     elif name == "limited":
         tx = ng.kbfgs(0.1, layers, memory=2)
+    elif name == "rolling":
+        tx = ng.ekfac(0.1, layers, rolling=True, rank=2)
     else:
         tx = ng.kfac(0.1, layers, kl_clip=1e-3, split="exact")
     if name == "weights":

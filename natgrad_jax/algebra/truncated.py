@@ -325,7 +325,5 @@ def damped_solve(sides: Sequence[Array | None], scale: Array, tensor: Array, dam
         [S, n_1, ..., n_k].
     """
     axes = tuple(range(-len(sides), 0))
-    damping = jnp.asarray(damping, scale.dtype)
-    damping = damping.reshape(damping.shape + (1,) * len(sides))
-    strength = floored(damping, jnp.max(scale, axis=axes, keepdims=True))
-    return filtered(tensor, sides, 1 / (scale + strength))
+    strength = floored(jnp.asarray(damping, scale.dtype), jnp.max(scale, axis=axes))
+    return filtered(tensor, sides, 1 / (scale + jnp.expand_dims(strength, axes)))

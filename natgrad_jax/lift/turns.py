@@ -55,7 +55,7 @@ class Turns(NamedTuple):
         place = count % self.period
         is_due = jnp.array(self.steps) == place  # of at most one: they ascend
         first = jnp.where(all_of_them, 0, jnp.argmax(is_due))
-        return first, jnp.where(all_of_them, len(self.groups), first + jnp.any(is_due))
+        return first, jnp.where(all_of_them, len(self.groups), first + jnp.sum(is_due))
 
 
 def turns(blocks: Sequence[Block], schedule: Schedule) -> Turns:
