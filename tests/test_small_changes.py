@@ -108,10 +108,10 @@ class Known:
         self.change, self.slope = change, slope
 
     def value(self, params=None):
-        return jnp.float32(1.0)
+        return jnp.float32(1.0 if params is None else 1.0 + self.change)
 
     def value_and_slope(self, params, direction):
-        return jnp.float32(1.0 + self.change), jnp.float32(self.slope)
+        return self.value(params), jnp.float32(self.slope)
 
 
 @pytest.mark.parametrize(

@@ -235,16 +235,18 @@ def _tested(
     slope = model.slope @ weights
     foretold = slope + weights @ model.curvature @ weights / 2
     value, there = curvature.value(), trees.add(params, step, 1.0)
-    value_there, slope_there = curvature.value_and_slope(there, step)
-    by_values = value_there - value + change_of_penalty(penalised, trees.add(params, step, 0.5), step)
-    by_slopes = (slope + slope_there + change_of_penalty(penalised, there, step)) / 2
+    by_values = curvature.value(there) - value + change_of_penalty(penalised, trees.add(params, step, 0.5), step)
 
     def within(power, change):
         share = jnp.finfo(value.dtype).eps ** power
         return jnp.maximum(jnp.abs(foretold), jnp.abs(change)) <= share * jnp.abs(value)
 
+    def by_slopes(_: Any) -> Array:
+        there_too = curvature.value_and_slope(there, step)[1] + change_of_penalty(penalised, there, step)
+        return ((slope + there_too) / 2).astype(by_values.dtype)
+
     is_small = within(0.5, by_values)
-    change = jnp.where(is_small, by_slopes, by_values)
+    change = when(is_small, by_slopes, by_values)
     lost = within(1.5, change)
     taken = lost | (change <= 0)
     shorter = partial(_shortened, curvature, params, step, value, penalised)
