@@ -145,16 +145,34 @@ def test_a_step_over_a_cliff_is_taken_back_and_doubles_the_damping(high):
     tx = ng.automatic(IDENTITY)
     params = {"x": jnp.array([1.0, 0.0, 0.0])}
     there = Cliff(Bowl(params["x"], jnp.array([9.0, 0.0, 0.0])), 2.0, high)  # its minimum is beyond
-    updates, state = tx.update(there.gradient, tx.init(params), params, curvature=there)
+    later = tx.init(params)._replace(count=jnp.int32(1))  # the first step would be made shorter
+    updates, state = tx.update(there.gradient, later, params, curvature=there)
     moved = optax.apply_updates(params, updates)
     assert jnp.sum(moved["x"] ** 2) > 4
     fallen = there._replace(bowl=there.bowl._replace(x=moved["x"]))
     updates, after = tx.update(fallen.gradient, state, moved, curvature=fallen)
     np.testing.assert_allclose(optax.apply_updates(moved, updates)["x"], params["x"], atol=1e-6)
     assert after.rejected == 1 and after.learning_rate == 0
-    np.testing.assert_allclose(after.damping, 2 * state.damping, rtol=1e-6)
+    raised = 1.1 if after.losses.are_high() else 1.0  # line 2
+    np.testing.assert_allclose(after.damping, 2 * raised * state.damping, rtol=1e-6)
     _, again = tx.update(there.gradient, after, params, curvature=there)
     assert again.rejected == 1 and again.learning_rate > 0  # and goes on
+
+
+@pytest.mark.parametrize(("edge", "share"), [(20.0, 1.0), (3.5, 0.25), (1.6, 0.0625), (1.001, 0.0)])
+def test_the_first_step_is_as_short_as_lowers_the_loss_of_its_batch(edge, share):
+    """From 1 towards a minimum at 9, over a cliff; the second one is not tested on its batch."""
+    tx, params = ng.automatic(IDENTITY, damping=0.0), {"x": jnp.array([1.0, 0.0, 0.0])}
+    cliff = Cliff(Bowl(params["x"], jnp.array([9.0, 0.0, 0.0])), edge, 1e6)
+    updates, state = tx.update(cliff.gradient, tx.init(params), params, curvature=cliff)
+    np.testing.assert_allclose(updates["x"], [8 * share, 0, 0], atol=1e-5)
+    whole = cliff.bowl.gradient["x"][0]  # d^T F d / 8, and minus the slope
+    np.testing.assert_allclose(state.last.bent, 8 * share**2 * -whole, rtol=1e-5)
+    np.testing.assert_allclose(state.last.foretold, 8 * (share - share**2 / 2) * whole, rtol=1e-5)
+    _, second = tx.update(
+        cliff.gradient, state._replace(last=state.last._replace(foretold=0.0)), params, curvature=cliff
+    )
+    assert second.learning_rate * -whole > 7.9
 
 
 def test_a_batch_that_is_harder_takes_no_step_back():

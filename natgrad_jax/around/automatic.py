@@ -11,7 +11,7 @@ know it, and the slope there along the last step costs nothing: its gradient g i
     5  u <- -direction of m at the damping
     6  d <- -(g^T u) / (u^T (F + damping I) u) u             the minimiser along u of the model of this batch
        with F of a part of the batch: u^T F u is at least (g^T u)^2 / 2 (h - least h)
-    7  step <- s d
+    7  step <- s d;  the first: d, or a fourth of it, and so on down to a 256th, until it lowers the loss of its batch
     8  if the loss is not finite or four times the last, and this batch says that the last step raised it by more than
        ten times what was foretold: step <- -(the last step), damping <- 2 damping
 
@@ -44,7 +44,17 @@ import optax
 from natgrad_jax import checks
 from natgrad_jax.algebra import trees
 from natgrad_jax.algebra.branches import when
-from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
+from natgrad_jax.around.model import (
+    Model,
+    change_of_penalty,
+    check,
+    minimiser,
+    model_of,
+    penalty,
+    ratio_of,
+    says,
+    shortened,
+)
 from natgrad_jax.base import Array, ScalarOrSchedule
 from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
@@ -208,7 +218,10 @@ def automatic(
             u = jax.tree.map(jnp.negative, found)  # 5
             model = _bounded(model_of(curvature, (u,), slope, penalised), curvature, value, penalised, params)
             weight = minimiser(model, state.damping, jnp.zeros(2), (True, False))[0]  # 6
-            rate, bent = state.share * weight, weight**2 * model.curvature[0, 0]
+            whole = state.share * weight
+            first = partial(_of_first, curvature, params, u, whole, value, penalised)
+            part = when(state.count == 0, lambda _: first(), jnp.ones_like(whole))
+            rate, bent = part * whole, (part * weight) ** 2 * model.curvature[0, 0]
             foretold = rate * model.slope[0] + rate**2 * model.curvature[0, 0] / 2
             sound = guards.finite((foretold, bent, u), 0)
             known = heard & sound
@@ -230,6 +243,17 @@ def automatic(
         return step, state._replace(count=jnp.asarray(optax.safe_increment(state.count)), ratio=ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_first(
+    curvature: Any, params: Any, u: Any, rate: Array, value: Array, penalised: Callable[[Any], Any] | None
+) -> Array:
+    """The share of the first step that lowers the loss of its batch: nothing else is known yet."""
+    step = trees.scaled(u, rate)
+    change = curvature.value(trees.add(params, step, 1.0)) - value
+    change = change + change_of_penalty(penalised, trees.add(params, step, 0.5), step)
+    shorter = partial(shortened, curvature, params, step, value, penalised)
+    return when(~(change <= 0), lambda _: shorter(), jnp.ones_like(value)).astype(rate.dtype)
 
 
 def _bounded(model: Model, curvature: Any, value: Array, penalised: Callable[[Any], Any] | None, params: Any) -> Model:

@@ -33,7 +33,17 @@ from natgrad_jax.algebra import trees
 from natgrad_jax.algebra.branches import when
 from natgrad_jax.around.adaptive import BAD, AdaptiveDamping, Damping, refuse_uncalled
 from natgrad_jax.around.bounds import Bounds, is_to_be_taken_back, is_unusual, seen, unbound
-from natgrad_jax.around.model import Model, change_of_penalty, check, minimiser, model_of, penalty, ratio_of, says
+from natgrad_jax.around.model import (
+    Model,
+    change_of_penalty,
+    check,
+    minimiser,
+    model_of,
+    penalty,
+    ratio_of,
+    says,
+    shortened,
+)
 from natgrad_jax.base import Array, Scalar, ScalarOrSchedule
 from natgrad_jax.lift import guards
 from natgrad_jax.lift.requests import answered
@@ -217,8 +227,8 @@ def _adapted(
     return new._replace(bounds=state.bounds._replace(length=known)), share
 
 
-_NEITHER, _LEAST_SHARE = 0.5, 4.0**-4
-"""The ratio of a test that says nothing: all stays as it is. The least share of a step that is tried."""
+_NEITHER = 0.5
+"""The ratio of a test that says nothing: all stays as it is."""
 
 
 def _tested(
@@ -249,23 +259,6 @@ def _tested(
     change = when(is_small, by_slopes, by_values)
     lost = within(1.5, change)
     taken = lost | (change <= 0)
-    shorter = partial(_shortened, curvature, params, step, value, penalised)
+    shorter = partial(shortened, curvature, params, step, value, penalised)
     share = when(~taken & ~is_small, lambda _: shorter(), taken.astype(value.dtype))
     return jnp.where(lost, _NEITHER, ratio_of(change, foretold)), share
-
-
-def _shortened(curvature: Any, params: Any, step: Any, value: Array, penalised: Callable[[Any], Any] | None) -> Array:
-    """Line 8: the largest share of a step that lowers the loss, 1/4, 1/16, 1/64 or 1/256; 0 if none does."""
-
-    def is_wanted(carry: tuple[Array, Array]) -> Array:
-        share, found = carry
-        return ~found & (share > _LEAST_SHARE)
-
-    def shorter(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        share = carry[0] / 4
-        part = trees.scaled(step, share)
-        change = curvature.value(trees.add(params, part, 1.0)) - value
-        return share, change + change_of_penalty(penalised, trees.add(params, part, 0.5), part) < 0
-
-    share, found = jax.lax.while_loop(is_wanted, shorter, (jnp.ones_like(value), jnp.array(False)))
-    return jnp.where(found, share, 0)
