@@ -78,7 +78,7 @@ def goals(folder: Path) -> Table | None:
         *goal("curves: off the plateau, in so much of tuned Adam's steps", 0.25, steps, ".2f"),
     )
     headings = ("goal", "asked", "measured", "by", "reached")
-    note = "Ours: tuned runs of this package's methods, without SGD-m and Adam."
+    note = "By this package's methods, without SGD-m and Adam; the second line by tuned runs."
     return figures.table("", headings, lines, note, names=5) if lines else None
 
 
@@ -92,7 +92,7 @@ def shares(study: Any, folder: Path) -> list[dict[str, float]]:
 
 
 def ours(runs: Mapping[str, Records]) -> list[str]:
-    """The tuned runs of the methods of this package."""
+    """The runs of the methods of this package."""
     return [name for name in runs if name not in (*autoencoder.AUTHORS, "SGD-m", autoencoder.ADAM)]
 
 

@@ -35,6 +35,7 @@ from natgrad_jax.around.adaptive import BAD, AdaptiveDamping, Damping, refuse_un
 from natgrad_jax.around.bounds import Bounds, is_to_be_taken_back, is_unusual, seen, unbound
 from natgrad_jax.around.model import (
     Model,
+    change_by,
     change_of_penalty,
     check,
     minimiser,
@@ -245,7 +246,7 @@ def _tested(
     slope = model.slope @ weights
     foretold = slope + weights @ model.curvature @ weights / 2
     value, there = curvature.value(), trees.add(params, step, 1.0)
-    by_values = curvature.value(there) - value + change_of_penalty(penalised, trees.add(params, step, 0.5), step)
+    by_values = change_by(curvature, params, step, value, penalised)
 
     def within(power, change):
         share = jnp.finfo(value.dtype).eps ** power

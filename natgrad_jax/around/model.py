@@ -75,6 +75,12 @@ def _padded(array: Array) -> Array:
     return jnp.pad(array, [(0, 2 - size) for size in array.shape])
 
 
+def change_by(curvature: Any, params: Any, step: Any, value: Array, penalised: Callable[[Any], Any] | None) -> Array:
+    """The change of the objective by a step from where the loss of the batch is `value`: one forward pass."""
+    middle = trees.add(params, step, 0.5)
+    return curvature.value(trees.add(params, step, 1.0)) - value + change_of_penalty(penalised, middle, step)
+
+
 _LEAST_SHARE = 4.0**-4
 
 
@@ -87,9 +93,7 @@ def shortened(curvature: Any, params: Any, step: Any, value: Array, penalised: C
 
     def shorter(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         share = carry[0] / 4
-        part = trees.scaled(step, share)
-        change = curvature.value(trees.add(params, part, 1.0)) - value
-        return share, change + change_of_penalty(penalised, trees.add(params, part, 0.5), part) < 0
+        return share, change_by(curvature, params, trees.scaled(step, share), value, penalised) < 0
 
     share, found = jax.lax.while_loop(is_wanted, shorter, (jnp.ones_like(value), jnp.array(False)))
     return jnp.where(found, share, 0)
