@@ -71,15 +71,23 @@ class Problem(NamedTuple):
         stride = max(1, len(found.train.labels) // looked_at)
         return Case(fields, task, stream, task.measured(Part(*(array[::stride] for array in found.train))))
 
-    def measured(self, variables: Mapping[str, Any], data: Data, size: int = 2000) -> dict[str, float]:
+    def case_of_errors(self) -> Case:
+        """The same of a classifier, where the loss that is looked at is its test error in %."""
+        case, test = self.case(1), self.data(folder()).test
+        return case._replace(loss=lambda variables: 100 * (1 - self.means(variables, test)[1]))
+
+    def measured(self, variables: Mapping[str, Any], data: Data) -> dict[str, float]:
         """Losses in nats an image, and of a classifier the shares of the images that it has right."""
         found: dict[str, float] = {}
         for loss, share, part in (("losses", "train_accuracy", data.train), ("test_loss", "test_accuracy", data.test)):
-            pieces = [[array[first : first + size] for array in part] for first in range(0, len(part.labels), size)]
-            sums = [_sums(variables, *piece, self.net, self.likelihood) for piece in pieces]
-            found[loss], right = np.sum(sums, axis=0) / len(part.labels)
+            found[loss], right = self.means(variables, part)
             found |= {share: right} if self.kind == "classifier" else {}
         return found
+
+    def means(self, variables: Mapping[str, Any], part: Part, size: int = 2000) -> np.ndarray:
+        """The loss of some images, and the share of them that is right."""
+        pieces = [[array[first : first + size] for array in part] for first in range(0, len(part.labels), size)]
+        return np.sum([_sums(variables, *piece, self.net, self.likelihood) for piece in pieces], 0) / len(part.labels)
 
 
 @partial(jax.jit, static_argnames=("net", "likelihood"))

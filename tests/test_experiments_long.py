@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import natgrad_jax as ng
-from experiments import autoencoder, classify, figures, problems, study, tune
+from experiments import autoencoder, classify, figures, problems, race, study, tune
 from experiments.data import digits
 from experiments.methods import METHODS
 from experiments.nets import Convnet
@@ -73,6 +73,20 @@ def test_a_classifier_is_trained(index, tmp_path):
     rows = study.run(whole._replace(entries=usual, seeds=(0, 1)), tmp_path)
     assert len(rows) == 4 and all(0 <= row["test_accuracy"][-1] <= 1 for row in rows)
     assert rows[0]["losses"][0] != rows[0]["losses"][1] and whole.table(rows).row_count == 2
+
+
+@pytest.mark.full
+def test_the_race_of_a_classifier_ends_at_its_test_error(tmp_path):
+    problem = TINY["classify_16"]
+    whole = race.classifying(problem, 1e-2, level=50.0)._replace(seeds=(0,))
+    assert [*whole.entries] == ["Adam", "K-FAC, nothing said", "SOAP, as published"]
+    rows = study.run(whole, tmp_path)
+    assert all(row["losses"][-1] <= 50 or row["steps"][-1] == 12 for row in rows)
+    case = problem.case_of_errors()
+    variables = case.task.init(jax.random.key(0))
+    right = problem.measured(variables, digits())["test_accuracy"]
+    assert case.loss(variables) == pytest.approx(100 * (1 - right)) == pytest.approx(rows[0]["losses"][0], rel=1e-5)
+    assert whole.table(rows).row_count == 3 and whole.command == 'make race ARGS="--problems fashion"'
 
 
 @pytest.mark.slow
