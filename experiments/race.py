@@ -61,7 +61,7 @@ STUDY = study.Study(
         ADAM: Entry(adam, study.grid(rate=RATES, falls=(0, 1)), None, CONFIG["adam_steps"], look=20),
         "K-FAC": ours(ng.kfac, split="even"),
         "TKFAC": ours(ng.tkfac, split="pi"),
-        "EKFAC": ours(ng.ekfac, split="pi", **SELDOM),
+        "EKFAC": ours(ng.ekfac, split="even", **SELDOM),
         "TEKFAC": ours(ng.tekfac, split="pi", **SELDOM),
         **({PEER: Entry(None, peer=peer)} if has_peer() else {}),
     },
