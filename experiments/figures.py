@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
@@ -42,7 +41,6 @@ class Shown(NamedTuple):
             keep(output / f"{self.name}.jsonl", records, afresh=True)
             present(self, records, output)
 
-        plt.switch_backend("agg")
         tyro.cli(run, description=question(text))
 
 
@@ -121,7 +119,6 @@ def drawn(figure: Figure, path: Path) -> Path:
     """Write a picture in 256 colors, which takes two thirds of its bytes away and cannot be seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
@@ -137,9 +134,10 @@ def question(text: str | None) -> str:
     return (text or "").partition("\n")[0]
 
 
-def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of panels [rows, columns]."""
-    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+def panels(rows: int, columns: int, figsize: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of panels [rows, columns], which no window shows."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def clean(axes: Iterable[Axes], alpha: float = 0.2, **grid: Any) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from rich.table import Table
@@ -129,5 +128,4 @@ def main(folder: Path = Path("results")) -> None:
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")
     tyro.cli(main)

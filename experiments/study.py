@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -189,7 +188,6 @@ def parts(studies: Sequence[Study], options: Options) -> list[Study]:
 
 def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
     """Ask what is wanted of the studies of a file, by default of some problems; run them, show their rows."""
-    plt.switch_backend("agg")
     text = sys.modules["__main__"].__doc__
     options = tyro.cli(Options, description=figures.question(text), default=Options(problems=problems))
     for part in parts(studies, options):

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -26,13 +25,6 @@ TINY = {
         net=problems.ResNet(8, 2), epoch=4, load=lambda given: digits(32, 3)
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    """No picture stays."""
-    yield
-    plt.close("all")
 
 
 def small(whole, names):

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -28,13 +27,6 @@ STUDIES = {
     "regression": regression.STUDY,
     "text": text.STUDY,
 }
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    """No picture stays."""
-    yield
-    plt.close("all")
 
 
 def row(problem, name, losses, **others):
