@@ -1,5 +1,6 @@
 """Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Shown(NamedTuple):
         """Its records in a folder."""
         return self.select(kept(folder / f"{self.name}.jsonl"))
 
-    def main(self, measure: Callable[[], Records], text: str | None) -> None:
+    def main(self, measure: Callable[[], Records]) -> None:
         """Measure, keep the records in the place of older ones, present them, in the folder that is asked for."""
 
         def run(output: Path = Path("results")) -> None:
@@ -41,7 +42,7 @@ class Shown(NamedTuple):
             keep(output / f"{self.name}.jsonl", records, afresh=True)
             present(self, records, output)
 
-        tyro.cli(run, description=question(text))
+        asked(run)
 
 
 def table(
@@ -129,9 +130,10 @@ def picture_of(part: Any, folder: Path) -> Path:
     return folder / f"{getattr(part, 'image', '') or part.name}.png"
 
 
-def question(text: str | None) -> str:
-    """The first line of what a file says, for `--help`."""
-    return (text or "").partition("\n")[0]
+def asked(what: Any, **options: Any) -> Any:
+    """What the command line makes of a type or a function; `--help` begins with the question of the file that runs."""
+    text = sys.modules["__main__"].__doc__ or ""
+    return tyro.cli(what, description=text.partition("\n")[0], **options)
 
 
 def panels(rows: int, columns: int, figsize: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.table import Table
 
 from experiments import (
@@ -128,4 +127,4 @@ def main(folder: Path = Path("results")) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    figures.asked(main)

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -314,4 +313,4 @@ SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest, "mak
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
-    tyro.cli(run, description=figures.question(__doc__))
+    figures.asked(run)
