@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
-from experiments import digits, figures, study
+from experiments import figures, problems, study
 from experiments.figures import ends
 from experiments.methods import QUADRATIC
 from experiments.nets import Perceptron
@@ -78,7 +78,7 @@ CONTROLS = {
 }
 NETS = {"autoencoder": Perceptron(CODE, linear=len(CODE) // 2), "classifier": Perceptron(HIDDEN, 10)}
 CASES = {
-    f"{name}, {size}": partial(digits.case, net, {"problem": name, "batch": size}, size)
+    f"{name}, {size}": partial(problems.on_digits, net, {"problem": name, "batch": size}, size)
     for name, net in NETS.items()
     for size in BATCHES
 }
@@ -109,9 +109,9 @@ def cell(rows: Records) -> str:
 
 def picture(rows: Records) -> Figure:
     """Where every control ends against the size of the batch, a panel for each problem: medians, and the seeds."""
-    problems = grouped(rows, "problem")
-    figure, axes = figures.panels(1, len(problems), figsize=(5.5 * len(problems), 5.5))
-    for axis, (problem, some) in zip(axes[0], problems.items(), strict=True):
+    panels = grouped(rows, "problem")
+    figure, axes = figures.panels(1, len(panels), figsize=(5.5 * len(panels), 5.5))
+    for axis, (problem, some) in zip(axes[0], panels.items(), strict=True):
         start = float(np.median([row["losses"][0] for row in some]))
         for index, (name, runs) in enumerate(grouped(some).items()):
             found = {size: np.clip(ends(own), LEAST, 3 * start) for size, own in grouped(runs, "batch").items()}
