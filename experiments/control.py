@@ -43,19 +43,9 @@ def grafted(layers: Any, learning_rate: Any, **options: Any) -> Any:
     return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
 
 
-def clipped(bound: Any, **options: Any) -> Any:
-    """K-FAC, its step shortened by the KL clip."""
-    return ng.kfac(kl_clip=bound, **options)
-
-
 def bounded(least: Any, **options: Any) -> Any:
     """K-FAC with a damping that adapts itself above a bound."""
     return ng.kfac(damping=replace(ng.adaptive_damping(), least=least), **options)
-
-
-def averaged(layers: Any) -> Any:
-    """Nothing said, and the average of the parameters over some 20 steps."""
-    return ng.averaged(ng.kfac(layers=layers), 0.95)
 
 
 control = partial(study.natural, stretch=STEPS // LOOKS, statistics_every=2, refresh_every=10)
@@ -63,7 +53,10 @@ of_model = partial(control, learning_rate="quadratic")
 adaptive = partial(control, bounded, **QUADRATIC)
 CONTROLS = {
     "learning rate": control(ng.kfac, grid(rate=RATES, damping=DAMPINGS), kl_clip=None),
-    "learning rate, KL clip": control(clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
+    "learning rate, KL clip": control(
+        lambda bound, **options: ng.kfac(kl_clip=bound, **options),
+        grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)),
+    ),
     "learning rate, Adam's length": control(grafted, grid(rate=(0.003, 0.01, 0.03, 0.1), damping=DAMPINGS)),
     "quadratic rate": of_model(ng.kfac, grid(damping=MORE, momentum=(0.0,))),
     "quadratic rate, momentum 0.9": of_model(ng.kfac, grid(damping=MORE, momentum=(0.9,))),
@@ -74,7 +67,9 @@ CONTROLS = {
     "everything adaptive": adaptive(grid(least=(1e-8,))),
     "everything adaptive, bounded": adaptive(grid(least=MORE)),
     NOTHING: study.natural(ng.kfac, stretch=STEPS // LOOKS),
-    f"{NOTHING}, averaged": study.natural(averaged, stretch=STEPS // LOOKS),
+    f"{NOTHING}, averaged": study.natural(
+        lambda layers: ng.averaged(ng.kfac(layers=layers), 0.95), stretch=STEPS // LOOKS
+    ),
 }
 NETS = {"autoencoder": Perceptron(CODE, linear=len(CODE) // 2), "classifier": Perceptron(HIDDEN, 10)}
 CASES = {
