@@ -121,19 +121,17 @@ WITHOUT = study.Study(
     seeds=range(5),
 )
 
-ELSEWHERE = study.Study(
-    "defaults_elsewhere",
-    "With a learning rate alone, elsewhere",
-    {
+ELSEWHERE = WITH_RATES._replace(
+    name="defaults_elsewhere",
+    title="With a learning rate alone, elsewhere",
+    cases={
         "autoencoder": partial(problems.on_digits, CODE_OF_30, {"problem": "autoencoder"}, BATCH, 28),
         "transformer": partial(text.case, 16, 32, 32),
         "resnet": resnet,
     },
-    {name: one for name, one in with_rates().items() if "None" not in name},
-    Limits(40, 40),
-    partial(table, title="With a learning rate alone: 40 steps"),
-    config={"rates": [*RATES]},
-    seeds=(),
+    entries={name: one for name, one in with_rates().items() if "None" not in name},
+    limits=Limits(40, 40),
+    table=partial(table, title="With a learning rate alone: 40 steps"),
     command='make defaults ARGS="--problems autoencoder transformer resnet"',
 )
 
