@@ -310,10 +310,13 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
 
 def ratio(mine: Records, rival: Records, level: float) -> str:
     """Seconds to a loss over those of a rival from the same seeds; "<" if the rival did not get there."""
-    own, its = (np.array([reached(row, level)[1] for row in rows]) for rows in (mine, rival))
-    if not np.all(np.isfinite(own)) or len(own) != len(its):
+    if len(mine) != len(rival) or not np.all(np.isfinite(found := shares(mine, rival, level)[:, 1])):
         return "-"
-    late = ~np.isfinite(its)  # a rival that did not get there: the time that it had
-    found = own / np.where(late, [row["seconds"][-1] for row in rival], its)
     spread = f" ({found.min():.2f}-{found.max():.2f})" if len(found) > 1 else ""
-    return "<" * bool(np.any(late)) + f"{np.median(found):.2f}" + spread
+    return "<" * any(np.isinf(reached(row, level)[1]) for row in rival) + f"{np.median(found):.2f}" + spread
+
+
+def shares(mine: Records, rival: Records, level: float) -> np.ndarray:
+    """Steps and seconds to a loss over those of a rival from the same seeds, or over all that it had: [seeds, 2]."""
+    own, its = (np.array([reached(row, level) for row in rows]) for rows in (mine, rival))
+    return own / np.minimum(its, [(row["steps"][-1], row["seconds"][-1]) for row in rival])
