@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import figures, problems, study
-from experiments.figures import seconds, series, setting, spread
+from experiments.figures import reached, seconds, series, setting, spread
 from experiments.methods import ALL, BASELINE
 from experiments.problems import Problem
 from experiments.records import Records, grouped
@@ -82,15 +82,13 @@ def table(rows: Records, problem: Problem) -> Table:
     )
 
 
-def overtaken(runs: Mapping[str, Records], name: str, last: int | None = None) -> tuple[float, float]:
+def overtaken(runs: Mapping[str, Records], name: str) -> tuple[float, float]:
     """When a run is as low as tuned Adam at its last epoch: the epoch, and the share of Adam's seconds; or infinite."""
     if ADAM not in runs:
         return np.inf, np.inf
     adam, own = (np.median(series(runs[each]), axis=0) for each in (ADAM, name))
-    last = len(adam) - 1 if last is None else last
-    for epoch in np.flatnonzero(own[: last + 1] <= adam[last]):
-        return float(epoch), seconds(runs[name])[epoch] / seconds(runs[ADAM])[last]
-    return np.inf, np.inf
+    epoch, taken = reached({"losses": own, "steps": range(len(own)), "seconds": seconds(runs[name])}, adam[-1])
+    return epoch, taken / seconds(runs[ADAM])[-1]
 
 
 def steps_below(runs: Records, level: float) -> float:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import natgrad_jax as ng
-from experiments import digits, figures, study
+from experiments import figures, problems, study
 from experiments.figures import ends
 from experiments.methods import QUADRATIC
 from experiments.nets import Perceptron
@@ -43,19 +43,9 @@ def grafted(layers: Any, learning_rate: Any, **options: Any) -> Any:
     return optax.chain(direction, optax.trace(0.9), optax.scale_by_learning_rate(learning_rate))
 
 
-def clipped(bound: Any, **options: Any) -> Any:
-    """K-FAC, its step shortened by the KL clip."""
-    return ng.kfac(kl_clip=bound, **options)
-
-
 def bounded(least: Any, **options: Any) -> Any:
     """K-FAC with a damping that adapts itself above a bound."""
     return ng.kfac(damping=replace(ng.adaptive_damping(), least=least), **options)
-
-
-def averaged(layers: Any) -> Any:
-    """Nothing said, and the average of the parameters over some 20 steps."""
-    return ng.averaged(ng.kfac(layers=layers), 0.95)
 
 
 control = partial(study.natural, stretch=STEPS // LOOKS, statistics_every=2, refresh_every=10)
@@ -63,7 +53,10 @@ of_model = partial(control, learning_rate="quadratic")
 adaptive = partial(control, bounded, **QUADRATIC)
 CONTROLS = {
     "learning rate": control(ng.kfac, grid(rate=RATES, damping=DAMPINGS), kl_clip=None),
-    "learning rate, KL clip": control(clipped, grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2))),
+    "learning rate, KL clip": control(
+        lambda bound, **options: ng.kfac(kl_clip=bound, **options),
+        grid(rate=RATES[1:], damping=DAMPINGS, bound=(1e-3, 1e-2)),
+    ),
     "learning rate, Adam's length": control(grafted, grid(rate=(0.003, 0.01, 0.03, 0.1), damping=DAMPINGS)),
     "quadratic rate": of_model(ng.kfac, grid(damping=MORE, momentum=(0.0,))),
     "quadratic rate, momentum 0.9": of_model(ng.kfac, grid(damping=MORE, momentum=(0.9,))),
@@ -74,11 +67,13 @@ CONTROLS = {
     "everything adaptive": adaptive(grid(least=(1e-8,))),
     "everything adaptive, bounded": adaptive(grid(least=MORE)),
     NOTHING: study.natural(ng.kfac, stretch=STEPS // LOOKS),
-    f"{NOTHING}, averaged": study.natural(averaged, stretch=STEPS // LOOKS),
+    f"{NOTHING}, averaged": study.natural(
+        lambda layers: ng.averaged(ng.kfac(layers=layers), 0.95), stretch=STEPS // LOOKS
+    ),
 }
 NETS = {"autoencoder": Perceptron(CODE, linear=len(CODE) // 2), "classifier": Perceptron(HIDDEN, 10)}
 CASES = {
-    f"{name}, {size}": partial(digits.case, net, {"problem": name, "batch": size}, size)
+    f"{name}, {size}": partial(problems.on_digits, net, {"problem": name, "batch": size}, size)
     for name, net in NETS.items()
     for size in BATCHES
 }
@@ -109,9 +104,9 @@ def cell(rows: Records) -> str:
 
 def picture(rows: Records) -> Figure:
     """Where every control ends against the size of the batch, a panel for each problem: medians, and the seeds."""
-    problems = grouped(rows, "problem")
-    figure, axes = figures.panels(1, len(problems), figsize=(5.5 * len(problems), 5.5))
-    for axis, (problem, some) in zip(axes[0], problems.items(), strict=True):
+    panels = grouped(rows, "problem")
+    figure, axes = figures.panels(1, len(panels), figsize=(5.5 * len(panels), 5.5))
+    for axis, (problem, some) in zip(axes[0], panels.items(), strict=True):
         start = float(np.median([row["losses"][0] for row in some]))
         for index, (name, runs) in enumerate(grouped(some).items()):
             found = {size: np.clip(ends(own), LEAST, 3 * start) for size, own in grouped(runs, "batch").items()}

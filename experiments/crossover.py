@@ -135,4 +135,4 @@ SHOWN = figures.Shown("crossover", "When TENGraD is cheaper", table, picture)
 
 
 if __name__ == "__main__":
-    SHOWN.main(lambda: [cell(*each) for each in track([*product(WIDTHS, BATCHES)], "measuring")], __doc__)
+    SHOWN.main(lambda: [cell(*each) for each in track([*product(WIDTHS, BATCHES)], "measuring")])

@@ -22,9 +22,8 @@ from flax import linen as nn
 from rich.table import Table
 
 import natgrad_jax as ng
-from experiments import digits, figures, study, text
-from experiments.data import digits as digits_of
-from experiments.data import endless
+from experiments import figures, problems, study, text
+from experiments.data import digits, endless
 from experiments.figures import ends
 from experiments.nets import Convnet, Perceptron, ResNet
 from experiments.records import Records
@@ -66,18 +65,18 @@ def without() -> dict[str, Entry]:
 
 def case(net: str, batch: int) -> Callable[[], study.Case]:
     """How a net with batches of a size is made."""
-    return partial(digits.case, NETS[net], {"problem": net, "batch": batch}, batch)
+    return partial(problems.on_digits, NETS[net], {"problem": net, "batch": batch}, batch)
 
 
 def resnet() -> study.Case:
     """A ResNet of 8 layers on the digits in colour; its loss is that of 512 of them, normalised by their moments."""
-    images = digits_of(32, 3).train
-    task, few = Task(ResNet(8, 8), digits.CLASSES, images.first(BATCH), {"train": True}), images.first(512)
+    images = digits(32, 3).train
+    task, few = Task(ResNet(8, 8), problems.CLASSES, images.first(BATCH), {"train": True}), images.first(512)
 
     @jax.jit
     def loss(variables):
         outputs, _ = task.model.apply(variables, few.images, train=True, mutable=["batch_stats"])
-        return digits.CLASSES(outputs, few.labels)
+        return problems.CLASSES(outputs, few.labels)
 
     return study.Case({"problem": "resnet"}, task, partial(endless, images, BATCH), lambda found: float(loss(found)))
 
@@ -122,19 +121,17 @@ WITHOUT = study.Study(
     seeds=range(5),
 )
 
-ELSEWHERE = study.Study(
-    "defaults_elsewhere",
-    "With a learning rate alone, elsewhere",
-    {
-        "autoencoder": partial(digits.case, CODE_OF_30, {"problem": "autoencoder"}, BATCH, 28),
+ELSEWHERE = WITH_RATES._replace(
+    name="defaults_elsewhere",
+    title="With a learning rate alone, elsewhere",
+    cases={
+        "autoencoder": partial(problems.on_digits, CODE_OF_30, {"problem": "autoencoder"}, BATCH, 28),
         "transformer": partial(text.case, 16, 32, 32),
         "resnet": resnet,
     },
-    {name: one for name, one in with_rates().items() if "None" not in name},
-    Limits(40, 40),
-    partial(table, title="With a learning rate alone: 40 steps"),
-    config={"rates": [*RATES]},
-    seeds=(),
+    entries={name: one for name, one in with_rates().items() if "None" not in name},
+    limits=Limits(40, 40),
+    table=partial(table, title="With a learning rate alone: 40 steps"),
     command='make defaults ARGS="--problems autoencoder transformer resnet"',
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 import optax
 
 import natgrad_jax as ng
-from experiments import digits, figures, study
+from experiments import figures, problems, study
 from experiments.methods import ADAPTIVE
 from experiments.nets import Convnet, Perceptron
 from experiments.study import Entry, Limits
@@ -78,7 +78,7 @@ def entry(name: str, case: study.Case) -> Entry:
 STUDY = study.Study(
     "demo",
     "Every method on two small problems",
-    {name: partial(digits.case, net, {"problem": name}, 599) for name, net in NETS.items()},
+    {name: partial(problems.on_digits, net, {"problem": name}, 599) for name, net in NETS.items()},
     {name: partial(entry, name) for name in METHODS},
     Limits(STEPS["autoencoder"], 1),
     partial(

@@ -261,4 +261,4 @@ SHOWN = figures.Shown("fidelity", "Fidelity to the Fisher matrix", table, pictur
 
 
 if __name__ == "__main__":
-    SHOWN.main(lambda: run(folder()), __doc__)
+    SHOWN.main(lambda: run(folder()))

@@ -1,10 +1,10 @@
 """Tables and pictures of the experiments: cells, Markdown, curves against steps and seconds."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ class Shown(NamedTuple):
         """Its records in a folder."""
         return self.select(kept(folder / f"{self.name}.jsonl"))
 
-    def main(self, measure: Callable[[], Records], text: str | None) -> None:
+    def main(self, measure: Callable[[], Records]) -> None:
         """Measure, keep the records in the place of older ones, present them, in the folder that is asked for."""
 
         def run(output: Path = Path("results")) -> None:
@@ -42,8 +42,7 @@ class Shown(NamedTuple):
             keep(output / f"{self.name}.jsonl", records, afresh=True)
             present(self, records, output)
 
-        plt.switch_backend("agg")
-        tyro.cli(run, description=question(text))
+        asked(run)
 
 
 def table(
@@ -121,7 +120,6 @@ def drawn(figure: Figure, path: Path) -> Path:
     """Write a picture in 256 colors, which takes two thirds of its bytes away and cannot be seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
@@ -132,14 +130,16 @@ def picture_of(part: Any, folder: Path) -> Path:
     return folder / f"{getattr(part, 'image', '') or part.name}.png"
 
 
-def question(text: str | None) -> str:
-    """The first line of what a file says, for `--help`."""
-    return (text or "").partition("\n")[0]
+def asked(what: Any, **options: Any) -> Any:
+    """What the command line makes of a type or a function; `--help` begins with the question of the file that runs."""
+    text = sys.modules["__main__"].__doc__ or ""
+    return tyro.cli(what, description=text.partition("\n")[0], **options)
 
 
-def panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of panels [rows, columns]."""
-    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+def panels(rows: int, columns: int, figsize: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of panels [rows, columns], which no window shows."""
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def clean(axes: Iterable[Axes], alpha: float = 0.2, **grid: Any) -> None:
@@ -310,10 +310,13 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
 
 def ratio(mine: Records, rival: Records, level: float) -> str:
     """Seconds to a loss over those of a rival from the same seeds; "<" if the rival did not get there."""
-    own, its = (np.array([reached(row, level)[1] for row in rows]) for rows in (mine, rival))
-    if not np.all(np.isfinite(own)) or len(own) != len(its):
+    if len(mine) != len(rival) or not np.all(np.isfinite(found := shares(mine, rival, level)[:, 1])):
         return "-"
-    late = ~np.isfinite(its)  # a rival that did not get there: the time that it had
-    found = own / np.where(late, [row["seconds"][-1] for row in rival], its)
     spread = f" ({found.min():.2f}-{found.max():.2f})" if len(found) > 1 else ""
-    return "<" * bool(np.any(late)) + f"{np.median(found):.2f}" + spread
+    return "<" * any(np.isinf(reached(row, level)[1]) for row in rival) + f"{np.median(found):.2f}" + spread
+
+
+def shares(mine: Records, rival: Records, level: float) -> np.ndarray:
+    """Steps and seconds to a loss over those of a rival from the same seeds, or over all that it had: [seeds, 2]."""
+    own, its = (np.array([reached(row, level) for row in rows]) for rows in (mine, rival))
+    return own / np.minimum(its, [(row["steps"][-1], row["seconds"][-1]) for row in rival])

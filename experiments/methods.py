@@ -55,10 +55,9 @@ class Method(NamedTuple):
 
     Attributes:
         of: its name in the package; or of a baseline, rate, damping, weight decay -> the optimizer.
+        ranges: what is tuned; if that is `NOTHING` it has the layers and its options alone.
         reconstructs, classifies, both: its options on an autoencoder, on a classifier, on both.
         in_front: whether on an autoencoder the momentum stands in front of the direction.
-        adaptive: whether everything comes from the quadratic model, and nothing is tuned.
-        said: whether it is given any setting; else it has the layers alone.
         warm: whether a pass over the data fills the statistics of a run on an autoencoder.
         clips: whether `KL_CLIP` is for it.
         has_own_periods: whether the periods that the others share are not for it.
@@ -70,8 +69,6 @@ class Method(NamedTuple):
     classifies: Mapping[str, Any] = {}
     both: Mapping[str, Any] = {}
     in_front: bool = False
-    adaptive: bool = False
-    said: bool = True
     labels: Labels = "sampled"
     warm: bool = False
     clips: bool = False
@@ -82,11 +79,8 @@ class Method(NamedTuple):
         decay, of = WEIGHT_DECAY if kind == "classifier" else 0.0, self.of
         if callable(of):
             return lambda numbers, layers: of(numbers["rate"], numbers["damping"], decay)
-        if not self.said:
-            return lambda numbers, layers: getattr(ng, of)(layers=layers)
         options = {**self.both, **(self.reconstructs if kind == "autoencoder" else self.classifies)}
-        if self.adaptive:
-            options |= ADAPTIVE | {"weight_decay": decay or None}
+        if self.ranges is NOTHING:
             return lambda numbers, layers: getattr(ng, of)(layers=layers, **options)
         if kind == "autoencoder" and self.in_front:
             direction = getattr(ng, f"scale_by_{of}")
@@ -155,6 +149,7 @@ ROTATED: Mapping[str, Any] = {**FACTORS, "rescale_every": 5, "refresh": "qr"}
 SELDOM: Mapping[str, Any] = {"statistics_every": 2, "refresh_every": 25}
 OWN_MOMENTS: Mapping[str, Any] = {"labels": "true", "warm": True}
 GRAFTED: Mapping[str, Any] = {"decay": 0.99, "graft_to": "adam", "graft_decay": 0.99}
+DECAYING: Mapping[str, Any] = {"weight_decay": WEIGHT_DECAY}
 FAMILY: Mapping[str, Any] = {"in_front": True, "warm": True, "clips": True}
 
 METHODS = {
@@ -172,9 +167,9 @@ METHODS = {
     "SOAP": Method("soap", OF_BASES, classifies={"momentum": 0.95}, has_own_periods=True),
     "K-BFGS": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, **OWN_MOMENTS),
     "K-BFGS(L)": Method("kbfgs", OF_MOMENTS, {"weight_decay": 1e-5}, both={"memory": 100}, **OWN_MOMENTS),
-    "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, adaptive=True),
-    "K-FAC, nothing said": Method("kfac", NOTHING, said=False),
-    "TNT, adaptive": Method("tnt", NOTHING, adaptive=True),
+    "K-FAC, adaptive": Method("kfac", NOTHING, {"split": "even"}, DECAYING, ADAPTIVE),
+    "K-FAC, nothing said": Method("kfac", NOTHING),
+    "TNT, adaptive": Method("tnt", NOTHING, {}, DECAYING, ADAPTIVE),
 }
 """What is compared, at its best."""
 OLDER = {

@@ -1,9 +1,10 @@
-"""The problems of the long experiments: data, a net, a loss, and how well the net does.
+"""The problems of the experiments: data, a net, a loss, and how well the net does.
 
 fashion, cifar10    the convnet of TENGraD; a ResNet-20, with random crops and mirrored images
 mnist, curves       the autoencoders of Hinton and Salakhutdinov with ReLU, as Goldfarb's group has them; binary
                     cross-entropy summed over pixels
 faces               the same, with half the squared error, summed over pixels
+digits              any net on the 1,797 digits of scikit-learn, for short studies
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from rich import print as say
+from scipy.special import entr
 
 import natgrad_jax as ng
 from experiments import data
 from experiments.courses import Case, Entry
 from experiments.data import Data, Part, digits, endless, folder
-from experiments.digits import CLASSES, PIXELS
 from experiments.methods import METHODS, Kind, Method
 from experiments.nets import Convnet, ResNet, autoencoder
 from experiments.running import Numbers, Task
+
+CLASSES, PIXELS = ng.losses.softmax_cross_entropy, ng.losses.sigmoid_binary_cross_entropy
 
 
 class Problem(NamedTuple):
@@ -121,6 +124,27 @@ CIFAR10 = Problem(
     instead=(32, 3),
     crops=True,
 )
+
+
+def all_digits(size: int = 8) -> Part:
+    """Images and labels, those for testing among them."""
+    found = digits(size)
+    return Part(*map(np.concatenate, zip(found.train, found.test, strict=True)))
+
+
+def entropy(rows: np.ndarray) -> float:
+    """Mean entropy of an image in nats: the least binary cross-entropy that any reconstruction of grey pixels has."""
+    return float(np.mean(np.sum(entr(rows) + entr(1 - rows), axis=-1)))
+
+
+def on_digits(net: nn.Module, fields: Mapping[str, Any], batch: int, size: int = 8) -> Case:
+    """A net on the digits: a classifier, or an "autoencoder", whose loss is that above the entropy of its pixels."""
+    is_classifier = fields["problem"] != "autoencoder"
+    whole = all_digits(size) if is_classifier else all_digits(size).mirrored()
+    batch = min(batch, len(whole.labels))
+    task = Task(net, CLASSES if is_classifier else PIXELS, whole.first(batch))
+    floor, loss = 0.0 if is_classifier else entropy(whole.images), task.measured(jax.device_put(whole))
+    return Case(fields, task, partial(endless, whole, batch), lambda variables: loss(variables) - floor)
 
 
 def entry(method: Method, problem: Problem, tried: tuple[Numbers, ...]) -> Entry:

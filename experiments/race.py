@@ -27,7 +27,7 @@ from typing import Any
 import optax
 
 import natgrad_jax as ng
-from experiments import digits, figures, problems, study
+from experiments import figures, problems, study
 from experiments.autoencoder import PLATEAU
 from experiments.methods import ADAPTIVE
 from experiments.nets import Perceptron
@@ -56,7 +56,7 @@ peer = partial(Peer, initial_damping=CONFIG["peer_damping"], inverse_update_peri
 STUDY = study.Study(
     "race",
     "The race by steps that choose themselves",
-    {"autoencoder": partial(digits.case, Perceptron(tuple(WIDTHS)), {"problem": "autoencoder"}, BATCH, 28)},
+    {"autoencoder": partial(problems.on_digits, Perceptron(tuple(WIDTHS)), {"problem": "autoencoder"}, BATCH, 28)},
     {
         ADAM: Entry(adam, study.grid(rate=RATES, falls=(0, 1)), None, CONFIG["adam_steps"], look=20),
         "K-FAC": ours(ng.kfac, split="even"),

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from rich.table import Table
 
 from experiments import (
@@ -30,7 +28,7 @@ from experiments import (
     text,
     tune,
 )
-from experiments.figures import markdown, reached, series
+from experiments.figures import markdown, series, shares
 from experiments.records import Records, grouped
 
 OTHERS = (
@@ -71,7 +69,7 @@ def goals(folder: Path) -> Table | None:
     mnist = grouped(autoencoder.MNIST.known(folder))
     asked = [name for name in ours(mnist) if name in ("K-FAC", "K-FAC, adaptive", "K-BFGS", "K-BFGS(L)")]
     ends = {name: series(mnist[name])[:, 10].max() for name in asked}
-    (_, seconds), (steps, _), (_, right) = (shares(each, folder) for each in (race.MNIST, race.CURVES, race.FASHION))
+    seconds, steps, right = won(race.MNIST, folder, 1), won(race.CURVES, folder, 0), won(race.FASHION, folder, 1)
     lines = (
         *goal("MNIST: tuned Adam's loss of epoch 10, in so much of its seconds", 0.2, seconds, ".2f"),
         *goal("MNIST: training loss of K-FAC or K-BFGS at epoch 10, with the worst seed", 62.0, ends, ".1f"),
@@ -83,13 +81,11 @@ def goals(folder: Path) -> Table | None:
     return figures.table("", headings, lines, note, names=5) if lines else None
 
 
-def shares(study: Any, folder: Path) -> list[dict[str, float]]:
-    """Steps and seconds to the level of a race over Adam's, or over all that it had: medians of the seeds."""
-    runs = grouped(study.known(folder))
-    found = {name: np.array([reached(row, study.config["level"]) for row in rows]) for name, rows in runs.items()}
-    ends = [(row["steps"][-1], row["seconds"][-1]) for row in runs.get(race.ADAM, [])]
-    ratios = {name: np.median(found[name] / np.minimum(found[race.ADAM], ends), axis=0) for name in ours(runs) if ends}
-    return [{name: float(ratio[unit]) for name, ratio in ratios.items()} for unit in (0, 1)]
+def won(study: Any, folder: Path, unit: int) -> dict[str, float]:
+    """Steps (0) or seconds (1) of ours to the level of a race over Adam's: medians of the seeds."""
+    runs, level = grouped(study.known(folder)), study.config["level"]
+    names = ours(runs) if race.ADAM in runs else []
+    return {name: float(np.median(shares(runs[name], runs[race.ADAM], level)[:, unit])) for name in names}
 
 
 def ours(runs: Mapping[str, Records]) -> list[str]:
@@ -129,5 +125,4 @@ def main(folder: Path = Path("results")) -> None:
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")
-    tyro.cli(main)
+    figures.asked(main)

@@ -5,7 +5,7 @@ import importlib.util
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +90,7 @@ class Runner:
         """Watch the model, unless the labels are None, and stand at the start.
 
         A program has `stretch` steps; products with F are of every `product_stride`-th example; the clock says seconds;
-        of the options of XLA those count that this release has.
+        the options are XLA's, left out where this release does not have them.
         """
         self._task, self._stretch, self._clock, self._compiler = task, stretch, clock, compiler
         self._capture, layers = None, None
@@ -109,7 +109,10 @@ class Runner:
         before = time.perf_counter()
         arguments = next(self._stretches([self._task.batch] * self._stretch))
         lowered = jax.jit(self._steps, donate_argnums=0).lower(self.carry, *arguments, self._numbers)
-        program = lowered.compile({name: value for name, value in self._compiler.items() if has_option(name, value)})
+        try:
+            program = lowered.compile(dict(self._compiler))
+        except jax.errors.JaxRuntimeError:  # of a release that has no such option
+            program = lowered.compile()
         self.compile_seconds = time.perf_counter() - before
         return program
 
@@ -196,16 +199,6 @@ class Runner:
             self.steps += self._stretch
         jax.block_until_ready(self.carry)
         return np.ravel(losses), self._clock() - before
-
-
-@cache
-def has_option(name: str, value: Any) -> bool:
-    """Whether XLA has an option."""
-    try:
-        jax.jit(lambda: 0).lower().compile({name: value})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def has_peer() -> bool:

@@ -28,10 +28,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -315,5 +313,4 @@ SHOWN = figures.Shown("speed", "What a step costs", table, picture, newest, "mak
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_compilation_cache", False)  # what is found on the disk is not compiled
-    plt.switch_backend("agg")
-    tyro.cli(run, description=figures.question(__doc__))
+    figures.asked(run)

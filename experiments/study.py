@@ -6,7 +6,6 @@ steps each, so that a busy machine slows all alike; neither compilation nor the 
 Rows are kept in a file, and what it has is not run again; a run that is stopped goes on where it was a minute before.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
@@ -189,9 +186,7 @@ def parts(studies: Sequence[Study], options: Options) -> list[Study]:
 
 def main(*studies: Study, problems: tuple[str, ...] = ()) -> None:
     """Ask what is wanted of the studies of a file, by default of some problems; run them, show their rows."""
-    plt.switch_backend("agg")
-    text = sys.modules["__main__"].__doc__
-    options = tyro.cli(Options, description=figures.question(text), default=Options(problems=problems))
+    options = figures.asked(Options, default=Options(problems=problems))
     for part in parts(studies, options):
         if rows := run(part, options.output, options.estimate):
             figures.present(part, rows, options.output)

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments import figures, report
@@ -61,7 +61,7 @@ def test_a_picture_has_256_colors_and_looks_as_before(tmp_path):
     path, rng = tmp_path / "new" / "picture.png", np.random.default_rng(0)
     tints = rng.integers(0, 256, (40, 3), np.uint8)
     before = tints[rng.integers(0, 40, (50, 60))]
-    figure = plt.figure(figsize=(0.6, 0.5), dpi=100)
+    figure = Figure(figsize=(0.6, 0.5), dpi=100)
     figure.figimage(before)
     assert figures.drawn(figure, path) == path
     with Image.open(path) as picture:

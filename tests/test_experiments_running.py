@@ -81,10 +81,11 @@ def test_the_shortcut_skips_pixels_and_adds_channels_of_zeros_on_both_sides():
 def test_a_classifier_is_measured_by_loss_and_accuracy():
     chosen, data = convnet(16)._replace(net=Convnet((4,), (2,))), digits()
     variables = chosen.net.init(jax.random.key(0), data.test.images[:1])
-    found = chosen.measured(variables, data, size=100)
+    found = chosen.measured(variables, data)
     logits = chosen.net.apply(variables, data.test.images)
     right = float(np.mean(np.argmax(logits, axis=-1) == data.test.labels))
     assert found["test_accuracy"] == pytest.approx(right, abs=1e-5)
+    assert chosen.means(variables, data.test, size=100)[1] == pytest.approx(right, abs=1e-5)  # 297 images in pieces
     own = optax.softmax_cross_entropy_with_integer_labels(logits, data.test.labels).mean()
     assert found["test_loss"] == pytest.approx(float(own), abs=1e-4)  # float32, in another order
 
@@ -184,6 +185,7 @@ def test_an_autoencoder_is_linear_in_its_code_and_its_loss_is_summed_over_pixels
     y = np.array(y)
     p = 1 / (1 + np.exp(-y))
     terms = 0.5 * (y - x) ** 2 if whole is FACES else -x * np.log(p) - (1 - x) * np.log(1 - p)
-    found = chosen.measured({"params": params}, Data("", Part(x, x), Part(x[:1], x[:1])), size=2)
+    found = chosen.measured({"params": params}, Data("", Part(x, x), Part(x[:1], x[:1])))
     assert found["losses"] == pytest.approx(np.mean(np.sum(terms, axis=1)), abs=1e-4)
     assert found["test_loss"] == pytest.approx(np.sum(terms[0]), abs=1e-4)
+    assert chosen.means({"params": params}, Part(x, x), size=2)[0] == pytest.approx(found["losses"], abs=1e-4)

@@ -5,14 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
 from tasks import task
 
 import natgrad_jax as ng
-from experiments import control, defaults, demo, digits, figures, pinn, race, regression, study, text
+from experiments import control, defaults, demo, figures, pinn, problems, race, regression, study, text
 from experiments.nets import Perceptron
 from experiments.records import kept
 from experiments.study import Limits, Options
@@ -30,13 +29,6 @@ STUDIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    """No picture stays."""
-    yield
-    plt.close("all")
-
-
 def row(problem, name, losses, **others):
     """A row of a run that never was."""
     steps = [*range(0, 5 * len(losses), 5)]
@@ -51,14 +43,14 @@ def few(whole, methods, cases, limits, **others):
 
 
 def test_an_epoch_of_the_digits_shows_every_image_at_most_once_and_the_loss_is_above_the_least():
-    case = digits.case(Perceptron((), 10), {"problem": "net"}, 500)
+    case = problems.on_digits(Perceptron((), 10), {"problem": "net"}, 500)
     batches = [batch.images.tobytes() for batch in islice(case.stream(0), 6)]
     assert len(set(batches)) == 6 and batches[0] == next(case.stream(0)).images.tobytes()
-    assert digits.entropy(digits.images(28).mirrored().images) == pytest.approx(282.95, abs=0.01)
-    rows = digits.images().mirrored()
-    perfect = digits.case(Perceptron(()), {"problem": "autoencoder"}, 9)
+    assert problems.entropy(problems.all_digits(28).mirrored().images) == pytest.approx(282.95, abs=0.01)
+    rows = problems.all_digits().mirrored()
+    perfect = problems.on_digits(Perceptron(()), {"problem": "autoencoder"}, 9)
     zeros = jax.tree.map(np.zeros_like, perfect.task.init(jax.random.key(0)))
-    expected = 64 * np.log(2) - digits.entropy(rows.images)
+    expected = 64 * np.log(2) - problems.entropy(rows.images)
     assert perfect.loss(zeros) == pytest.approx(expected, rel=1e-4)
     assert perfect.task.batch.images.shape == (9, 64)
 
@@ -135,7 +127,7 @@ def test_every_entry_takes_all_the_numbers_that_are_tried(name):
 def test_a_control_runs_and_a_bound_of_zero_holds_every_step(tmp_path):
     tried = ({"rate": 0.1, "damping": 1.0, "bound": 0},)
     entry = control.CONTROLS["learning rate, KL clip"]._replace(tried=tried, stretch=2)
-    cases = {"one": partial(digits.case, Perceptron((), 10), {"problem": "net", "batch": 8}, 8)}
+    cases = {"one": partial(problems.on_digits, Perceptron((), 10), {"problem": "net", "batch": 8}, 8)}
     small = control.STUDY._replace(cases=cases, entries={"learning rate, KL clip": entry}, limits=Limits(4, 2))
     rows = study.run(small._replace(seeds=(1, 2)), tmp_path)
     assert [each["seed"] for each in rows] == [1, 2]

@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import reference
@@ -161,7 +160,6 @@ def test_every_layer_of_both_models_is_measured_twice_and_shown_and_every_method
     console.print(fidelity.table(found))
     figure = fidelity.picture(found)
     assert [len(axis.patches) for axis in figure.axes] == [8, 8, 12, 12, len(DIRECTIONS), len(DIRECTIONS)]
-    plt.close(figure)
 
 
 def test_images_of_either_source_have_16x16_pixels_between_0_and_1(monkeypatch):
