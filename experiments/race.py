@@ -114,8 +114,8 @@ def classifying(problem: Problem, rate: float, level: float) -> study.Study:
     """Averaged methods with nothing tuned beside Adam at a tuned rate that falls like a cosine, to a test error."""
     entries = {
         ADAM: Entry(adam, ({"rate": rate, "falls": 1},), None),
-        "K-FAC, nothing said": Entry(lambda _, layers: ng.averaged(ng.kfac(layers=layers))),
-        "SOAP, as published": Entry(lambda _, layers: ng.averaged(ng.soap(PUBLISHED, layers))),
+        "K-FAC, nothing said, averaged": Entry(lambda _, layers: ng.averaged(ng.kfac(layers=layers))),
+        "SOAP as published, averaged": Entry(lambda _, layers: ng.averaged(ng.soap(PUBLISHED, layers))),
     }
     return to_level(
         *(problem, level, "% wrong", problem.case_of_errors),

@@ -71,7 +71,7 @@ def test_a_classifier_is_trained(index, tmp_path):
 def test_the_race_of_a_classifier_ends_at_its_test_error(tmp_path):
     problem = TINY["classify_16"]
     whole = race.classifying(problem, 1e-2, level=50.0)._replace(seeds=(0,))
-    assert [*whole.entries] == ["Adam", "K-FAC, nothing said", "SOAP, as published"]
+    assert [*whole.entries] == ["Adam", "K-FAC, nothing said, averaged", "SOAP as published, averaged"]
     rows = study.run(whole, tmp_path)
     assert all(row["losses"][-1] <= 50 or row["steps"][-1] == 12 for row in rows)
     case = problem.case_of_errors()
