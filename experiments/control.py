@@ -110,7 +110,9 @@ def picture(rows: Records) -> Figure:
         start = float(np.median([row["losses"][0] for row in some]))
         for index, (name, runs) in enumerate(grouped(some).items()):
             found = {size: np.clip(ends(own), LEAST, 3 * start) for size, own in grouped(runs, "batch").items()}
-            line = {"color": "black", "linewidth": 2} if name == NOTHING else {"color": f"C{index}", "linewidth": 1.4}
+            line: dict[str, Any] = {"color": f"C{index}", "linewidth": 1.4}
+            if name.startswith(NOTHING):
+                line = {"color": "black", "linewidth": 2, "linestyle": "-" if name == NOTHING else ":"}
             axis.plot([*found], [*map(np.median, found.values())], marker="o", markersize=4, label=name, **line)
             axis.vlines([*found], [*map(np.min, found.values())], [*map(np.max, found.values())], alpha=0.5, **line)
         axis.axhline(start, color="grey", linewidth=0.8, linestyle="--", zorder=0)
