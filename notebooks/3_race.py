@@ -96,8 +96,8 @@ start = model.init(jax.random.key(0), x[:1])["params"]
 #   `learning_rate="quadratic"` does it for any of the optimizers, `ng.controlled` for any direction, your own for instance.
 #
 # The others have the learning rates and dampings that did best among a handful (K-FAC and EKFAC: a dozen) in runs of twice the length, on smaller
-# batches. Two did not bear the change, so Adam has the best of six settings of its own here, and K-BFGS of six. That is all the tuning there is, and
-# a tie by a hair's breadth is a tie.
+# batches. Two did not bear the change, so Adam has the best of six settings of its own here, and K-BFGS of ten. That is all the tuning there is, and
+# a tie by a hair's breadth is a tie. `kl_clip` stays on: without it one seed of TEKFAC ended at 0.45 or at 788, by the order of its sums.
 
 
 # %%
@@ -113,7 +113,7 @@ def falling(start, end):
 
 OFTEN = {"statistics_every": 5, "refresh_every": 20}
 BASES = {"statistics_every": 5, "rescale_every": 5, "refresh_every": 50, "decay": 0.98}
-LONG: dict = {"kl_clip": None}  # steps as long as the rate says, which is tuned
+LONG: dict = {"kl_clip": 1e-2}  # a change of the outputs ten times that of the defaults of K-FAC's family
 YOUNG = {"statistics_every": 5, "refresh_every": 5, "decay": 0.5}
 
 
@@ -133,10 +133,10 @@ METHODS = {
     "TNT": lambda layers: ng.tnt(rate(0.1), layers, **LONG, damping=falling(3, 0.03), **OFTEN),
     "MBF": lambda layers: ng.mbf(rate(0.003), layers, **LONG, damping=0.1, **OFTEN),
     "Shampoo": lambda layers: ng.shampoo(
-        rate(0.003), layers, **LONG, damping=1e-8, graft_to="adam", decay=0.95, graft_decay=0.99, **OFTEN
+        rate(0.003), layers, damping=1e-8, graft_to="adam", decay=0.95, graft_decay=0.99, **OFTEN
     ),
-    "SOAP": lambda layers: ng.soap(rate(0.02), layers, **LONG),
-    "K-BFGS": lambda layers: ng.kbfgs(rate(2.0), layers, **LONG, damping=0.1),
+    "SOAP": lambda layers: ng.soap(rate(0.02), layers),
+    "K-BFGS": lambda layers: ng.kbfgs(rate(2.0), layers, damping=0.1),
     "K-FAC, adaptive": lambda layers: ng.kfac(
         "quadratic", layers, momentum="quadratic", damping=ng.adaptive_damping(), **YOUNG
     ),
