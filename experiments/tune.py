@@ -54,7 +54,9 @@ def picture(rows: Records, title: str) -> Figure:
     runs = {name: own for name, own in grouped(rows).items() if own[0]["numbers"]}
     columns = min(5, len(runs))
     lines = -(-len(runs) // columns)
-    figure, axes = figures.panels(lines, columns, sharey=True, figsize=(0.6 + 2.5 * columns, 0.8 + 2.1 * lines))
+    figure, axes = figures.panels(
+        lines, columns, sharey=True, figsize=(max(6.5, 0.6 + 2.5 * columns), 0.8 + 2.1 * lines)
+    )
     highest = max(row["losses"][-1] or 0.0 for row in rows)
     for axis, (name, own) in zip(axes.flat, runs.items(), strict=False):
         rates, dampings = (np.array([row["numbers"][entry] for row in own]) for entry in ("rate", "damping"))
