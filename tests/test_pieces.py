@@ -47,7 +47,7 @@ def test_the_sums_over_pieces_are_those_over_the_batch(monkeypatch, groups, weig
     layer, evidence = watched(groups, weights)
     assert pieces.examples_at_a_time(layer, evidence, SMALL) in (8, 6, 4)
     whole = all_of(layer, evidence)
-    monkeypatch.setattr(pieces.summed, "__defaults__", (SMALL,))
+    monkeypatch.setattr(pieces.summed, "__defaults__", (SMALL, False))
     monkeypatch.setattr(pieces.examples_at_a_time, "__defaults__", (SMALL,))
     again, others = watched(groups, weights)
     assert again == layer
