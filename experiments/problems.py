@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
     def case_of_errors(self) -> Case:
         """The same of a classifier, where the loss that is looked at is its test error in %."""
-        case, test = self.case(1), self.data(folder()).test
+        case, test = self.case(), self.data(folder()).test
         return case._replace(loss=lambda variables: 100 * (1 - self.means(variables, test)[1]))
 
     def measured(self, variables: Mapping[str, Any], data: Data) -> dict[str, float]:
