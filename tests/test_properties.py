@@ -21,6 +21,10 @@ from one_layer import (
 )
 from watching import pairs
 
+import natgrad_jax as ng
+from natgrad_jax.layers.parameter import parameter
+from natgrad_jax.layers.views import view
+
 hypothesis = pytest.importorskip("hypothesis")
 given, strategies = hypothesis.given, hypothesis.strategies
 
@@ -67,6 +71,9 @@ def direction_of(method):
     @jax.jit
     def found(a, g, gradient, damping):
         layer, evidence = pairs(a, g)
+        if method in ("tnt", "shampoo"):  # which see an array and its gradient
+            layer = view(parameter("array", gradient.shape, "float32"), gradient.shape)
+            evidence = ng.Evidence(gradient={"value": evidence.gradient["kernel"]}, count=evidence.count)
         block = BLOCKS[method](0.0)
         return block.apply(layer, block.prepared(layer, evidence, damping), gradient, damping)
 
