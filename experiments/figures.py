@@ -295,10 +295,10 @@ def outcome(rows: Records, title: str, rivals: Sequence[str], levels: Sequence[f
                 steps, seconds = np.median([reached(row, goal) for row in own], axis=0)
                 cells.append(f"{steps:.0f} / {seconds:.3g} s" if np.isfinite(steps) else "-")
             cells += [ratio(own, runs[name], wanted[-1]) for name in there if name in runs]
-            pace = np.median([1000 * row["seconds"][-1] / row["steps"][-1] for row in own])
+            pace = np.median([1000 * row["seconds"][-1] / (row["steps"][-1] or np.nan) for row in own])
             chosen = (f"{name} {number:g}" for name, number in own[0]["numbers"].items())
             name = ", ".join([own[0]["name"], *chosen])
-            lines.append((problem, name, f"{np.median(ends(own)):.4g}", f"{pace:.3g}", *cells))
+            lines.append((problem, name, f"{np.median(ends(own)):.4g}", shown(pace), *cells))
     headings = ("problem", "method", "loss", "ms / step", *heads, *(f"x {name}" for name in there))
     caption = (
         "Medians. To a loss: steps / seconds of training, all methods in turn in one process, without compilation. The "
@@ -319,4 +319,5 @@ def ratio(mine: Records, rival: Records, level: float) -> str:
 def shares(mine: Records, rival: Records, level: float) -> np.ndarray:
     """Steps and seconds to a loss over those of a rival from the same seeds, or over all that it had: [seeds, 2]."""
     own, its = (np.array([reached(row, level) for row in rows]) for rows in (mine, rival))
-    return own / np.minimum(its, [(row["steps"][-1], row["seconds"][-1]) for row in rival])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a rival may begin at the level
+        return own / np.minimum(its, [(row["steps"][-1], row["seconds"][-1]) for row in rival])

@@ -78,7 +78,9 @@ STUDY = study.Study(
     {
         "TENGraD, joint": exact(ng.tengrad, momentum=None),
         "SPRING": exact(ng.tengrad, momentum="spring"),
+        "TENGraD, joint, nothing tuned": study.natural(ng.tengrad, stretch=5, blocks="joint"),
         "K-FAC": Entry(kfac, grid(damping=(1.0, 1e-2, 1e-4)), stretch=10),
+        "K-FAC, nothing said": study.natural(ng.kfac, stretch=10),
         "SOAP": study.natural(ng.soap, RATES, stretch=50, statistics="gradient", damping=1e-16),
         "Adam": study.adam(RATES, stretch=100),
         "L-BFGS": Entry(lbfgs, grid(memory=(10, 30, 100)), None, stretch=20, is_static=True, stays=True),

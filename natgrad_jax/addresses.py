@@ -5,7 +5,7 @@ Dicts, tuples, NamedTuples and dataclasses all read alike: `{"encoder": {"kernel
 `optax.MaskedNode` (a leaf that a mask took away) counts as absent.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,10 +13,15 @@ import jax
 import optax
 
 Tree = Any
+Path = tuple[Any, ...]
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or _is_masked(node)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -34,10 +39,10 @@ def flatten(tree: Tree) -> dict[str, Any]:
     Raises:
         ValueError: if two leaves have one address, as those of {"a/b": 1, "a": {"b": 2}}.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found = {_address(path): leaf for path, leaf in leaves}
-    if len(found) < len(leaves):
-        raise _told_apart(path for path, _ in leaves)
+    named = [(address, path, leaf) for address, path, leaf in _named(tree) if not _is_absent(leaf)]
+    found = {address: leaf for address, _, leaf in named}
+    if len(found) < len(named):
+        raise _told_apart(named)
     return found
 
 
@@ -50,8 +55,7 @@ def masked(tree: Tree) -> frozenset[str]:
     Returns:
         The addresses of its `optax.MaskedNode`s.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)
-    return frozenset(_address(path) for path, leaf in leaves if _is_masked(leaf))
+    return frozenset(address for address, _, leaf in _named(tree) if _is_masked(leaf))
 
 
 def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
@@ -67,7 +71,8 @@ def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
     Returns:
         A tree of the same structure.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_address(path), leaf), tree)
+    new = [leaves.get(address, leaf) for address, _, leaf in _named(tree) if not _is_absent(leaf)]
+    return jax.tree.unflatten(jax.tree.structure(tree), new)
 
 
 def unboxed(tree: Tree) -> Tree:
@@ -134,11 +139,22 @@ def parted(tree: Tree, sort: Callable[[Any], str]) -> tuple[dict[str, list[Any]]
     return parts, whole
 
 
-def _told_apart(paths: Iterable[tuple[Any, ...]]) -> ValueError:
+def _named(tree: Tree) -> list[tuple[str, Path, Any]]:
+    """Address, path and leaf of all leaves, absent ones too; `value`, the only leaf of a box, is no part of a name."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    leaves = Counter(path[:-1] for path, _ in found)
+
+    def address(path: Path) -> str:
+        is_box = len(path) > 1 and getattr(path[-1], "name", None) == "value" and leaves[path[:-1]] == 1
+        return jax.tree_util.keystr(path[:-1] if is_box else path, simple=True, separator="/")
+
+    return [(address(path), path, leaf) for path, leaf in found]
+
+
+def _told_apart(named: Iterable[tuple[str, Path, Any]]) -> ValueError:
     """Of the first two paths with one address."""
-    seen: dict[str, tuple[Any, ...]] = {}
-    for path in paths:
-        address = _address(path)
+    seen: dict[str, Path] = {}
+    for address, path, _ in named:
         if address in seen:
             first, second = map(jax.tree_util.keystr, (seen[address], path))
             return ValueError(
@@ -147,9 +163,3 @@ def _told_apart(paths: Iterable[tuple[Any, ...]]) -> ValueError:
             )
         seen[address] = path
     raise AssertionError("all addresses differ")
-
-
-def _address(path: tuple[Any, ...]) -> str:
-    if len(path) > 1 and getattr(path[-1], "name", None) == "value":  # the attribute of a box
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -3,7 +3,7 @@
 import numpy as np
 from rich.table import Table
 
-from experiments.figures import curves, ends, markdown, middle, spread, table
+from experiments.figures import curves, ends, markdown, middle, outcome, spread, table
 
 
 def test_numbers_of_seeds_are_a_median_with_a_range_and_one_is_a_number():
@@ -42,3 +42,15 @@ def test_curves_have_a_row_of_panels_for_a_problem_and_the_middle_run_of_a_metho
     assert [len(axis.lines) for axis in curves(rows, "loss").axes] == [4, 4, 1, 1]
     assert [line.get_linewidth() for line in figure.axes[0].lines[:3]] == [0.6, 0.6, 1.8]
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["Adam", "K-FAC"]
+
+
+def test_a_run_that_begins_at_its_level_has_no_pace_and_no_ratio_to_it():
+    begins = {"problem": "p", "name": "A", "numbers": {}, "steps": [0], "seconds": [0.0], "losses": [1.0], "seed": 0}
+    comes = begins | {"name": "B", "steps": [0, 5], "seconds": [0.0, 1.0], "losses": [3.0, 1.0]}
+    found = outcome([begins, comes], "title", ("A", "B"), (2.0,))
+    assert [[*column.cells] for column in found.columns[3:]] == [
+        ["-", "200"],
+        ["0 / 0 s", "5 / 1 s"],
+        ["-", "-"],
+        ["0.00", "1.00"],
+    ]

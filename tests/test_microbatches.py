@@ -10,6 +10,7 @@ import pytest
 import reference
 from bases import without_choice
 from flax import linen as nn
+from flax import nnx
 from methods_table import ALL_NAMES, of_the_lifting, row
 
 import natgrad_jax as ng
@@ -209,6 +210,67 @@ def test_batch_statistics_are_those_of_one_piece_after_the_other():
     for piece in x.reshape(3, 2, 3):
         expected = 0.5 * expected + 0.5 * piece.mean(0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+class Counted(nn.Module):
+    """Each call scales its inputs by how many there were before it."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("counts", "calls", jnp.ones, ())
+        if not self.is_initializing():
+            count.value += 1
+        return nn.Dense(2)(x * count.value)
+
+
+class Dropping(nnx.Module):
+    """Each call draws from a stream of the model, which moves on; a matrix beside it stays as it is."""
+
+    def __init__(self, rngs):
+        self.first, self.drop = nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.fixed, self.last = nnx.Variable(jnp.eye(4)), nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(jnp.tanh(self.first(x)) @ self.fixed[...]))
+
+
+def counted(x, y, pieces):
+    variables = Counted().init(jax.random.key(0), x)
+    capture = ng.linen.capture(Counted(), ng.losses.softmax_cross_entropy, labels="true", microbatches=pieces)
+    return capture.value_and_grad(variables, x, y), variables["params"]
+
+
+def dropping(x, y, pieces):
+    model = Dropping(nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels="true", microbatches=pieces)
+    return capture.value_and_grad(model, x, y), params
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("model", [counted, dropping])
+def test_what_is_lazy_sees_the_state_that_each_piece_found(model, pieces):
+    x, y = reference.normal(12, 3), jnp.arange(12) % 2
+    out, params = model(x, y, pieces)
+    np.testing.assert_allclose(out.curvature.value(params), out.value, rtol=1e-6)
+    gradients = ng.addresses.flatten(out.grad)
+    evidence = out.curvature()
+    for layer in out.curvature.layers.known:
+        for leaf in layer.leaves:
+            own = evidence[layer.name].gradient[leaf.role][0] / len(y)
+            np.testing.assert_allclose(own, gradients[leaf.address], rtol=1e-5, atol=1e-6)
+    assert out.curvature.layers.known
+    slope = out.curvature.value_and_slope(params, out.grad)[1]
+    squares = sum(jnp.sum(jnp.square(leaf)) for leaf in gradients.values())
+    np.testing.assert_allclose(slope, squares, rtol=1e-5)
+
+
+def test_of_the_state_only_what_is_written_is_kept_for_each_piece():
+    """The matrix that stays would be there once for each piece; of the stream it is the count."""
+    x, y = reference.normal(12, 3), jnp.arange(12) % 2
+    before = nnx.split(Dropping(nnx.Rngs(0)), nnx.Param, ...)[2]
+    *_, moved = dropping(x, y, 3)[0].curvature._pieces
+    assert [leaf.shape for leaf in jax.tree.leaves(moved)] == [(3,)] and len(jax.tree.leaves(before)) > 2
 
 
 def test_what_cannot_be_cut_is_refused_with_the_shapes():

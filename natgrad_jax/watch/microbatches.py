@@ -10,7 +10,6 @@ whole batch: every method and every controlled step works on it as it is.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ class Pieces:
     """The curvature of a batch in pieces; asked like `common.Curvature`."""
 
     _problem: Problem
-    _of_piece: Callable[[Any, Tree, Any], Any]
+    _of_piece: Callable[[Tree, Any], Any]
     _pieces: Any
     _params: Tree
     _value: Array
@@ -69,7 +68,7 @@ class Pieces:
         """The batch as the rows of the Jacobian, of which nothing is kept; see `common.Curvature.space`."""
 
         def of(piece):
-            found = self._of_piece(self._params, *piece)[0].curvature
+            found = self._of_piece(self._params, piece)[0].curvature
             return found.space(), found.count
 
         seen = []  # the numbers of draws and examples are static: the trace of the map leaves them here
@@ -100,7 +99,7 @@ class Pieces:
 
     def _mapped(self, function: Callable[[common.Curvature], Any]) -> Any:
         """A function of the curvature of every piece, at the parameters of this step."""
-        return jax.lax.map(lambda piece: function(self._of_piece(self._params, *piece)[0].curvature), self._pieces)
+        return jax.lax.map(lambda piece: function(self._of_piece(self._params, piece)[0].curvature), self._pieces)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,7 +190,8 @@ def in_pieces(
         problem: what is asked.
         forward_of: inputs of a piece, other collections, number of the piece -> the watched model on it.
         params: the parameters.
-        others: the other collections of the model; what a piece writes the next one finds.
+        others: the other collections of the model; what a piece writes the next one finds. Arrays that pieces write are
+            kept as each found them, so that all that is lazy sees the masks of the forward pass of its piece.
         args: inputs; every array leads with the examples.
         targets: labels of the batch.
         weights: of examples or positions, or None.
@@ -214,9 +214,11 @@ def in_pieces(
         )
     split = jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, examples // count, *jnp.shape(leaf)[1:])), cut)
     keys = None if key is None else jax.random.split(key, count)
-    pieces = (*split, keys, jnp.arange(count))
+    start, structure = jax.tree.flatten(dict(others))
 
-    def of_piece(others, params, args, targets, weights, key, number):
+    def of_piece(params, piece):
+        args, targets, weights, key, number, moved = piece
+        others = jax.tree.unflatten(structure, [moved.get(place, leaf) for place, leaf in enumerate(start)])
         forward, stride = forward_of(args, others, number), problem.product_stride
         few = None if stride == 1 else lambda: forward_of(every(stride, args, {}, forward.examples), others, number)
         return common.evaluate(problem, forward, params, targets, weights, key, few=few), forward.layers
@@ -224,20 +226,25 @@ def in_pieces(
     seen = []  # the layers are static: the trace of the scan leaves them here
 
     def step(others, piece):
-        found, layers = of_piece(others, params, *piece)
+        found, layers = of_piece(params, (*piece, dict(enumerate(others))))
         seen.append(layers)
         weight = total_weight(piece[2], examples // count)
-        written = {name: found.updated.get(name, value) for name, value in others.items()}
-        kept = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), written, others)
-        return kept, (found.value, found.grad, weight, found.outputs, _without(found.updated, others))
+        before = jax.tree.unflatten(structure, others)
+        written = jax.tree.leaves({name: found.updated.get(name, value) for name, value in before.items()})
+        moved = {place: old for place, (old, new) in enumerate(zip(others, written, strict=True)) if new is not old}
+        kept = [jnp.asarray(new, old.dtype) for new, old in zip(written, others, strict=True)]
+        return kept, (found.value, found.grad, weight, found.outputs, _without(found.updated, before), moved)
 
-    updated, (values, grads, totals, outputs, written) = jax.lax.scan(step, dict(others), pieces)
+    given = (*split, keys, jnp.arange(count))
+    updated, (values, grads, totals, outputs, written, moved) = jax.lax.scan(step, start, given)
+    pieces = (*given, moved)
     shares = _shares(totals)
     value = jnp.sum(values * shares.astype(values.dtype))
     grad = jax.tree.map(lambda leaf: jnp.tensordot(shares.astype(leaf.dtype), leaf, axes=1, precision=HIGHEST), grads)
     layers = replace(seen[-1], examples=examples)
-    curvature = Pieces(problem, partial(of_piece, others), pieces, params, value, jnp.sum(totals), layers)
+    curvature = Pieces(problem, of_piece, pieces, params, value, jnp.sum(totals), layers)
     last = jax.tree.map(lambda leaf: leaf[-1], written)
+    updated = jax.tree.unflatten(structure, updated)
     return Evaluation(value, grad, curvature, jax.tree.map(_flat, outputs), updated | last)
 
 
