@@ -4,6 +4,7 @@ Each row is a layer between an input and a dense head, in linen and in NNX. `cap
 watched, and compares its products with autodiff.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from flax import nnx
 
 import natgrad_jax as ng
 
-TABLE = Path(__file__).parent / "snippets" / "layers.md"
+PAGE = Path(__file__).parent / "layers.md"
+TABLE = re.compile(r"^\| layer \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
+"""Where the table stands on the page."""
 LOSS = ng.losses.squared_error
 
 
@@ -306,6 +309,11 @@ def table(verify=True):
     )
 
 
+def shown():
+    """The table on the page as it is."""
+    return TABLE.findall(PAGE.read_text())[0]
+
+
 if __name__ == "__main__":
-    TABLE.write_text(table())
-    print(TABLE.read_text())
+    PAGE.write_text(PAGE.read_text().replace(shown(), table()))
+    print(shown())
