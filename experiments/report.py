@@ -33,7 +33,7 @@ from experiments.records import Records, grouped
 
 OTHERS = (
     *(fidelity.SHOWN, speed.SHOWN, crossover.SHOWN, pinn.STUDY, regression.STUDY, text.STUDY),
-    *(race.STUDY, race.MNIST, race.CURVES, race.FASHION, control.STUDY, demo.STUDY),
+    *(race.STUDY, race.MNIST, race.CURVES, race.FASHION, race.CIFAR10, control.STUDY, demo.STUDY),
     *(defaults.WITH_RATES, defaults.ELSEWHERE, defaults.WITHOUT),
 )
 PARTS: list[tuple[Any, ...]] = [*((study, tune.of(study)) for study in tune.LONG), *((each,) for each in OTHERS)]
