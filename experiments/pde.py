@@ -115,10 +115,10 @@ class Task(NamedTuple):
 
         return {"inside": residual, "edge": lambda params, x: net(params, x)[:, None]}
 
-    def loss(self, variables: Any, x: Any, y: Any) -> Any:
-        """The loss, without any capture."""
+    def loss(self, variables: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        """The loss, without any capture, and nothing that it writes."""
         outputs = {name: function(variables["params"], x[name]) for name, function in self.functions.items()}
-        return sum(jnp.mean((outputs[name] - y[name]) ** 2) / 2 for name in outputs)
+        return sum(jnp.mean((outputs[name] - y[name]) ** 2) / 2 for name in outputs), {}
 
     def capture(self, labels: Any, product_stride: int = 1) -> Any:
         """What watches the two terms, as functions of variables."""

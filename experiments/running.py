@@ -41,15 +41,16 @@ class Task(NamedTuple):
         """The first variables."""
         return _init(self.model, key, self.batch.images[:1])
 
-    def loss(self, variables: Any, x: Any, y: Any) -> Any:
-        """The loss of a batch, without any capture."""
-        outputs: Any = self.model.apply(variables, x, **self.options)
-        return self.likelihood(outputs, y)
+    def loss(self, variables: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        """The loss of a batch, without any capture, and what the model writes, such as batch statistics."""
+        others = [name for name in variables if name != "params"]
+        outputs, written = self.model.apply(variables, x, **self.options, mutable=others)
+        return self.likelihood(outputs, y), written
 
     def measured(self, *parts: Part) -> Callable[[Any], float]:
         """Variables -> the mean loss of some batches."""
         loss = jax.jit(self.loss)
-        return lambda variables: float(np.mean([loss(variables, *part) for part in parts]))
+        return lambda variables: float(np.mean([loss(variables, *part)[0] for part in parts]))
 
     def capture(self, labels: Labels, product_stride: int = 1) -> Any:
         """What watches the model."""
@@ -128,11 +129,15 @@ class Runner:
             def loss(params):
                 return self._task.loss({"params": params, **others}, x, y)
 
+            def value_fn(params):
+                return loss(params)[0]
+
             if optax.tree.get(state, "value") is None:
-                value, grad = jax.value_and_grad(loss)(params)
+                (value, written), grad = jax.value_and_grad(loss, has_aux=True)(params)
+                others = {**others, **written}
             else:  # a line search has both at its end
-                value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
-            updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+                value, grad = optax.value_and_grad_from_state(value_fn)(params, state=state)
+            updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
         else:
             out = self._evaluate(params, others, x, y, key)
             value, others = out.value, getattr(out, "updated", None) or others

@@ -74,7 +74,7 @@ def test_the_loss_without_a_capture_is_that_of_the_two_terms_and_the_error_of_th
     task = pde.Task(equation, pde.points(equation, 0, 0.02))
     variables = task.init(jax.random.key(0))
     out = task.capture("sampled").value_and_grad(variables, *task.batch, None)
-    value, grad = jax.value_and_grad(lambda params: task.loss({"params": params}, *task.batch))(variables["params"])
+    value, grad = jax.value_and_grad(lambda params: task.loss({"params": params}, *task.batch)[0])(variables["params"])
     np.testing.assert_allclose(out.value, value)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-9), out.grad, grad)
     zero = jax.tree.map(jnp.zeros_like, variables)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import natgrad_jax as ng
 from experiments.data import Data, Part, batches, digits, endless, shifted_and_flipped
@@ -125,6 +126,27 @@ def averaged_sgd(numbers, layers):
 
 def sgd(numbers, layers):
     return optax.sgd(numbers["rate"])
+
+
+class Normed(nn.Module):
+    """Dense layers with batch norm between them."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(3)(x.reshape(len(x), -1)[:, ::16])
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+
+
+@pytest.mark.parametrize("labels", [None, "true"])
+def test_batch_statistics_move_with_and_without_a_capture(labels):
+    given = part(8)
+    task = Task(Normed(), ng.losses.softmax_cross_entropy, given, {"train": True})
+    runner = Runner(lambda numbers, layers: optax.sgd(numbers["rate"]), {"rate": 0.0}, task, labels)
+    inputs = given.images.reshape(8, -1)[:, ::16] @ runner.variables["params"]["Dense_0"]["kernel"]
+    runner.run([given, given])
+    found = runner.variables["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], 0.75 * inputs.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.25 + 0.75 * inputs.var(0), rtol=1e-5)
 
 
 @pytest.mark.slow

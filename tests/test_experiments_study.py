@@ -22,7 +22,7 @@ PART = Part(X, X @ np.array([[1.0], [2.0], [3.0]], np.float32))
 def case():
     """A linear map to be learned from all examples at every step."""
     task = Task(Perceptron((), 1), ng.losses.squared_error, PART)
-    loss = jax.jit(lambda variables: task.loss(variables, *PART))
+    loss = jax.jit(lambda variables: task.loss(variables, *PART)[0])
 
     def stream(seed):
         while True:
