@@ -205,19 +205,28 @@ def transformation(name: str, value: Any) -> None:
         )
 
 
-def function(name: str, value: Any, expected: str) -> None:
-    """Refuse what is neither None nor a function.
+def function(name: str, value: Any, expected: str, takes: int) -> None:
+    """Refuse what is neither None nor a function of so many arguments.
 
     Args:
         name: of the argument, for the message.
         value: what the user gave.
         expected: in words.
+        takes: number of its arguments.
 
     Raises:
         TypeError: if it is something else.
     """
-    if not (value is None or callable(value)):
+    if value is None:
+        return
+    if not callable(value):
         raise TypeError(f"`{name}` is {shown(value)}; expected {expected}, or None.")
+    try:
+        inspect.signature(value).bind(*range(takes))
+    except TypeError as error:
+        raise TypeError(f"`{name}`: {error}; expected {expected}.") from None
+    except ValueError:  # a builtin does not say
+        pass
 
 
 def arrays(tree: Any) -> None:

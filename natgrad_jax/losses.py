@@ -175,7 +175,8 @@ def _labels_or_distributions(outputs: Array, targets: Array) -> str | None:
         return None
     return (
         f"targets of shape {targets.shape} and dtype {targets.dtype} do not fit outputs of shape {outputs.shape}; "
-        f"expected integer labels of shape {outputs.shape[:-1]} or probabilities (one-hot) of shape {outputs.shape}"
+        f"expected integer labels of shape {outputs.shape[:-1]} or floating-point probabilities (one-hot) of shape "
+        f"{outputs.shape}"
     )
 
 

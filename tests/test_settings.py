@@ -213,6 +213,19 @@ def test_every_method_is_injected_without_static_arguments(name):
     assert "damping" in state.hyperparams and "max_factor_dim" not in state.hyperparams
 
 
+@pytest.mark.parametrize("rate", [(), ("quadratic",), ("search",)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "kbfgs"])
+def test_a_rate_that_is_no_number_is_injected_where_what_goes_with_one_stays_as_it_is(name, rate):
+    layers, make = task("mlp true labels").layers, getattr(ng, name)
+    static = optax.inject_hyperparams(make, static_args=("damping", "kl_clip", "momentum"))
+    found, expected = (
+        jax.eval_shape(tx.init, params()) for tx in (static(*rate, layers=layers), make(*rate, layers=layers))
+    )
+    assert jax.tree.structure(found.inner_state) == jax.tree.structure(expected)
+    with pytest.raises(ValueError, match=r"`kl_clip`.*static_args=\(\"damping\", \"kl_clip\", \"momentum\"\)"):
+        jax.eval_shape(optax.inject_hyperparams(make)(*rate, layers=layers).init, params())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", of_the_keywords(NAMES))
 def test_a_step_with_injected_numbers_is_that_with_the_numbers(name):

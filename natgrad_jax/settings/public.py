@@ -161,7 +161,9 @@ def _public(settings: Any, name: str, first: Told) -> Any:
         elif rate is not None:
             checks.number("learning_rate", rate, least=0, schedule=True)
         chosen = settings(**given)
-        chosen = chosen.beside(rate, given) if isinstance(chosen, Completed) else chosen
+        if isinstance(chosen, Completed):
+            said = {name for name, value in given.items() if value is not signature.parameters[name].default}
+            chosen = chosen.beside(rate, said)
         return with_gradients_checked(on_any_mesh(chosen.completed(rate, layers)))
 
     made.__name__ = made.__qualname__ = name

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
+import jax
 import optax
 
 from natgrad_jax.algebra.truncated import Kept, Rank
@@ -344,6 +345,12 @@ class Completed(Settings):
         """
         adapts = isinstance(cast(Direction, self).damping, AdaptiveDamping)
         free: dict[str, Any] = {"kl_clip": None, "momentum": None, "damping": adaptive_damping()}
+        if isinstance(learning_rate, str | None) and "kl_clip" in chosen and isinstance(self.kl_clip, jax.Array):
+            raise ValueError(
+                f"`kl_clip` is {self.kl_clip!r}, but `learning_rate` is {learning_rate!r}, which chooses the length of "
+                "the steps. `optax.inject_hyperparams` makes an array of every number, defaults too: name those that "
+                'go with a learning rate, `inject_hyperparams(f, static_args=("damping", "kl_clip", "momentum"))`.'
+            )
         if learning_rate is None:
             found = {"kl_clip", "momentum"} | ({"damping"} if adapts else set())
             if wrong := sorted(found & set(chosen)):

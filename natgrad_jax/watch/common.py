@@ -112,7 +112,7 @@ class Curvature:
         direction = addresses.replace(jax.tree.map(jnp.zeros_like, self._params), self._known(direction))
 
         def outputs_at(params):
-            return problem.readout(forward.run(params, forward.probes)[0])
+            return problem.read(forward.run(params, forward.probes)[0])
 
         outputs, tangent = along(forward, outputs_at, self._params, direction)
         outputs, tangent = present(wide(outputs), weights), present(wide(tangent), weights)
@@ -188,7 +188,7 @@ class Curvature:
 
     def _seeds(self, passed: "_Pass") -> tuple[Any, Array]:
         """Cotangents of the outputs, one for each draw: [K, *outputs], the weights by their square roots; slopes."""
-        outputs, back = jax.vjp(lambda floats: self._problem.readout(passed.whole(floats)), precise(passed.floats))
+        outputs, back = jax.vjp(lambda floats: self._problem.read(passed.whole(floats)), precise(passed.floats))
         read, weights = present(wide(outputs), self._batch.weights), self._batch.weights
         scale = self._root_weights(read, weights)
         if self._problem.labels == "exact":
@@ -204,7 +204,7 @@ class Curvature:
         """The targets of each draw [K, ...]: the true ones, or labels drawn at the parameters of this step."""
         if self._problem.labels == "true":
             return jnp.asarray(self._batch.targets)[None]
-        outputs = present(wide(self._problem.readout(self._passed.outputs)), self._batch.weights)
+        outputs = present(wide(self._problem.read(self._passed.outputs)), self._batch.weights)
         assert self._batch.key is not None, "checked in `evaluate`"
         keys = jax.random.split(self._batch.key, self._problem.draws)
         return jax.vmap(lambda key: self._problem.likelihood.sample(key, outputs))(keys)
@@ -351,7 +351,7 @@ def evaluate(
         seed = jax.tree.map(lambda leaf: leaf * of_batch.astype(leaf.dtype), seed)
     ordinary = passed.pullback(seed)  # 2
     grad, _ = ordinary
-    alike = problem.labels == "true" and problem.likelihood.share(problem.readout(passed.outputs)) == 1
+    alike = problem.labels == "true" and problem.likelihood.share(problem.read(passed.outputs)) == 1
     reusable = alike and problem.objective is None and weights is None and share is None
     batch = _Batch(targets, weights, key)
     curvature = Curvature(problem, forward, params, passed, batch, value, ordinary if reusable else None, few)
@@ -400,7 +400,7 @@ def evidence_for(
         {name: Evidence} of every block, with one draw; gradients as autodiff has them.
     """
     passed = _run(forward, params)
-    read, back = jax.vjp(lambda floats: problem.readout(passed.whole(floats)), precise(passed.floats))
+    read, back = jax.vjp(lambda floats: problem.read(passed.whole(floats)), precise(passed.floats))
     seeds = jax.tree.map(lambda leaf: leaf[None], back(seed_of(read))[0])
     curvature = Curvature(problem, forward, params, passed, _Batch(None, None, None), jnp.zeros(()), None)
     return curvature._evidence(passed, *_pull_each(passed.pullback, seeds), pulled_outside=True)
@@ -432,12 +432,7 @@ def _sort(leaf: Any) -> str:
 
 
 def _check(problem: Problem, outputs: Any, targets: Any, weights: Array | None, key: Array | None) -> None:
-    read = problem.readout(outputs)
-    if not (hasattr(read, "shape") and jnp.issubdtype(read.dtype, jnp.floating)):
-        raise TypeError(
-            f"The likelihood reads {type(read).__name__} {jax.tree.map(jnp.shape, read)} from the model; expected "
-            "one floating-point array. Choose it by `readout`, for instance `readout=lambda outputs: outputs[0]`."
-        )
+    read = problem.read(outputs)
     if problem.objective is None or problem.labels == "true":
         complaint = problem.likelihood.check(read, jnp.asarray(targets))
         if complaint:

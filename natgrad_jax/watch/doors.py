@@ -220,8 +220,8 @@ def asked(
     product_stride: int = 1,
 ) -> Watch:
     """What is asked of a model, checked; the arguments are those of every `capture`."""
-    checks.function("objective", objective, "a function of outputs, targets and weights that gives the mean loss")
-    checks.function("readout", readout, "a function of the outputs that gives the array which the likelihood reads")
+    checks.function("objective", objective, "a function of outputs, targets and weights that gives the mean loss", 3)
+    checks.function("readout", readout, "a function of the outputs that gives the array which the likelihood reads", 1)
     readout = readout or (lambda outputs: outputs)
     checks.size("product_stride", product_stride)
     problem = Problem(likelihood, labels, draws, objective, readout, jacobian, segments, product_stride=product_stride)

@@ -89,11 +89,11 @@ def watch_examples(
         ValueError: if it cannot be called with one example.
     """
     leaves = addresses.flatten(params)
-    whole = Traced(function, problem.readout, (params, state, inputs))
+    whole = Traced(function, problem.read, (params, state, inputs))
     program = whole.program(whole.arrays)
     examples, before = whole.examples(program), len(leaves)
     fixed = before + sum(is_array(leaf) for leaf in jax.tree.leaves(state))
-    twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed)
+    twin, places = twin_of(function, problem.read, (params, state, inputs), examples, fixed)
     problem = problem.settled(whole.read)
     one, found = _of_one(function, problem, (params, state, inputs), whole, places, twin is not None, leaves)
     layers, calls, _ = recognise(leaves, found, 1, problem.rows_of(whole.read), exceptions, root)
@@ -115,7 +115,7 @@ def watch_examples(
 
     def both(params, others):
         outputs = whole.rebuilt(jaxpr_as_fun(program)(*jax.tree.leaves(params), *others))[0]
-        return problem.readout(outputs), problem.readout(run.batch(others, params, probes)[0])
+        return problem.read(outputs), problem.read(run.batch(others, params, probes)[0])
 
     return Forward(
         partial(run.batch, arrays),
@@ -221,7 +221,7 @@ def _of_one(
     read = tuple(getattr(whole.read, "shape", ()))
     sizes = [_sized(leaf, places.get(place), 1) for place, leaf in enumerate(whole.arrays)]
     pairs = [_sized(leaf, places.get(place), 2) for place, leaf in enumerate(whole.arrays)]
-    traced, other = (Traced(function, problem.readout, arguments) for _ in range(2))
+    traced, other = (Traced(function, problem.read, arguments) for _ in range(2))
     try:
         program, twin = traced.program(sizes), other.program(pairs)
     except Exception as error:

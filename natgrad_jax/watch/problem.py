@@ -6,6 +6,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from natgrad_jax import checks
 from natgrad_jax.addresses import Tree
 from natgrad_jax.algebra.devices import Devices
@@ -168,9 +171,25 @@ class Problem:
 
     def value(self, outputs: Any, targets: Any, weights: Array | None) -> Array:
         """The scalar that is differentiated."""
-        if self.objective is not None:
-            return self.objective(outputs, targets, weights)
-        return self.likelihood(self.readout(outputs), targets, weights)
+        if self.objective is None:
+            return self.likelihood(self.read(outputs), targets, weights)
+        found = self.objective(outputs, targets, weights)
+        if jnp.shape(found):
+            raise ValueError(
+                f"`objective` gave an array of shape {jnp.shape(found)}; expected the mean loss, a scalar."
+            )
+        return found
+
+    def read(self, outputs: Any) -> Array:
+        """What the likelihood reads of the outputs; a `TypeError` if that is not one array."""
+        found = self.readout(outputs)
+        if not (hasattr(found, "shape") and jnp.issubdtype(found.dtype, jnp.floating)):
+            raise TypeError(
+                f"The likelihood reads {type(found).__name__} {jax.tree.map(jnp.shape, found)} from the model; "
+                "expected one floating-point array. Choose it by `readout`, for instance "
+                "`readout=lambda outputs: outputs[0]`."
+            )
+        return found
 
     @property
     def label(self) -> str:

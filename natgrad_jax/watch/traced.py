@@ -52,14 +52,14 @@ def watch(
     Returns:
         The watched function on these inputs.
     """
-    traced = Traced(function, problem.readout, (params, state, inputs))
+    traced = Traced(function, problem.read, (params, state, inputs))
     leaves = addresses.flatten(params)
     program = traced.program(traced.arrays)
     examples = traced.examples(program)
     fixed = len(leaves) + sum(is_array(leaf) for leaf in jax.tree.leaves(state))
     segments = found_segments(problem.segments, inputs[0], examples)
     times = grown(segments)
-    twin, places = twin_of(function, problem.readout, (params, state, inputs), examples, fixed, times)
+    twin, places = twin_of(function, problem.read, (params, state, inputs), examples, fixed, times)
     names = [*leaves, *[None] * (len(traced.arrays) - len(leaves))]
     wanted = [place >= traced.kept for place in range(len(program.jaxpr.outvars))]
     found = checked(follow(program, twin, names, wanted, examples, times), leaves, program)
