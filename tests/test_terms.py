@@ -11,6 +11,7 @@ from test_residuals import by_two_tangents, net, params
 from watching import factors_of
 
 import natgrad_jax as ng
+from natgrad_jax.layers.rows import paired_rows, to_matrix
 
 pytestmark = pytest.mark.usefixtures("x64")
 DAMPING = 1e-2
@@ -154,6 +155,48 @@ def test_a_parameter_that_one_term_knows_and_another_does_not_is_an_array_with_g
         size = len(y[name])
         one = jax.jit(jax.jacrev(lambda w, name=name: functions[name](p | {"w": w}, x[name])[:, 0]))(p["w"])
         assert_equal(abs(found[cut]), abs(one) * (5 / size) ** 0.5)
+
+
+def values(p, x):
+    """A net of one hidden layer, with or without the last bias."""
+    return jnp.tanh(x @ p["w"]) @ p["v"] + p.get("c", 0.0)
+
+
+def slopes(p, x):
+    """Its derivative by the first coordinate, which reads the last matrix the other way round, and no bias."""
+    return jax.vmap(lambda point: jax.grad(lambda z: values(p, z)[0])(point)[:1])(x)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("bias", [{"c": np.zeros(1)}, {}], ids=["bias", "no bias"])
+def test_a_matrix_that_one_term_reads_the_other_way_round_is_one_layer_with_the_gradients_of_the_examples(bias, draws):
+    p = {"w": normal(2, 3), "v": normal(3, 1, seed=1), **bias}
+    functions, sizes = {"values": values, "slopes": slopes}, {"values": 3, "slopes": 2}
+    x, y = ({name: normal(size, k, seed=k) for name, size in sizes.items()} for k in (2, 1))
+    weights = {name: np.arange(1.0, size + 1) for name, size in sizes.items()}
+    labels = {"labels": "sampled", "draws": draws} if draws > 1 else {"labels": "exact"}
+    loss = ng.terms({
+        name: ng.capture(f, ng.losses.squared_error, jacobian="examples", **labels) for name, f in functions.items()
+    })
+    layers = loss.layers(p, x)
+    assert set(layers) == {"w", "v"} and not layers.rest and layers["v"].shape == (3 + len(bias), 1)
+
+    @jax.jit
+    def seen(p):
+        out = loss.value_and_grad(p, x, y, weights=weights, key=jax.random.key(0) if draws > 1 else None)
+        evidence = out.curvature()["v"]
+        a, g = paired_rows(layers["v"], evidence)
+        return jnp.einsum("nti,knto->kni", a, g), to_matrix(layers["v"], evidence.gradient)
+
+    each, whole = seen(p)
+    assert_equal(jnp.sum(each, axis=1), whole[..., 0])
+    if draws == 1:
+        for name, cut in (("values", slice(0, 3)), ("slopes", slice(3, 5))):
+            flat = {"v": p["v"], **bias}
+            one = jax.jit(jax.jacrev(lambda own, name=name: functions[name](p | own, x[name])[:, 0]))(flat)
+            expected = jnp.concatenate([one[key].reshape(sizes[name], -1) for key in ("v", *bias)], axis=1)
+            share = weights[name].sum() / sum(each.sum() for each in weights.values())
+            assert_equal(abs(each[0, cut]), abs(expected) * (weights[name][:, None] / share) ** 0.5)
 
 
 class Heads(nnx.Module):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax.algebra import arranged
 from natgrad_jax.algebra.rows import written_out
 from natgrad_jax.algebra.stacks import einsum
 from natgrad_jax.base import UNSEEN, Array, Evidence, Layer, Layers, Use
@@ -76,25 +77,53 @@ def joined_layers(terms: Mapping[str, Layers]) -> Layers:
 def _common(name: str, parts: Sequence[Layers]) -> Layer | None:
     """A layer as all terms see it that see its parameters; None if they do not agree."""
     found = [part[name] for part in parts if name in part]
-    whole = max(found, key=lambda layer: layer.has_bias)
+    whole = max(found, key=lambda layer: (layer.has_bias, not layer.arrays))
     addresses = {leaf.address for leaf in whole.leaves}
+    alike = []
     for part in parts:
-        mine = part.get(name)
+        mine = _seen_as(part[name], whole, part.draws) if name in part else None
         seen = {leaf.address for layer in part.rest if layer.note != UNSEEN for leaf in layer.leaves}
-        if seen & addresses or (mine is not None and _kernel(mine) != _kernel(whole)) or (mine and mine.grouped):
+        if seen & addresses or (name in part and (mine is None or mine.grouped)):
             return None
         others = {leaf.address for layer in part.known if layer.name != name for leaf in layer.leaves}
         if others & addresses:
             return None
-    use = Use("rows", None, max(layer.positions for layer in found))
+        alike += [mine] if mine else []
+    use = Use("rows", None, max(layer.positions for layer in alike))
     return replace(whole, uses=(use,), one_hot=False)
 
 
-def _kernel(layer: Layer) -> Any:
+def _seen_as(layer: Layer, whole: Layer, draws: int) -> Layer | None:
+    """A layer of a term with the matrix that all terms have of it, with or without the bias; None if it has another.
+
+    A residual may read a matrix the other way round alone, as the derivative of a last layer does: its uses are turned.
+    """
+    if _kernel(layer) == _kernel(whole):
+        return layer
+    stack = len(layer.stack)
+    turned = arranged.transposed(_matrix(layer), (*range(stack), stack + 1, stack))
+    if layer.kind != "dense" or layer.has_bias or _kernel(whole) != (*_kernel(layer)[:3], *layer.shape[::-1], turned):
+        return None
+    uses = []
+    for use in layer.uses:
+        positions = use.positions // max(draws, 1) if use.transposed else use.positions * max(draws, 1)
+        part = use.part and use.part.turned()
+        uses.append(use._replace(transposed=not use.transposed, positions=positions, part=part))
+    arrays = tuple(pair for pair in whole.arrays if pair[0] != "bias")
+    return replace(layer, shape=layer.shape[::-1], arrays=arrays, uses=tuple(uses))
+
+
+def _kernel(layer: Layer) -> tuple[Any, ...]:
     """What two views of a layer have to agree on, with or without a bias."""
     leaves = tuple(leaf for leaf in layer.leaves if not leaf.role.startswith("bias"))
-    arrays = tuple(pair for pair in layer.arrays if pair[0] != "bias")
-    return layer.kind, leaves, layer.stack, layer.shape[0] - layer.has_bias, layer.shape[1], layer.geometry, arrays
+    sizes = layer.shape[0] - layer.has_bias, layer.shape[1]
+    return (layer.kind, layer.geometry), leaves, layer.stack, *sizes, _matrix(layer)
+
+
+def _matrix(layer: Layer) -> arranged.Arrangement:
+    """The kernel of a layer, made of its arrays."""
+    main = layer.leaves[0]
+    return layer.arrays[0][1] if layer.arrays else arranged.source(main.address, main.shape)
 
 
 def joined_evidence(layers: Layers, parts: Mapping[str, Part], total: Array) -> dict[str, Evidence]:
@@ -150,7 +179,8 @@ def _rows(layer: Layer, part: Part, layers: Layers) -> Evidence:
         g = jnp.zeros((draws, *layer.stack, examples, use.positions, columns), layer.dtype)
         zeros = {leaf.role: jnp.zeros((draws, *leaf.shape), layer.dtype) for leaf in layer.leaves}
         return Evidence((a,), (g,), zeros, weights, None, slopes)
-    mine, said = part.layers[layer.name], part.evidence[layer.name]
+    mine, said = _seen_as(part.layers[layer.name], layer, part.layers.draws), part.evidence[layer.name]
+    assert mine is not None, "a layer of all terms"
     a, g = paired_rows(mine, said)
     a = written_out(a)
     room = use.positions - a.shape[-2]
