@@ -2,23 +2,25 @@
 
     1  block <- eigenvalues of what is kept of the layer     A (x) G, the two traces, a scale, a diagonal; else a factor
     2  share <- damping / (damping + mean eigenvalue)        of the same
-    3  cause <- the first rule that the numbers of the layer break, with what to change
+    3  cause <- the first rule that the numbers of the layer break, with what to change      and one of the whole
 
 It runs on the host, outside of `jit`, and takes an eigendecomposition of every factor: now and then, not at each step.
+Not here: the rules; see `rules`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from natgrad_jax import addresses, checks
+from natgrad_jax import addresses, checks, rules
 from natgrad_jax.algebra import averages
 from natgrad_jax.algebra.averages import Average
 from natgrad_jax.algebra.stacks import Diagonal, Truncated
 from natgrad_jax.around.automatic import AutomaticState
+from natgrad_jax.around.clip import ClipState
 from natgrad_jax.around.control import ControlState
 from natgrad_jax.base import Layers
 from natgrad_jax.blocks import kronecker
@@ -28,7 +30,7 @@ from natgrad_jax.report import aligned
 
 COLUMNS = ("weight", "age", "condition", "smallest", "largest", "damping_share", "rejected", "step")
 _CONTROLLED = (ControlState, AutomaticState)
-_HUGE, _NOISE, _DROWNED = 1e18, 1e-6, 0.99
+_AROUND = (*_CONTROLLED, ClipState)
 
 
 class _Spectrum(NamedTuple):
@@ -47,10 +49,12 @@ class Diagnosis(Mapping[str, float]):
     Attributes:
         numbers: {"encoder/Dense_0/age": 3.0, ..., "damping": 0.03}; what a method does not have is not there.
         causes: {layer: what is probably wrong and what to change}; "" where nothing is.
+        cause: the same of the whole optimizer, on the last line of the table.
     """
 
     numbers: dict[str, float]
     causes: dict[str, str]
+    cause: str = ""
 
     def __getitem__(self, name: str) -> float:
         return self.numbers[name]
@@ -68,19 +72,21 @@ class Diagnosis(Mapping[str, float]):
             numbers = (self.numbers.get(f"{name}/{column}") for column in shown)
             rows.append((name, *("" if number is None else f"{number:.3g}" for number in numbers), cause))
         whole = (f"{name} {number:.3g}" for name, number in self.numbers.items() if "/" not in name)
-        return "\n".join([*aligned(rows), "whole: " + ", ".join(whole)])
+        return "\n".join([*aligned(rows), f"whole: {', '.join(whole)}  {self.cause}".rstrip()])
 
 
 def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, updates: Any = None) -> Diagnosis:
-    """What the state of an optimizer says of each layer.
+    """What the state of an optimizer says of each layer, and of the whole.
 
-    Each layer has a row. A stack of copies shows its worst copy.
+    Each layer has a row. A stack of copies shows its worst copy. The whole has a cause where an array of the state, the
+    parameters or the updates is not finite, where all curvature is zero, where `kl_clip` holds every step, and where
+    statistics were dropped.
 
     weight: how full its averages are, from 0 (nothing observed) to 1. age: steps since its operator was made.
     smallest, largest: eigenvalues of its block, without damping; if the block is no product of what the method keeps,
     of the factor with the widest range. condition: the ratio of the damped eigenvalues. damping_share: damping over
     damping plus mean eigenvalue. rejected: 1 if its last refresh was not finite and an older operator serves. step:
-    norm of the update over norm of the parameters.
+    norm of the update over norm of the parameters; NaN where one of them is not finite.
 
     >>> import jax, jax.numpy as jnp, natgrad_jax as ng
     >>> params = {"w": jnp.ones((4, 3))}
@@ -89,12 +95,14 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
     >>> found = diagnose(ng.kfac(0.1, layers).init(params), layers)
     >>> found["w/weight"], found.causes["w"].split(":")[0]
     (0.0, 'nothing was observed yet')
+    >>> found.cause
+    ''
 
     Args:
         state: of any transformation with one of ours somewhere in it.
         layers: of the model; None for an optimizer that was built without.
-        params: the parameters, for the column "step".
-        updates: the last updates, for the column "step".
+        params: the parameters, for the column "step", and to see whether they are finite.
+        updates: the last updates, for the same.
 
     Returns:
         A `Diagnosis`: print it, or log `dict(...)` of it.
@@ -104,29 +112,29 @@ def diagnose(state: Any, layers: Layers | None = None, *, params: Any = None, up
         ValueError: if no state of ours is in the state.
     """
     checks.layers(layers, optional=True)
-    kinds = (NaturalGradientState, *_CONTROLLED)
+    state, params, updates = (jax.device_get(addresses.unboxed(tree)) for tree in (state, params, updates))
     found: list[Any] = []
-    _collect(jax.device_get(addresses.unboxed(state)), kinds, found)
+    _collect(state, (NaturalGradientState, *_AROUND), found)
     ours = [each for each in found if isinstance(each, NaturalGradientState)]
     if not ours:
         raise ValueError(
             f"`state` is of type {type(state).__name__} and has no state of natgrad_jax in it; expected what `tx.init` "
             "or `tx.update` of one of its optimizers returned."
         )
-    automatic = any(isinstance(each, AutomaticState) for each in found)
-    numbers, causes = {}, {}
+    numbers, rows = {}, {}
     for each in found:
         numbers |= _of_the_whole(each)
     for each in ours:
         for name in each.statistics:
-            row = _of_layer(each, name, layers, numbers)
+            rows[name] = _of_layer(each, name, layers, numbers)
             if params is not None and updates is not None:
-                row |= _step(name, layers, params, updates)
-            numbers |= {f"{name}/{column}": row[column] for column in COLUMNS if column in row}
-            causes[name] = _cause(row)
-            if automatic and "damping" in causes[name]:
-                causes[name] += "; without a setting the steps adapt it, and `damping=` fixes it"
-    return Diagnosis(numbers, causes)
+                rows[name] |= _step(name, layers, params, updates)
+    numbers |= {f"{name}/{column}": row[column] for name, row in rows.items() for column in COLUMNS if column in row}
+    vanished = rules.all_vanished(rows)
+    remark = _remark(found)
+    causes = {name: remark(rules.of_layer(row, vanished)) for name, row in rows.items()}  # 3
+    not_finite = rules.not_finite({"params": params, "updates": updates, "state": state})
+    return Diagnosis(numbers, causes, remark(rules.of_whole(numbers, not_finite, vanished)))
 
 
 def _collect(node: Any, kinds: tuple[type, ...], found: list[Any]) -> None:
@@ -134,7 +142,7 @@ def _collect(node: Any, kinds: tuple[type, ...], found: list[Any]) -> None:
     for leaf in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, kinds)):
         if isinstance(leaf, kinds):
             found.append(leaf)
-            if isinstance(leaf, _CONTROLLED):
+            if isinstance(leaf, _AROUND):
                 _collect(leaf.direction, kinds, found)
 
 
@@ -142,7 +150,18 @@ def _of_the_whole(state: Any) -> dict[str, float]:
     if isinstance(state, _CONTROLLED):
         found = {name: float(getattr(state, name)) for name in ("learning_rate", "momentum", "ratio")}
         return found | {"rejected_steps": float(state.rejected)}
+    if isinstance(state, ClipState):
+        return {"clip_factor": float(state.clip_factor)}
     return {"count": float(state.count)} | {name: float(value) for name, value in state.metrics._asdict().items()}
+
+
+def _remark(found: list[Any]) -> Callable[[str], str]:
+    """Adds to a cause that speaks of the damping where it is set."""
+    if any(isinstance(each, AutomaticState) for each in found):
+        return rules.with_automatic_damping
+    if any(isinstance(each, ControlState) and each.bounds.first > 0 for each in found):  # else the damping is given
+        return rules.with_adaptive_damping
+    return lambda cause: cause
 
 
 def _of_layer(
@@ -212,6 +231,8 @@ def _eigenvalues(factor: Any) -> np.ndarray:
     if isinstance(factor, Truncated):
         (size, rank), rest = factor.vectors.shape[-2:], np.asarray(factor.rest, np.float64)[..., None]
         return np.concatenate([factor.values, np.repeat(rest, size - rank, axis=-1)], axis=-1, dtype=np.float64)
+    if not np.all(np.isfinite(factor)):
+        return np.full(factor.shape[:-1], np.nan)
     return np.maximum(np.linalg.eigvalsh(np.asarray(factor, np.float64)), 0)
 
 
@@ -227,30 +248,12 @@ def _of(values: np.ndarray) -> _Spectrum:
 
 def _step(name: str, layers: Layers | None, params: Any, updates: Any) -> dict[str, float]:
     """Norm of the update over that of the parameters, of all arrays of a layer."""
-    trees = [addresses.flatten(jax.device_get(tree)) for tree in (params, updates)]
+    trees = [addresses.flatten(tree) for tree in (params, updates)]
     blocks = {} if layers is None else {layer.name: layer for layer in layers.blocks}
     places = [leaf.address for leaf in blocks[name].leaves] if name in blocks else [name]
     if not all(place in tree for place in places for tree in trees):
         return {}
     norms = [np.sqrt(sum(np.sum(np.square(np.asarray(tree[p], np.float64))) for p in places)) for tree in trees]
+    if not np.all(np.isfinite(norms)):
+        return {"step": np.nan}
     return {"step": float(norms[1] / norms[0])} if norms[0] > 0 else {}
-
-
-def _cause(row: Mapping[str, float]) -> str:
-    """Line 3."""
-    share, condition = row.get("damping_share"), row.get("condition")
-    if row.get("weight") == 0 or ("weight" not in row and "age" not in row):
-        return "nothing was observed yet: its first statistics are still to come, or none was finite"
-    if row.get("rejected"):
-        return "its last refresh was not finite, so an older one serves: raise `damping`, check the scale of its inputs"
-    if row.get("largest") == 0:
-        return "no gradient reaches it: dead units, or a head that the likelihood does not read; `exclude` it"
-    if row.get("largest", 0) > _HUGE:
-        return "its inputs or gradients are huge: normalise the inputs, or use float64"
-    if share is not None and share > _DROWNED:
-        return "the damping is larger than almost all of its curvature, as in gradient descent: lower it"
-    if condition is not None and condition > 1 / _NOISE:
-        return "float32 cannot tell its small eigenvalues from zero: raise `damping`"
-    if row.get("step", 0) > 1:
-        return "its step is longer than its parameters: lower the learning rate, raise `damping`, or set `kl_clip`"
-    return ""

@@ -120,6 +120,7 @@ ROOMS = (
     "around/averaging",
     "around/complete",
     "around/statistics",
+    "rules",
     "diagnosis",
     "wrapping",
     "sharding/places",
