@@ -209,7 +209,7 @@ def test_an_equation_is_solved_by_two_of_the_methods(tmp_path):
     assert small.known(tmp_path) == rows
 
 
-@pytest.mark.parametrize(("name", "count"), [("pinn", 72), ("regression", 48), ("text", 6)])
+@pytest.mark.parametrize(("name", "count"), [("pinn", 96), ("regression", 48), ("text", 6)])
 def test_the_committed_records_are_those_of_a_study(name, count):
     rows = STUDIES[name].known(RESULTS)
     assert len(rows) == count and {*rows[0]["config"]} == {*STUDIES[name].key}
