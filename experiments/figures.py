@@ -250,7 +250,9 @@ def costs(runs: Mapping[str, Records], baseline: str) -> dict[str, str]:
         return run[entry][-1] - run[entry][min(1, len(run["steps"]) - 2)]  # from 0 if there is one look alone
 
     def cost(own: Records) -> float:
-        return float(np.median([taken(run, "seconds") / taken(run, "steps") for run in own]))
+        most = max(len(run["steps"]) for run in own)
+        whole = [run for run in own if len(run["steps"]) == most]  # without those that diverged, if others did not
+        return float(np.median([taken(run, "seconds") / taken(run, "steps") for run in whole]))
 
     unit = cost(runs[baseline]) if baseline in runs else np.nan
     return {name: f"{cost(own) / unit:.2f}" if baseline in runs else "-" for name, own in runs.items()}
