@@ -192,6 +192,9 @@ def curves(
             plain(axis.xaxis, "")
             for goal in goals(methods, levels, rivals)[-1:]:
                 axis.axhline(goal, color="grey", linewidth=0.8, linestyle=":", zorder=0)
+        low, high = pair[0].get_ylim()
+        if up == "log" and high < 15 * low:
+            plain(pair[0].yaxis)
         pair[0].set_ylabel(label)
         pair[0].set_title(problem, loc="left", fontweight="bold")
         if [*methods] != before:

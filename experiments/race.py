@@ -115,10 +115,11 @@ def reconstructing(problem: Problem, rate: float, steps: int, level: float, **of
 
 def classifying(problem: Problem, level: float | None, epochs: int, **fields: Any) -> study.Study:
     """Some entries beside Adam for so many epochs, to a test error."""
+    goal: Any = {"levels": (level,) if level else (), "rivals": (ADAM,)}
     return to_level(
         *(problem, level, "% wrong", problem.case_of_errors),
         limits=Limits(epochs * problem.epoch, problem.epoch // 4, level=level or 0.0),
-        picture=partial(figures.curves, label="test error, %", levels=(level,) if level else (), rivals=(ADAM,)),
+        picture=partial(figures.curves, label="test error, %", across="linear", **goal),
         config={"batch": problem.batch, "level": level},
         **fields,
     )
