@@ -162,7 +162,7 @@ for axis, column, label in zip(axes, (0, 1), ("steps", "seconds"), strict=True):
     for found, name in ((course, "TENGraD, joint"), (beside, "Adam")):
         axis.plot(found[1:, column], found[1:, 2], label=name)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="relative $L^2$ error")
-axes[0].legend()
+_ = axes[0].legend()
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")

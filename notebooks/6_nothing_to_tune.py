@@ -127,7 +127,7 @@ for axis, batch in zip(axes[0], BATCHES, strict=True):
     axis.grid(alpha=0.2)
     print(f"batches of {batch}: {end:.1e} without a rate")
 axes[0, 0].set_ylabel(f"loss after {STEPS} steps")
-axes[0, 0].legend(frameon=False)
+_ = axes[0, 0].legend(frameon=False)
 
 # %% [markdown]
 # With batches of 64 the steps without a rate end where the best of five rates end. With all images in a batch they become Newton's, and no rate

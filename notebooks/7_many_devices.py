@@ -129,7 +129,7 @@ for color, name in zip(("#2171b5", "#31a354"), METHODS, strict=True):
     axis.plot(together[name], "o", color=color, markersize=3, markevery=4, label=f"{name}, {count} devices")
 axis.set(xlabel="steps", ylabel="loss of the batch", yscale="log")
 axis.grid(alpha=0.2, which="both")
-axis.legend(frameon=False, fontsize=8, ncols=2)
+_ = axis.legend(frameon=False, fontsize=8, ncols=2)
 
 # %% [markdown]
 # ## What a step sends
