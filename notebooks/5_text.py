@@ -166,7 +166,7 @@ for axis, column, label in zip(axes, (0, 1), ("steps", "seconds"), strict=True):
     axis.set(xlabel=label)
     axis.grid(alpha=0.2)
 axes[0].set_ylabel("nats a letter, not trained on")
-axes[0].legend(frameon=False)
+_ = axes[0].legend(frameon=False)
 
 # %% [markdown]
 # ## What it writes
