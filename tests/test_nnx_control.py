@@ -174,6 +174,24 @@ def test_the_state_that_an_optimizer_of_nnx_keeps_is_read_observed_refreshed_and
     assert int(optax.tree.get(of_arrays(optimizer.opt_state), "metrics").statistics) == 2
 
 
+def test_a_chain_of_optax_is_observed_and_refreshed_with_parameters_in_variables():
+    model = Net(nnx.Rngs(0))
+    capture = ng.nnx.capture(model, ng.losses.softmax_cross_entropy, labels="true", verify=False)
+    tx = optax.chain(optax.trace(0.9), ng.scale_by_kfac(capture.layers(model, X), damping=0.1), optax.ema(0.9))
+    evidence = nnx.jit(lambda model: capture.value_and_grad(model, X, Y).curvature())(model)
+    params = nnx.state(model, nnx.Param)
+    cold, (found, expected) = (
+        tx.init(params),
+        [
+            ng.refresh(tx, ng.observe(tx, tx.init(given), evidence, given), None, given)
+            for given in (params, of_arrays(params))
+        ],
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(cold)
+    jax.tree.map(np.testing.assert_array_equal, of_arrays(found), expected)
+    assert found[1].metrics.statistics == 1 == found[1].metrics.refreshes
+
+
 @pytest.mark.full
 def test_twenty_donated_steps_are_one_trace_with_either_jit_and_end_alike():
     capture = ng.nnx.capture(Net, ng.losses.softmax_cross_entropy)
