@@ -66,18 +66,23 @@ class Problem(NamedTuple):
     def case(self, looked_at: int | None = None) -> Case:
         """What is trained on what; the loss is that of all images, or for frequent looks of some to train on."""
         found = self.data(folder())
-        task = Task(self.net, self.likelihood, found.train.first(self.batch), {"train": True})
-        fields = {"problem": self.name, "data": found.name}
-        stream = partial(endless, found.train, self.batch, moved=self.crops)
         if looked_at is None:
-            return Case(fields, task, stream, partial(self.measured, data=found))
+            return self._on(found, partial(self.measured, data=found))
         stride = max(1, len(found.train.labels) // looked_at)
-        return Case(fields, task, stream, task.measured(Part(*(array[::stride] for array in found.train))))
+        few = Part(*(array[::stride] for array in found.train))
+        return self._on(found, self._task(found).measured(few))
 
     def case_of_errors(self) -> Case:
         """The same of a classifier, where the loss that is looked at is its test error in %."""
-        case, test = self.case(), self.data(folder()).test
-        return case._replace(loss=lambda variables: 100 * (1 - self.means(variables, test)[1]))
+        found = self.data(folder())
+        return self._on(found, lambda variables: 100 * (1 - self.means(variables, found.test)[1]))
+
+    def _task(self, found: Data) -> Task:
+        return Task(self.net, self.likelihood, found.train.first(self.batch), {"train": True})
+
+    def _on(self, found: Data, loss: Callable[[Any], Any]) -> Case:
+        fields = {"problem": self.name, "data": found.name}
+        return Case(fields, self._task(found), partial(endless, found.train, self.batch, moved=self.crops), loss)
 
     def measured(self, variables: Mapping[str, Any], data: Data) -> dict[str, float]:
         """Losses in nats an image, and of a classifier the shares of the images that it has right."""

@@ -80,15 +80,18 @@ STUDY = study.Study(
 )
 
 
-def to_level(problem: Problem, level: float | None, unit: str, make: Callable[[], Case], **fields: Any) -> study.Study:
+def to_level(
+    problem: Problem, level: float | None, unit: str, make: Callable[[], Case], label: str, across: str, **fields: Any
+) -> study.Study:
     """Some entries beside Adam, to a loss, or what else is looked at, on one of the papers' data; None for Adam's."""
-    goal = f"{level:g} {unit}" if level else "Adam's error"
-    levels = (level,) if level else ()
+    goal: Any = {"levels": (level,) if level else (), "rivals": (ADAM,)}
+    where = f"{level:g} {unit}" if level else "Adam's error"
     return study.Study(
         f"race_{problem.name}",
-        f"The race to {goal}: {problem.name}",
+        f"The race to {where}: {problem.name}",
         {problem.name: make},
-        table=partial(figures.outcome, title=f"Steps and seconds, {problem.title}", rivals=(ADAM,), levels=levels),
+        table=partial(figures.outcome, title=f"Steps and seconds, {problem.title}", **goal),
+        picture=partial(figures.curves, label=label, across=across, **goal),
         command=f'make race ARGS="--problems {problem.name}"',
         **fields,
     )
@@ -104,10 +107,9 @@ def reconstructing(problem: Problem, rate: float, steps: int, level: float, **of
         "K-FAC, nothing said": study.natural(ng.kfac),
     }
     return to_level(
-        *(problem, level, "nats", partial(problem.case, 5000)),
+        *(problem, level, "nats", partial(problem.case, 5000), "training loss, nats an image", "log"),
         entries=entries,
         limits=Limits(steps, 2, level=level),
-        picture=partial(figures.curves, label="training loss, nats an image", levels=(level,)),
         config={"batch": problem.batch, "level": level, "product_stride": CONFIG["product_stride"], **often},
         seeds=range(3),
     )
@@ -115,11 +117,9 @@ def reconstructing(problem: Problem, rate: float, steps: int, level: float, **of
 
 def classifying(problem: Problem, level: float | None, epochs: int, **fields: Any) -> study.Study:
     """Some entries beside Adam for so many epochs, to a test error."""
-    goal: Any = {"levels": (level,) if level else (), "rivals": (ADAM,)}
     return to_level(
-        *(problem, level, "% wrong", problem.case_of_errors),
+        *(problem, level, "% wrong", problem.case_of_errors, "test error, %", "linear"),
         limits=Limits(epochs * problem.epoch, problem.epoch // 4, level=level or 0.0),
-        picture=partial(figures.curves, label="test error, %", across="linear", **goal),
         config={"batch": problem.batch, "level": level},
         **fields,
     )

@@ -137,12 +137,12 @@ def _ask(
     """The state after a request, with whatever form of evidence goes with it."""
     checks.transformation("tx", tx)
     _check(state)
-    given, state, params = state, addresses.unboxed(state), addresses.unboxed(params)
-    curvature, gradient = getattr(evidence, "curvature", evidence), addresses.unboxed(getattr(evidence, "grad", None))
+    given, (state, params, evidence) = state, map(addresses.unboxed, (state, params, evidence))
+    curvature, gradient = getattr(evidence, "curvature", evidence), getattr(evidence, "grad", None)
     layers, found = getattr(curvature, "layers", None), curvature() if callable(curvature) else curvature
     known = None if layers is None else (layers, getattr(curvature, "labels", "true"))
     if not (found is None or is_evidence(found)):
-        gradient, found, known = addresses.unboxed(evidence), None, None
+        gradient, found, known = evidence, None, None
     like = gradient if gradient is not None else {} if params is None else params
     try:
         zeros = jax.tree.map(jnp.zeros_like, like)
